@@ -2,6 +2,8 @@
 
 Exit codes: 0 done, 1 failed, 2 called wrongly. A new command is one file in this folder and one row in `COMMANDS`; its
 function is a typer command and imports what is heavy (torch, transformers) inside, so that `--help` answers at once.
+A command may have two words: `ensemble batch merge ...` runs the row "batch merge", any other `ensemble batch ...` the
+row "batch".
 """
 
 from __future__ import annotations
@@ -45,6 +47,12 @@ class _CommandGroup(TyperGroup):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.commands = _LazyCommands()
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """The command of the first two words where there is one, else that of the first."""
+        if len(args) > 1 and (name := f"{args[0]} {args[1]}") in COMMANDS:
+            return name, self.commands[name], args[2:]
+        return super().resolve_command(ctx, args)
 
 
 app = typer.Typer(

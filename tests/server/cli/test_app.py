@@ -101,3 +101,13 @@ def test_an_unforeseen_error_is_one_line_that_tells_how_to_see_more(
     run = ensemble("doctor")
     assert run.code == 1
     assert run.err == "error: KeyError: 'oops' (run again with --debug for the traceback)\n"
+
+
+def test_a_command_of_two_words_goes_before_that_of_its_first_word(
+    ensemble: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(COMMANDS, "models of", "server.cli.doctor:doctor")
+    for words, said in ((["models", "of"], "Usage: ensemble models of [OPTIONS]\n"), (["models"], "CONFIG")):
+        run = ensemble(*words, "--help")
+        assert run.code == 0
+        assert said in "\n".join(line.rstrip() for line in run.out.splitlines()) + "\n"

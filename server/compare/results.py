@@ -1,0 +1,238 @@
+"""The shape of `results.json`: what a comparison found, ready to be read by other programs and by the report.
+
+The report is made of this alone, never of a model. What each item scored lies beside it, in `arms/NAME.json`
+(`server.compare.records`). Bits per byte are better low, scores of tasks better high; a difference is always the arm's
+figure less the baseline's. Every interval is [low, high] at the confidence that `statistics.alpha` leaves (0.05: 95%).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from server.compare.atomic_write import write_atomically
+
+Interval = tuple[float, float]
+Verdict = Literal["better", "worse", "no difference shown", "inconclusive"]
+ArmKind = Literal["member", "remote", "ensemble", "merge", "cost_matched"]
+
+
+class Part(BaseModel):
+    """One object of results.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Difference(Part):
+    """An arm against the baseline on the same items. `p_holm`: Holm-adjusted over the arms of this measure.
+
+    `detectable`: the smallest true difference that this many items would show four times in five. `effect_size`:
+    Cohen's d of paired differences (texts, scores) or Cohen's g (right or wrong). `wins`, `ties`, `losses` count
+    items on which the arm is better, equal, worse; for right or wrong answers they are all that McNemar's test uses.
+    """
+
+    difference: float
+    ci: Interval
+    p: float
+    p_holm: float
+    test: str
+    verdict: Verdict
+    effect_size: float | None = None
+    detectable: float | None = None
+    wins: int = 0
+    ties: int = 0
+    losses: int = 0
+
+
+class Figure(Part):
+    """A mean over several texts or tasks, each counted alike."""
+
+    value: float
+    ci: Interval
+    against_baseline: Difference | None = None
+
+
+class TextResult(Part):
+    """`ci`: of the bits per byte, over documents. `perplexity` is per token, so it depends on the tokenizer."""
+
+    bpb: float
+    ci: Interval
+    perplexity: float
+    num_documents: int
+    num_bytes: int
+    num_tokens: int
+    against_baseline: Difference | None = None
+
+
+class TaskResult(Part):
+    """`num_failed` items gave an error and `num_missing` no answer; both count as wrong (a score of 0).
+
+    `pass_at_k`: k -> the chance that one of k samples is right, where a task asks for several.
+    """
+
+    metric: str
+    score: float
+    ci: Interval
+    num_items: int
+    num_missing: int = 0
+    num_failed: int = 0
+    pass_at_k: Mapping[int, float] = Field(default_factory=dict)
+    against_baseline: Difference | None = None
+
+
+class Timing(Part):
+    """Median over interleaved rounds; `ci`: bootstrap of the median."""
+
+    median: float
+    ci: Interval
+    values: tuple[float, ...]
+
+
+class Cost(Part):
+    """What an arm costs, measured in turns with the other arms on the same machine.
+
+    `tokens_per_s`: answer tokens of all streams together, by number of requests at once ("1", "16"). `ttft_s`: time to
+    the first token, alone. `weights_bytes`: of everything that must be loaded for this arm. `kv_bytes`: KV cache of one
+    sequence of `kv_tokens` tokens, all members. `forward_tokens_per_answer_token`: forwards of one token through one
+    member, prompt included, per token of the answer. `spend`: in the config's currency, of all rounds.
+    """
+
+    tokens_per_s: Mapping[str, Timing] = Field(default_factory=dict)
+    ttft_s: Timing | None = None
+    weights_bytes: int | None = None
+    kv_bytes: int | None = None
+    kv_tokens: int | None = None
+    forward_tokens_per_answer_token: float | None = None
+    spend: float = 0.0
+
+
+class ReplicateSpread(Part):
+    """One text measured with members that were trained with other seeds. `values`: replicate -> bits per byte.
+
+    `differences`: the same, less the baseline's in that replicate; `spread`: their standard deviation over replicates;
+    `ci`: of the mean difference, over replicates and documents at once.
+    """
+
+    values: Mapping[str, float]
+    differences: Mapping[str, float]
+    mean: float
+    spread: float | None
+    ci: Interval
+
+
+class Choice(Part):
+    """What was chosen on the held-out split. `candidates`: name -> its figure there (bits per byte, or score)."""
+
+    name: str
+    candidates: Mapping[str, float]
+    measure: Literal["bpb", "score"]
+
+
+class ArmResult(Part):
+    """One arm. With an `error` the arm could not be built or run; what was measured before still stands.
+
+    `weights`: of the members, where they were fitted; `chosen`: the variant that the held-out split chose, and what
+    every variant scored there. `skipped`: measures that this kind of model cannot have, with the reason.
+    """
+
+    kind: ArmKind
+    model: str
+    members: tuple[str, ...] = ()
+    description: str = ""
+    text: Mapping[str, TextResult] = Field(default_factory=dict)
+    tasks: Mapping[str, TaskResult] = Field(default_factory=dict)
+    mean_text: Figure | None = None
+    mean_tasks: Figure | None = None
+    cost: Cost = Cost()
+    weights: Mapping[str, float] | None = None
+    chosen: Choice | None = None
+    replicates: Mapping[str, ReplicateSpread] = Field(default_factory=dict)
+    skipped: Mapping[str, str] = Field(default_factory=dict)
+    error: str | None = None
+
+
+class NullCheck(Part):
+    """The baseline against itself: where nothing differs, how often does the test claim that something does?
+
+    `num_significant` of `num_trials` comparisons fell below alpha. For texts the two sides are random halves of the
+    documents; for tasks that sample, two runs with other seeds. `has_passed`: not more than chance explains.
+    """
+
+    measure: str
+    method: str
+    num_trials: int
+    num_significant: int
+    alpha: float
+    largest_difference: float
+    has_passed: bool
+
+
+class TokenView(Part):
+    """One token of a text and the log-probability (nats) that each member gave it, and the ensemble as a whole."""
+
+    text: str
+    logprob: float | None = None
+    members: Mapping[str, float] = Field(default_factory=dict)
+    weights: Mapping[str, float] = Field(default_factory=dict)
+
+
+class Flip(Part):
+    """An item on which an arm and the baseline disagree. For tasks: right against wrong; for texts: the documents whose
+    bits per byte moved most. `tokens`: of the arm's output (tasks) or of the document's start (texts)."""
+
+    arm: str
+    measure: str
+    item: str
+    is_better: bool
+    prompt: str
+    reference: str | None
+    baseline_output: str | None
+    arm_output: str | None
+    baseline_score: float
+    arm_score: float
+    tokens: tuple[TokenView, ...] = ()
+
+
+class StatisticsUsed(Part):
+    seed: int
+    num_resamples: int
+    alpha: float
+    margin_bpb: float
+    margin_score: float
+
+
+class MeasureIdentity(Part):
+    """What every arm was given. `sha256`: of all items (and prompts, for tasks) in order; equal for all arms that have
+    a figure, or the arm is reported as failed."""
+
+    num_items: int
+    sha256: str
+    source: str
+    metric: str = "bpb"
+
+
+class Results(Part):
+    """The whole file. `texts` and `tasks` name the measures in the plan's order, with what proves them equal."""
+
+    version: Literal[1] = 1
+    title: str = ""
+    baseline: str
+    arms: Mapping[str, ArmResult]
+    texts: Mapping[str, MeasureIdentity] = Field(default_factory=dict)
+    tasks: Mapping[str, MeasureIdentity] = Field(default_factory=dict)
+    null_checks: tuple[NullCheck, ...] = ()
+    flips: tuple[Flip, ...] = ()
+    notes: tuple[str, ...] = ()
+    statistics: StatisticsUsed
+    provenance: Mapping[str, Any] = Field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, self.model_dump_json(indent=1).encode() + b"\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Raises `pydantic.ValidationError` if the file is not one that `save` wrote."""
+        return cls.model_validate_json(path.read_bytes())

@@ -5,9 +5,12 @@
     │   └── ModelLoadError        ... or what it names cannot be loaded
     ├── RequestError              the client's request is wrong: repeating it will not help
     │   ├── UnknownModelError
+    │   ├── NotFoundError         no file or batch has the id that it names
+    │   ├── ConflictError         it asks of a thing what its state does not allow
     │   ├── ContextLengthError
     │   └── UnsupportedError      valid, but this model cannot do it
     ├── OverloadedError           try again later
+    ├── StorageError              the disk is full or cannot be written
     ├── DeadlineError             the time that the request allowed is over
     ├── MemberError               this one generation failed on a member; the member lives
     │   └── TurnoutError          too few members answered
@@ -45,6 +48,14 @@ class UnknownModelError(RequestError):
     """No model of that name is served."""
 
 
+class NotFoundError(RequestError):
+    """Nothing has the id that the request names, or it belongs to another key."""
+
+
+class ConflictError(RequestError):
+    """What the request names is in a state that does not allow what it asks."""
+
+
 class ContextLengthError(RequestError):
     """Prompt and requested tokens do not fit into the model's context."""
 
@@ -59,6 +70,10 @@ class OverloadedError(EnsembleError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class StorageError(EnsembleError):
+    """What should be kept cannot be written: the disk is full, or the folder is not ours to write."""
 
 
 class DeadlineError(EnsembleError):

@@ -62,9 +62,12 @@ KINDS: Mapping[type[errors.EnsembleError], ErrorKind] = {
     errors.ModelLoadError: ErrorKind(500, "server_error", "model_load_error"),
     errors.RequestError: ErrorKind(400, "invalid_request_error", "invalid_value"),
     errors.UnknownModelError: ErrorKind(404, "invalid_request_error", "model_not_found"),
+    errors.NotFoundError: ErrorKind(404, "invalid_request_error", "not_found"),
+    errors.ConflictError: ErrorKind(409, "invalid_request_error", "conflict"),
     errors.ContextLengthError: ErrorKind(400, "invalid_request_error", "context_length_exceeded"),
     errors.UnsupportedError: ErrorKind(400, "invalid_request_error", "unsupported_parameter"),
     errors.OverloadedError: ErrorKind(429, "rate_limit_error", "queue_full"),
+    errors.StorageError: ErrorKind(507, "server_error", "storage_full"),
     errors.DeadlineError: ErrorKind(504, "timeout_error", "deadline_exceeded"),
     errors.MemberError: ErrorKind(500, "server_error", "member_failed"),
     errors.TurnoutError: ErrorKind(503, "server_error", "turnout_too_low"),
@@ -85,13 +88,15 @@ STATUS_KINDS: Mapping[int, ErrorKind] = {
 DOCUMENTED: Mapping[int, str] = {
     400: "The request is wrong; `param` names the field",
     401: "No valid API key",
-    404: "There is no such model or route",
+    404: "There is no such model, file, batch or route",
+    409: "The batch has ended already",
     413: "The body is larger than server.max_body_bytes",
     415: "The body is not application/json",
     429: "The queue is full; Retry-After says when to come back",
     500: "A member failed, or the server did",
     503: "Loading, shutting down, too few members answered, or the engine is dead",
     504: "The time limit passed before an answer was there",
+    507: "The disk is full, or batch.folder cannot be written",
 }
 
 
@@ -143,6 +148,8 @@ def headers_of(exc: BaseException) -> dict[str, str]:
     match exc:
         case errors.OverloadedError():
             return {"retry-after": str(max(1, math.ceil(exc.retry_after_s)))}
+        case errors.ConflictError() | errors.StorageError():
+            return {"x-should-retry": "false"}  # OpenAI's clients would try again, as they do on 409 and 5xx
         case HTTPException():
             return dict(exc.headers or {})
     return {}

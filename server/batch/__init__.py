@@ -1,0 +1,15 @@
+"""Batch generation: rows in, answers out, nothing lost. `run_batch` is the whole of it in one call.
+
+from server.batch import run_batch
+
+answers = run_batch("config.yaml", ["What is 2 + 2?", "And 3?"], "answers.jsonl", model="trio", max_tokens=64)
+for text in answers.texts():
+    print(text)
+"""
+
+from __future__ import annotations
+
+from server.batch.notebook import Answers, run_batch, run_batch_async
+from server.batch.rows import URLS, BadRow, Row, RowResult, Url
+
+__all__ = ["URLS", "Answers", "BadRow", "Row", "RowResult", "Url", "run_batch", "run_batch_async"]

@@ -235,6 +235,23 @@ class EmbeddingConfig(Block):
     batch_size: Annotated[Count, Unit("texts")] = Field(32, description="how many are embedded at once")
 
 
+class BatchConfig(Block):
+    """Files and batches over HTTP: where they are kept, and how much of them."""
+
+    folder: LocalPath | None = Field(
+        None, description="where files and batches are kept; default: beside the config, demo.yaml -> demo.batches"
+    )
+    max_file_bytes: Count = Field(200 * 1000**2, description="largest upload; a larger one is refused with 413")
+    max_rows: Annotated[Count, Unit("rows")] = Field(100_000, description="of one batch; one with more fails")
+    max_live: Annotated[Count, Unit("batches")] = Field(
+        32, description="of one key that have not ended; more are refused with 429"
+    )
+    max_running: Annotated[Count, Unit("batches")] = Field(2, description="that run side by side; more wait")
+    retention_days: Annotated[float, Field(gt=0, allow_inf_nan=False), Unit("days")] = Field(
+        30, description="files, and batches that have ended, are deleted after this; an upload may ask for less or more"
+    )
+
+
 ModelEntry = HostedModel | RemoteModel | MethodConfig
 
 
@@ -245,12 +262,18 @@ class Config(Block):
     server: ServerConfig = ServerConfig()
     engine: EngineConfig = EngineConfig()
     embedding: EmbeddingConfig = EmbeddingConfig()
+    batch: BatchConfig = BatchConfig()
     source: Path  # the file; relative paths in it start at its folder
 
     @property
     def listed(self) -> list[str]:
         """Names that /v1/models shows, in the file's order."""
         return [name for name, model in self.models.items() if model.listed]
+
+    @property
+    def batch_folder(self) -> Path:
+        """Where files and batches are kept. It need not exist."""
+        return Path(self.batch.folder) if self.batch.folder else self.source.absolute().with_suffix(".batches")
 
     @property
     def main_model(self) -> str:
@@ -278,7 +301,12 @@ def _parse(data: Any, *, source: Path, problems: list[str]) -> Config:
     problems = [*problems, *missing_variables]
     if not isinstance(data, dict):
         raise ConfigError(_report(source, [*problems, "must be a map with the key `models`"]))
-    blocks: dict[str, type[Block]] = {"server": ServerConfig, "engine": EngineConfig, "embedding": EmbeddingConfig}
+    blocks: dict[str, type[Block]] = {
+        "server": ServerConfig,
+        "engine": EngineConfig,
+        "embedding": EmbeddingConfig,
+        "batch": BatchConfig,
+    }
     known = ["models", *blocks]
     problems += [f"unknown key {str(key)!r}{nearest(str(key), known)}" for key in data if key not in known]
     folder = Path(os.path.abspath(source)).parent

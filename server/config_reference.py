@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from ensembles.method import MethodConfig
 from ensembles.registry import METHODS, method_class
-from server.config import EmbeddingConfig, EngineConfig, HostedModel, RemoteModel, ServerConfig, Unit
+from server.config import BatchConfig, EmbeddingConfig, EngineConfig, HostedModel, RemoteModel, ServerConfig, Unit
 
 BLOCKS: dict[str, type[BaseModel]] = {
     "hosted": HostedModel,
@@ -29,6 +29,7 @@ BLOCKS: dict[str, type[BaseModel]] = {
     "server": ServerConfig,
     "engine": EngineConfig,
     "embedding": EmbeddingConfig,
+    "batch": BatchConfig,
 }
 _SECTION = re.compile(r"(<!-- keys: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -198,7 +198,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     assert message.splitlines()[0] == "7 problems"
     for part in [
         "line 5: key 'a' is given twice (first in line 2)",
-        "unknown key 'servr'; did you mean 'server'? (known: embedding, engine, models, server)",
+        "unknown key 'servr'; did you mean 'server'? (known: batch, embedding, engine, models, server)",
         "models.a.dtype: must be 'auto', 'float32', 'bfloat16' or 'float16', got 'float64'; did you mean 'float",
         "models.m.pool: must be 'arithmetic', 'geometric' or 'posterior', got 'mean'",
         "models.v: unknown method 'probability_averag'; did you mean 'probability_average'?",

@@ -7,12 +7,13 @@ text; a `DistributionModel` also gives next-token distributions, which probabili
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
 Message = Mapping[str, Any]  # one chat message in OpenAI's form: {"role": ..., "content": ...}
 PoolName = Literal["arithmetic", "geometric", "posterior"]
@@ -236,6 +237,25 @@ class MixtureHost(Protocol):
     def max_model_len(self, mixture: Mixture) -> int: ...
 
     def generate(self, mixture: Mixture, request: GenerationRequest, *, method: str) -> AsyncIterator[Event]: ...
+
+    async def visit_logprobs(
+        self,
+        members: Sequence[str],
+        token_ids: Sequence[int],
+        visit: Callable[[Tensor, Tensor], None],
+        *,
+        priority: int = 1,
+    ) -> None:
+        """Let each member read a text once and show what it expected: `visit(logprobs, targets)` for every chunk.
+
+        logprobs: (K, t, V) float32, normalised over V, in the order of `members`; targets: (t,) int64, the tokens that
+        came. The chunks come in order, and their targets are all of `token_ids` but the first, which nothing predicts;
+        a text of fewer than two tokens has none. Both tensors are only lent: keep what you compute of them. What
+        `visit` raises ends this call alone and is raised here. Cancelling the call ends the reading.
+
+        Raises `ModelLoadError` for members that are unknown or differ in vocabulary, `ContextLengthError` for a text
+        that is longer than their context, `RequestError` for a token id outside the vocabulary.
+        """
 
 
 class Embedder(Protocol):

@@ -40,7 +40,9 @@ from server.engines.transformers_engine import grammar
 from server.engines.transformers_engine.attention import Span
 from server.engines.transformers_engine.backbone import Backbone
 from server.engines.transformers_engine.choice import LiveChoice
+from server.engines.transformers_engine.generation import Generation
 from server.engines.transformers_engine.job import Job, deliver
+from server.engines.transformers_engine.visit import Visit, Visitor
 from server.members import Member, check_shared_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -113,12 +115,7 @@ class TransformersEngine:
             raise EngineDeadError(self._failure)
         self._check_room()
         job = await asyncio.to_thread(self._prepare, mixture, request, method, asyncio.get_running_loop())
-        with self._wake:
-            if self._is_stopping:
-                raise EngineDeadError(self._failure)
-            self._check_room()  # again: others may have come while this one was prepared
-            heapq.heappush(self._waiting, (request.priority, next(self._arrivals), job))
-            self._wake.notify()
+        self._enqueue(job)
         try:
             while True:
                 event = await job.inbox.get()
@@ -130,13 +127,48 @@ class TransformersEngine:
         finally:
             job.is_cancelled = True
 
+    async def visit_logprobs(
+        self, members: Sequence[str], token_ids: Sequence[int], visit: Visitor, *, priority: int = 1
+    ) -> None:
+        """See `ensembles.base.MixtureHost`. `visit` runs on the engine's thread: no other request gets a token
+        meanwhile."""
+        mixture = Mixture(dict.fromkeys(members, 1.0))
+        self.check(mixture)
+        limit = self.max_model_len(mixture)
+        if len(token_ids) > limit:
+            raise ContextLengthError(
+                f"the text has {len(token_ids)} tokens; the context of {', '.join(members)} holds {limit}; "
+                "read it in windows"
+            )
+        asked = [self._members[name] for name in members]
+        _check_ids(token_ids, asked[0].vocab_size, "token_ids")
+        if self._failure is not None:
+            raise EngineDeadError(self._failure)
+        if len(token_ids) < 2:
+            return
+        job = Visit(asked, list(token_ids), visit, asyncio.get_running_loop(), priority=priority)
+        self._enqueue(job)
+        try:
+            if (error := await job.inbox.get()) is not None:
+                raise error
+        finally:
+            job.is_cancelled = True
+
+    def _enqueue(self, job: Job) -> None:
+        with self._wake:
+            if self._is_stopping:
+                raise EngineDeadError(self._failure)
+            self._check_room()  # again: others may have come while this one was prepared
+            heapq.heappush(self._waiting, (job.priority, next(self._arrivals), job))
+            self._wake.notify()
+
     def _check_room(self) -> None:
         if len(self._waiting) >= self._max_queue:
             raise OverloadedError(f"{len(self._waiting)} requests are waiting, the queue is full; try again later")
 
     def _prepare(
         self, mixture: Mixture, request: GenerationRequest, method: str, loop: asyncio.AbstractEventLoop
-    ) -> Job:
+    ) -> Generation:
         """Read the request in every member's terms and check that it can be served. Runs in a worker thread."""
         members = [self._members[member] for member in mixture.weights]
         surface, vocab_size = members[0].surface, members[0].vocab_size
@@ -167,7 +199,7 @@ class TransformersEngine:
         if structure is not None:
             grammar.check(structure)
             new_grammar()  # compiled here, so that errors come before the queue
-        return Job(
+        return Generation(
             request,
             mixture,
             members,
@@ -238,12 +270,13 @@ class TransformersEngine:
 
     @property
     def _num_places(self) -> int:
-        """How many more choices may run. A request that has not begun to generate holds one place for its prompt."""
-        return self._max_batch - sum(max(1, len(job.live)) for job in self._running if not job.is_finished)
+        """How many more choices may run."""
+        return self._max_batch - sum(job.num_places for job in self._running if not job.is_finished)
 
     def _admit(self) -> None:
         for job in self._running:
-            self._start_choices(job)
+            if isinstance(job, Generation):
+                self._start_choices(job)
         while self._num_places > 0:
             with self._wake:
                 if not self._waiting:
@@ -252,9 +285,9 @@ class TransformersEngine:
             job.begin()
             self._running.append(job)
 
-    def _start_choices(self, job: Job) -> None:
+    def _start_choices(self, job: Generation) -> None:
         """Begin as many choices of a request whose prompt is read as there are places, each with its first token."""
-        if job.is_finished or job.prompt is None or not job.prompt.is_done:
+        if job.is_finished or job.prompt is None or job.is_reading:
             return
         try:
             while job.num_started < job.num_choices and (self._num_places > 0 or not job.live):
@@ -270,14 +303,14 @@ class TransformersEngine:
         for job in self._running:
             if job.is_finished:
                 continue
-            for choice in job.live:
+            for choice in job.live if isinstance(job, Generation) else ():
                 spans = [
                     Span(cache, (choice.last_token,), 1, member.adapter)
                     for member, cache in zip(job.members, choice.caches, strict=True)
                 ]
                 work.append(Work(job, choice, spans))
-            if not job.prompt.is_done and budget > 0:
-                chunks = job.prompt.next_spans(budget)
+            if job.is_reading and budget > 0:
+                chunks = job.next_spans(budget)
                 budget -= sum(len(span.token_ids) for span in chunks if span is not None)
                 work.append(Work(job, None, chunks))
         return work
@@ -314,16 +347,15 @@ class TransformersEngine:
                 ready.append((item.job, item.choice, [rows[0] for rows in logprobs]))
                 continue
             try:
-                item.job.prompt.take(logprobs)
-                if item.job.prompt.is_done:
-                    item.job.prompt_done()
+                item.job.take(logprobs)
             except Exception as exc:
                 self._fail_job(item.job, exc)
-            self._start_choices(item.job)
+            if isinstance(item.job, Generation):
+                self._start_choices(item.job)
         self._choose(ready)
 
     @torch.inference_mode()
-    def _choose(self, ready: Sequence[tuple[Job, LiveChoice, Sequence[torch.Tensor]]]) -> None:
+    def _choose(self, ready: Sequence[tuple[Generation, LiveChoice, Sequence[torch.Tensor]]]) -> None:
         """Pool and sample. Choices with the same pool and number of members are pooled in one go."""
         groups: dict[tuple[PoolName, int], list[int]] = {}
         for i, (job, _, logprobs) in enumerate(ready):
@@ -350,7 +382,7 @@ class TransformersEngine:
         if job.is_finished:
             return
         if not isinstance(exc, EnsembleError):
-            logger.exception("request %s failed", job.request.request_id, exc_info=exc)
+            logger.exception("request %s failed", job.request_id, exc_info=exc)
             exc = MemberError(job.members[0].name, f"generation failed ({type(exc).__name__}: {exc})")
         job.fail(exc)
 
@@ -374,14 +406,14 @@ class TransformersEngine:
 
 @dataclass(frozen=True)
 class Work:
-    """What one step does for a choice, or for the prompt of a request (`choice` None): one span per member."""
+    """What one step does for a choice, or for what a job reads (`choice` None): one span per member."""
 
     job: Job
     choice: LiveChoice | None
     spans: Sequence[Span | None]
 
 
-def _check_finite(job: Job, logprobs: Sequence[torch.Tensor], pooled: torch.Tensor) -> None:
+def _check_finite(job: Generation, logprobs: Sequence[torch.Tensor], pooled: torch.Tensor) -> None:
     """Raise `MemberError` if a distribution is no distribution (one NaN logit makes all its log-probabilities NaN)."""
     if pooled[0].isnan():
         culprits = [member for member, row in zip(job.members, logprobs, strict=True) if row[0].isnan()]

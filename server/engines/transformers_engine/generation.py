@@ -1,0 +1,133 @@
+"""One request for text inside the engine, from the queue to its last event."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ensembles.base import Delta, Done, GenerationRequest, MemberUsage, Mixture, PromptScored, Usage
+from server.engines.transformers_engine.attention import Span
+from server.engines.transformers_engine.choice import LiveChoice
+from server.engines.transformers_engine.grammar import GrammarMask
+from server.engines.transformers_engine.job import Job
+from server.engines.transformers_engine.prompt import Prompt
+from server.members import Member
+
+
+class Generation(Job):
+    """`max_new_tokens` may be 0: then the prompt is only scored. `new_grammar` makes one grammar per choice."""
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        mixture: Mixture,
+        members: Sequence[Member],
+        token_ids: Sequence[list[int]],
+        *,
+        method: str,
+        max_new_tokens: int,
+        new_grammar: Callable[[], GrammarMask | None],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        super().__init__(
+            members,
+            loop,
+            priority=request.priority,
+            deadline_s=request.deadline_s,
+            request_id=request.request_id,
+        )
+        self.request = request
+        self.mixture = mixture
+        self.token_ids = token_ids
+        self.prompt: Prompt | None = None  # made when the job is admitted
+        self.live: list[LiveChoice] = []
+        self.num_started = 0  # choices that have begun; the rest wait for free places
+        self._method = method
+        self._max_new_tokens = max_new_tokens
+        self._new_grammar = new_grammar
+        self._eos_ids = frozenset().union(*(member.eos_ids for member in members))
+        self._num_generated = 0
+
+    @property
+    def num_choices(self) -> int:
+        return self.request.n if self._max_new_tokens else 0
+
+    @property
+    def num_places(self) -> int:
+        """One for each live choice; a request that has not begun to generate holds one for its prompt."""
+        return max(1, len(self.live))
+
+    @property
+    def is_reading(self) -> bool:
+        return not self.prompt.is_done
+
+    def begin(self) -> None:
+        self.prompt = Prompt(self.members, self.token_ids, self.mixture, self.request.prompt_logprobs)
+
+    def next_spans(self, budget: int) -> list[Span | None]:
+        return self.prompt.next_spans(budget)
+
+    def take(self, logprobs: Sequence[torch.Tensor | None]) -> None:
+        """Once the prompt is read: say so, and end here if nothing is to be generated."""
+        self.prompt.take(logprobs)
+        if self.is_reading:
+            return
+        self.outbox.append(PromptScored(tuple(self.token_ids[0]), tuple(self.prompt.scored)))
+        for index in range(self.request.n if not self._max_new_tokens else 0):
+            self.outbox.append(Delta(index, finish_reason="length"))
+        if not self.num_choices:
+            self._finish()
+
+    def start_choice(self) -> LiveChoice:
+        """The next choice, on a copy of the prompt's caches; the last choice takes the caches themselves."""
+        is_last = self.num_started == self.num_choices - 1
+        caches = self.prompt.caches if is_last else [cache.fork() for cache in self.prompt.caches]
+        choice = LiveChoice(
+            self.num_started,
+            self.request,
+            self.mixture,
+            self.prompt,
+            caches,
+            max_new_tokens=self._max_new_tokens,
+            eos_ids=self._eos_ids,
+            grammar=self._new_grammar(),
+        )
+        self.num_started += 1
+        self.live.append(choice)
+        return choice
+
+    def emit(self, choice: LiveChoice, delta: Delta) -> None:
+        self.outbox.append(delta)
+        if choice.finish_reason is None:
+            return
+        self._num_generated += choice.num_generated
+        self.live.remove(choice)
+        if not self.live and self.num_started == self.num_choices:
+            self._finish()
+
+    def expire(self) -> None:
+        """End every choice, begun or not, with what it has; with nothing at all it is a `DeadlineError`."""
+        if not self.num_started:
+            super().expire()
+            return
+        for index in range(self.num_started, self.num_choices):
+            self.num_started += 1
+            self.outbox.append(Delta(index, finish_reason="length", stop_reason="deadline"))
+        for choice in list(self.live):
+            self.emit(choice, choice.expire())
+        if not self.is_finished:
+            self._finish()
+
+    def _finish(self) -> None:
+        members = tuple(member.name for member in self.members)
+        self.outbox.append(Done(self._usage(), self._method, members, len(members)))
+        self.is_finished = True
+
+    def _usage(self) -> Usage:
+        members = {
+            member.name: MemberUsage(len(ids), self._num_generated)
+            for member, ids in zip(self.members, self.token_ids, strict=True)
+        }
+        return Usage(len(self.token_ids[0]), self._num_generated, members)

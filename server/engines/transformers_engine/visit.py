@@ -1,0 +1,80 @@
+"""A text that members read only to be judged by it: whoever asked sees every distribution once, while it is there.
+
+Whole distributions are large (25 MB for 128 tokens and a vocabulary of 49k, per member), so none are kept: each chunk
+of the text is shown to a function and dropped. That function may pool them in as many ways as it likes; the members
+are run once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ensembles.errors import MemberError
+from server.engines.transformers_engine.attention import Span
+from server.engines.transformers_engine.job import Job
+from server.engines.transformers_engine.kv_cache import RowCache
+from server.engines.transformers_engine.prompt import SCORED_CHUNK
+from server.members import Member
+
+Visitor = Callable[[torch.Tensor, torch.Tensor], None]  # (logprobs (K, t, V) float32, targets (t,) int64)
+
+
+class Visit(Job):
+    """Reads `token_ids` but for the last, which predicts nothing. Its one event is None, when all has been shown."""
+
+    num_places = 1
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        token_ids: Sequence[int],
+        visit: Visitor,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        priority: int,
+    ) -> None:
+        super().__init__(members, loop, priority=priority)
+        self._token_ids = token_ids
+        self._visit = visit
+        self._caches: list[RowCache] = []
+
+    @property
+    def is_reading(self) -> bool:
+        return self._num_read < len(self._token_ids) - 1
+
+    @property
+    def _num_read(self) -> int:
+        return self._caches[0].length
+
+    def begin(self) -> None:
+        self._caches = [RowCache() for _ in self.members]
+
+    def next_spans(self, budget: int) -> list[Span | None]:
+        num_tokens = min(SCORED_CHUNK, max(1, budget // len(self.members)))
+        chunk = self._token_ids[self._num_read : -1][:num_tokens]
+        return [
+            Span(cache, chunk, len(chunk), member.adapter)
+            for member, cache in zip(self.members, self._caches, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def take(self, logprobs: Sequence[torch.Tensor | None]) -> None:
+        """Show the chunk. What the visitor raises is this job's error, as it is."""
+        for member, rows in zip(self.members, logprobs, strict=True):
+            if rows.isnan().any():
+                raise MemberError(member.name, "its output is not a number (NaN); its weights may be damaged")
+        device = logprobs[0].device
+        num_new = len(logprobs[0])
+        end = self._num_read + 1
+        targets = torch.tensor(self._token_ids[end - num_new : end], dtype=torch.long, device=device)
+        try:
+            self._visit(torch.stack([rows.to(device) for rows in logprobs]), targets)
+        except Exception as exc:
+            self.fail(exc)
+            return
+        if not self.is_reading:
+            self.outbox.append(None)
+            self.is_finished = True

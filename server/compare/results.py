@@ -2,7 +2,8 @@
 
 The report is made of this alone, never of a model. What each item scored lies beside it, in `arms/NAME.json`
 (`server.compare.records`). Bits per byte are better low, scores of tasks better high; a difference is always the arm's
-figure less the baseline's. Every interval is [low, high] at the confidence that `statistics.alpha` leaves (0.05: 95%).
+figure less the baseline's. Every interval is [low, high] at the confidence that `statistics.alpha` leaves (0.05: 95%),
+None with fewer than two items.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ensembles.comparison.verdict import Verdict
 from server.compare.atomic_write import write_atomically
 
 Interval = tuple[float, float]
-Verdict = Literal["better", "worse", "no difference shown", "inconclusive"]
 ArmKind = Literal["member", "remote", "ensemble", "merge", "cost_matched"]
 
 
@@ -29,18 +30,19 @@ class Part(BaseModel):
 class Difference(Part):
     """An arm against the baseline on the same items. `p_holm`: Holm-adjusted over the arms of this measure.
 
-    `detectable`: the smallest true difference that this many items would show four times in five. `effect_size`:
-    Cohen's d of paired differences (texts, scores) or Cohen's g (right or wrong). `wins`, `ties`, `losses` count
-    items on which the arm is better, equal, worse; for right or wrong answers they are all that McNemar's test uses.
+    `detectable`: the smallest true difference that this many items would show four times in five. `effect_size`: see
+    `ensembles.comparison.effect_size`; None if it is not finite. `wins`, `ties`, `losses` count items on which the arm
+    is better, equal, worse; for right or wrong answers they are all that McNemar's test uses.
     """
 
     difference: float
-    ci: Interval
+    ci: Interval | None
     p: float
     p_holm: float
-    test: str
+    test: Literal["mcnemar", "sign_flip"]
     verdict: Verdict
     effect_size: float | None = None
+    effect_size_name: Literal["cohens_h", "cohens_d_z"] = "cohens_d_z"
     detectable: float | None = None
     wins: int = 0
     ties: int = 0
@@ -51,7 +53,7 @@ class Figure(Part):
     """A mean over several texts or tasks, each counted alike."""
 
     value: float
-    ci: Interval
+    ci: Interval | None
     against_baseline: Difference | None = None
 
 
@@ -59,7 +61,7 @@ class TextResult(Part):
     """`ci`: of the bits per byte, over documents. `perplexity` is per token, so it depends on the tokenizer."""
 
     bpb: float
-    ci: Interval
+    ci: Interval | None
     perplexity: float
     num_documents: int
     num_bytes: int
@@ -75,7 +77,7 @@ class TaskResult(Part):
 
     metric: str
     score: float
-    ci: Interval
+    ci: Interval | None
     num_items: int
     num_missing: int = 0
     num_failed: int = 0
@@ -87,7 +89,7 @@ class Timing(Part):
     """Median over interleaved rounds; `ci`: bootstrap of the median."""
 
     median: float
-    ci: Interval
+    ci: Interval | None
     values: tuple[float, ...]
 
 
@@ -120,7 +122,7 @@ class ReplicateSpread(Part):
     differences: Mapping[str, float]
     mean: float
     spread: float | None
-    ci: Interval
+    ci: Interval | None
 
 
 class Choice(Part):

@@ -23,6 +23,7 @@ COMMANDS: dict[str, str] = {
     "models": "server.cli.models:models",
     "vote": "server.cli.vote:vote",
     "replay": "server.cli.replay:replay",
+    "merge": "server.cli.merge:merge",
     "doctor": "server.cli.doctor:doctor",
 }
 

@@ -1,0 +1,259 @@
+"""mergekit's YAML, read strictly: which weights it names, and whether mergekit would understand it.
+
+Two kinds: a merge (`merge_method`) and a mixture of experts (`experts`, the file of mergekit-moe). Where mergekit wants
+a model there may also stand the name of a hosted model. mergekit reads over what it does not know; here a key that no
+block has, and a parameter that no method has, is an error. A parameter that only another method has is read over, as
+published recipes often carry one.
+
+Format: https://github.com/arcee-ai/mergekit/blob/main/README.md, .../docs/moe.md
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from ensembles.errors import ConfigError
+from server.findings import nearest
+from server.strict_yaml import read_yaml
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+_MODEL_KEYS = {"model", "base_model", "source_model"}
+_NAMES_OF_KINDS = {"union", "base"}  # where a tokenizer is asked for, these are no models
+_EXTRA_TOP_LEVEL_KEYS = {"name"}  # mergekit-multi's; says nothing about the weights
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model as a recipe names it: `path[@revision][+lora]`. `written`: that text, which says which are the same."""
+
+    written: str
+    path: str
+    revision: str | None = None
+    lora: str | None = None
+    architecture: str | None = None  # mergekit's override_architecture
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe. `data`: the YAML's value; `folder`: where its relative paths start; `source`: for messages."""
+
+    data: Mapping[str, Any]
+    folder: Path
+    source: str
+    kind: Literal["merge", "moe"]
+    references: tuple[Reference, ...]  # each once, the one whose tokenizer and settings the result takes first
+
+    @property
+    def method(self) -> str:
+        return str(self.data["merge_method"]) if self.kind == "merge" else "moe"
+
+    @property
+    def makes_own_tokenizer(self) -> bool:
+        """Whether the result's vocabulary may differ from its first model's."""
+        return any(self.data.get(key) is not None for key in ("tokenizer", "tokenizer_source"))
+
+    def with_models(self, name_of: Callable[[Reference], str]) -> dict[str, Any]:
+        """`data` with every reference to a model replaced by what `name_of` gives for it."""
+
+        def replaced(value: Any) -> Any:
+            reference = _reference(value)
+            name = name_of(reference)
+            if reference.architecture is None:
+                return name
+            return {"model": {"path": name}, "override_architecture": reference.architecture}
+
+        return _mapped(dict(self.data), replaced)
+
+
+def read_recipe(recipe: Mapping[str, Any] | Path, *, folder: Path) -> Recipe:
+    """The recipe in a YAML file, or its value as it stands inside another file of `folder`.
+
+    Raises `ConfigError` that lists every problem, or says how to install mergekit. Looks at no weights.
+    """
+    require_mergekit()
+    if isinstance(recipe, Path):
+        data, problems = read_yaml(recipe)
+        source, folder = str(recipe), recipe.absolute().parent
+    else:
+        data, problems, source = recipe, [], "merge"
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}: must be a map of mergekit's keys such as merge_method, got {type(data).__name__}")
+
+    kind: Literal["merge", "moe"] = "moe" if "experts" in data and "merge_method" not in data else "merge"
+    problems += _problems(data, kind)
+    if problems:
+        lines = "\n  - ".join(["", *problems])
+        raise ConfigError(f"{source}: {problems[0]}" if len(problems) == 1 else f"{source}: several problems{lines}")
+    return Recipe(data, folder, source, kind, _references(data))
+
+
+def require_mergekit() -> None:
+    """Raises `ConfigError` unless mergekit can be imported."""
+    if find_spec("mergekit") is None:
+        raise ConfigError(
+            "weight merges are made by mergekit, which is not installed; run: pip install 'ensemble-server[compare]'"
+        )
+
+
+def _problems(data: dict[str, Any], kind: Literal["merge", "moe"]) -> list[str]:
+    from mergekit.config import MergeConfiguration
+    from mergekit.moe.config import MoEMergeConfig
+    from pydantic import ValidationError
+
+    block: type[BaseModel] = MergeConfiguration if kind == "merge" else MoEMergeConfig
+    known = {key: value for key, value in data.items() if key not in _EXTRA_TOP_LEVEL_KEYS}
+    problems = list(_unknown_keys(block, known, ""))
+    if kind == "merge":
+        problems += _method_problems(data)
+    if problems:
+        return problems
+    try:
+        block.model_validate(data)
+    except ValidationError as exc:
+        return [
+            f"{'.'.join(map(str, found['loc'])) or 'recipe'}: {found['msg']}"
+            for found in exc.errors(include_url=False, include_input=False)
+        ]
+    except Exception as exc:  # subtle: mergekit's validators raise RuntimeError, which pydantic lets through
+        return [str(exc)]
+    return []
+
+
+def _method_problems(data: dict[str, Any]) -> Iterator[str]:
+    from mergekit.merge_methods.registry import registered_methods
+
+    methods = {method.spec.name: method.spec for method in registered_methods()}
+    method = data.get("merge_method")
+    if method is None:
+        yield "needs `merge_method` (a merge) or `experts` (a mixture of experts)"
+    elif method not in methods:
+        yield f"merge_method: there is no method {method!r}{nearest(str(method), list(methods))}"
+    parameters = {parameter.name for spec in methods.values() for parameter in spec.parameters}
+    for at, name in _parameter_names(data, ""):
+        if name not in parameters:
+            yield f"unknown parameter {f'{at}.{name}'!r}{nearest(name, parameters)}"
+
+
+def _parameter_names(value: Any, at: str) -> Iterator[tuple[str, str]]:
+    """Where a `parameters` map stands, and each name in it."""
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _parameter_names(item, f"{at}[{index}]")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            below = f"{at}.{key}".lstrip(".")
+            if key == "parameters" and isinstance(item, dict):
+                yield from ((below, str(name)) for name in item)
+            elif key != "tokenizer":
+                yield from _parameter_names(item, below)
+
+
+def _unknown_keys(block: type[BaseModel], value: Any, at: str) -> Iterator[str]:
+    """Keys of `value` that neither `block` nor the blocks in it have. References may be maps, too: not looked into."""
+    if not isinstance(value, dict):
+        return
+    for key, item in value.items():
+        path = f"{at}.{key}".lstrip(".")
+        if key not in block.model_fields:
+            yield f"unknown key {path!r}{nearest(str(key), block.model_fields)}"
+            continue
+        if key in _MODEL_KEYS or key in {"parameters", "tokenizer", "tokenizer_source"}:
+            continue
+        for inner in _blocks_in(block.model_fields[key].annotation):
+            entries = (
+                item.items() if isinstance(item, dict) else enumerate(item) if isinstance(item, list) else iter(())
+            )
+            for name, entry in entries:
+                yield from _unknown_keys(inner, entry, f"{path}.{name}")
+
+
+def _blocks_in(annotation: Any) -> list[type[BaseModel]]:
+    from pydantic import BaseModel
+
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [block for argument in get_args(annotation) for block in _blocks_in(argument)]
+
+
+# --- references ---
+
+
+def _references(data: dict[str, Any]) -> tuple[Reference, ...]:
+    found: dict[str, Reference] = {}
+
+    def note(value: Any) -> Any:
+        reference = _reference(value)
+        found.setdefault(reference.written, reference)
+        return value
+
+    _mapped(data, note)
+    base = None if data.get("base_model") is None else _reference(data["base_model"]).written
+    return tuple(sorted(found.values(), key=lambda reference: reference.written != base))
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """`value` with `change` applied to all that stands where mergekit expects a model."""
+    if isinstance(value, list):
+        return [_mapped(item, change) for item in value]
+    if not isinstance(value, dict):
+        return value
+    changed = {}
+    for key, item in value.items():
+        if key == "parameters" or item is None:
+            changed[key] = item
+        elif key in _MODEL_KEYS:
+            changed[key] = change(item)
+        elif key == "tokenizer_source":
+            changed[key] = item if item in _NAMES_OF_KINDS else change(item)
+        elif key == "tokenizer":
+            changed[key] = _mapped_tokenizer(item, change)
+        else:
+            changed[key] = _mapped(item, change)
+    return changed
+
+
+def _mapped_tokenizer(tokenizer: Any, change: Callable[[Any], Any]) -> Any:
+    """The block `tokenizer`, where a model may be a whole source, one token's source, or inside that."""
+    if not isinstance(tokenizer, dict):
+        return tokenizer
+
+    def source_of(value: Any) -> Any:
+        if isinstance(value, dict) and "kind" in value:
+            return {key: change(item) if key == "model" else item for key, item in value.items()}
+        return value if value is None or value in _NAMES_OF_KINDS else change(value)
+
+    changed = dict(tokenizer)
+    if "source" in tokenizer:
+        changed["source"] = source_of(tokenizer["source"])
+    if isinstance(tokens := tokenizer.get("tokens"), dict):
+        changed["tokens"] = {
+            token: {key: source_of(item) if key == "source" else item for key, item in entry.items()}
+            for token, entry in tokens.items()
+        }
+    return changed
+
+
+def _reference(value: Any) -> Reference:
+    """mergekit's reading of a model: a string `path[@revision][+lora]`, or a map of these."""
+    from mergekit.common import ModelReference
+
+    try:
+        parsed = ModelReference.model_validate(value)
+    except Exception as exc:  # mergekit's validators raise RuntimeError, pydantic its own
+        raise ConfigError(f"{value!r} is no model; write path[+lora], or the name of a hosted model") from exc
+    if parsed.lora is not None and parsed.lora.revision is not None:
+        raise ConfigError(f"{value!r}: a revision of a LoRA is not supported; give the adapter's folder")
+    return Reference(
+        written=value if isinstance(value, str) else json.dumps(parsed.model_dump(mode="json"), sort_keys=True),
+        path=parsed.model.path,
+        revision=parsed.model.revision,
+        lora=None if parsed.lora is None else parsed.lora.path,
+        architecture=parsed.override_architecture,
+    )

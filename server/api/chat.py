@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -29,10 +28,11 @@ from server.api.logprobs import chat_logprobs, prompt_logprobs
 from server.api.messages import template_messages
 from server.api.models import requested_model
 from server.api.protocol import ChatBody, ParameterCheck, ignored_header
-from server.api.request_log import record_of
+from server.api.request_log import RequestRecord, record_of
 from server.api.responses import ChatChoice, ChatCompletion, JSONResponse, ToolCallObject
 from server.api.streaming import EventStream
 from server.api.structured_output import requested_grammar
+from server.api.terms import Terms
 from server.api.tool_calls import Piece, ToolCallDelta, ToolCallParser
 from server.api.tool_use import ToolUse, tool_use
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 def chat_request(
-    body: ChatBody, hosting: Hosting, *, model_name: str, tools: ToolUse | None, request_id: str
+    body: ChatBody, hosting: Hosting, *, model_name: str, tools: ToolUse | None, terms: Terms
 ) -> GenerationRequest:
     """The generation that a chat asks for. Raises `RequestError`."""
     check_stream_options(body)
@@ -70,22 +70,77 @@ def chat_request(
         explain=extension.explain,
         tools=tools.rendered if tools else (),
         truncate_prompt_tokens=prompt_tokens_kept(body, hosting.models[model_name]),
-        deadline_s=hosting.config.server.request_timeout_s,
-        request_id=request_id,
+        deadline_s=terms.deadline_s,
+        priority=terms.priority,
+        request_id=terms.request_id,
     )
 
 
 # --- the answer --------------------------------------------------------------------------------------------------
 
 
-def chat_completion(generations: Generations, head: dict[str, Any], choices: list[ChatChoice]) -> ChatCompletion:
-    return {**head, "choices": choices, "usage": generations.usage, "ensemble": generations.ensemble}
+@dataclass(frozen=True)
+class Chat:
+    """A chat's body once it is checked: what was asked, and how it is answered, whole or as a stream."""
+
+    body: ChatBody
+    asked: GenerationRequest
+    tools: ToolUse | None
+    generations: Generations
+
+    @classmethod
+    def of(cls, body: ChatBody, hosting: Hosting, metrics: Metrics, record: RequestRecord, terms: Terms) -> Self:
+        """Nothing runs yet. Raises `RequestError` for all that can be told before."""
+        model = requested_model(hosting, body.model)
+        tools = tool_use(body, hosting.surface(model.name), model.name)
+        asked = chat_request(body, hosting, model_name=model.name, tools=tools, terms=terms)
+        return cls(body, asked, tools, Generations(model, [asked], hosting, metrics, record, terms))
+
+    async def answer(self) -> ChatCompletion:
+        """The whole answer. Runs the generation to its end."""
+        [answer] = await self.generations.answers()
+        completion: ChatCompletion = {
+            **self.generations.head("chatcmpl", "chat.completion"),
+            "choices": [self._choice(choice) for choice in answer.choices],
+            "usage": self.generations.usage,
+            "ensemble": self.generations.ensemble,
+        }
+        if answer.prompt is not None and self.body.return_token_ids:
+            completion["prompt_token_ids"] = list(answer.prompt.token_ids)
+        if answer.prompt is not None and self.body.prompt_logprobs is not None:
+            completion["prompt_logprobs"] = prompt_logprobs(answer.prompt)
+        return completion
+
+    def stream(self) -> AsyncGenerator[bytes]:
+        """The answer as server-sent events."""
+        writer = ChatWriter(
+            n=self.asked.n,
+            has_logprobs=self.asked.top_logprobs is not None,
+            has_token_ids=bool(self.body.return_token_ids),
+            new_parser=self.tools.new_parser if self.tools else None,
+            new_id=self.generations.terms.new_id,
+        )
+        head = self.generations.head("chatcmpl", "chat.completion.chunk")
+        return streamed(self.generations, head, writer, self.body.stream_options)
+
+    def _choice(self, choice: Choice) -> ChatChoice:
+        shown = chat_choice(
+            choice,
+            has_logprobs=self.asked.top_logprobs is not None,
+            parser=self.tools.new_parser() if self.tools else None,
+            new_id=self.generations.terms.new_id,
+        )
+        if self.body.return_token_ids:
+            shown["token_ids"] = choice.token_ids
+        return shown
 
 
-def chat_choice(choice: Choice, *, has_logprobs: bool, parser: ToolCallParser | None) -> ChatChoice:
+def chat_choice(
+    choice: Choice, *, has_logprobs: bool, parser: ToolCallParser | None, new_id: Callable[[], str]
+) -> ChatChoice:
     pieces: list[Piece] = [choice.text] if parser is None else parser.feed(choice.text) + parser.close()
     text = "".join(piece for piece in pieces if isinstance(piece, str))
-    calls = _joined(piece for piece in pieces if isinstance(piece, ToolCallDelta))
+    calls = _joined((piece for piece in pieces if isinstance(piece, ToolCallDelta)), new_id)
     shown: ChatChoice = {
         "index": choice.index,
         "message": {"role": "assistant", "content": text if text or not calls else None, "refusal": None},
@@ -100,12 +155,12 @@ def chat_choice(choice: Choice, *, has_logprobs: bool, parser: ToolCallParser | 
     return shown
 
 
-def _joined(deltas: Iterator[ToolCallDelta]) -> list[ToolCallObject]:
+def _joined(deltas: Iterator[ToolCallDelta], new_id: Callable[[], str]) -> list[ToolCallObject]:
     calls: list[ToolCallObject] = []
     for delta in deltas:
         if delta.name is not None:
             function = {"name": delta.name, "arguments": ""}
-            calls.append({"id": _new_call_id(), "type": "function", "function": function})
+            calls.append({"id": _call_id(new_id), "type": "function", "function": function})
         calls[-1]["function"]["arguments"] += delta.arguments
     return calls
 
@@ -115,19 +170,26 @@ def _finish_reason(reason: FinishReason | None, parser: ToolCallParser | None) -
     return "tool_calls" if reason == "stop" and parser is not None and parser.has_called else reason
 
 
-def _new_call_id() -> str:
-    return f"call_{uuid.uuid4().hex[:24]}"
+def _call_id(new_id: Callable[[], str]) -> str:
+    return f"call_{new_id()[:24]}"
 
 
 class ChatWriter:
     """The chunks of a chat. Each choice's first has the role, its last the finish_reason and nothing else."""
 
     def __init__(
-        self, *, n: int, has_logprobs: bool, has_token_ids: bool, new_parser: Callable[[], ToolCallParser] | None
+        self,
+        *,
+        n: int,
+        has_logprobs: bool,
+        has_token_ids: bool,
+        new_parser: Callable[[], ToolCallParser] | None,
+        new_id: Callable[[], str],
     ) -> None:
         self._n = n
         self._has_logprobs = has_logprobs
         self._has_token_ids = has_token_ids
+        self._new_id = new_id
         self._parsers = {index: new_parser() for index in range(n)} if new_parser else {}
         self._has_begun = False
 
@@ -148,7 +210,7 @@ class ChatWriter:
             deltas = [{"content": event.text}] if event.text else []
         else:
             pieces = parser.feed(event.text) + (parser.close() if event.finish_reason else [])
-            deltas = [_delta_of(piece) for piece in pieces]
+            deltas = [_delta_of(piece, self._new_id) for piece in pieces]
         if event.reasoning:
             deltas.insert(0, {"reasoning_content": event.reasoning})
         logprobs = chat_logprobs(event.tokens) if self._has_logprobs and event.tokens else None
@@ -173,13 +235,14 @@ def _chunk(index: int, delta: dict[str, Any], logprobs: Any = None) -> Part:
     return {"choices": [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}]}
 
 
-def _delta_of(piece: Piece) -> dict[str, Any]:
+def _delta_of(piece: Piece, new_id: Callable[[], str]) -> dict[str, Any]:
     if isinstance(piece, str):
         return {"content": piece}
     if piece.name is None:
         return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.arguments}}]}
     function = {"name": piece.name, "arguments": piece.arguments}
-    return {"tool_calls": [{"index": piece.index, "id": _new_call_id(), "type": "function", "function": function}]}
+    call_id = _call_id(new_id)
+    return {"tool_calls": [{"index": piece.index, "id": call_id, "type": "function", "function": function}]}
 
 
 # --- the route ---------------------------------------------------------------------------------------------------
@@ -199,42 +262,13 @@ def chat_router(hosting: Hosting, metrics: Metrics, admission: Admission) -> API
     async def create_chat_completion(body: ChatBody, request: Request) -> Response:
         """Answers a conversation; with `stream: true` as server-sent events."""
         headers = ignored_header(parameters.ignored(body))
-        model = requested_model(hosting, body.model)
-        tools = tool_use(body, hosting.surface(model.name), model.name)
         record = record_of(request)
-        asked = chat_request(body, hosting, model_name=model.name, tools=tools, request_id=record.request_id)
-        generations = Generations(model, [asked], hosting, metrics, record)
-        has_logprobs = asked.top_logprobs is not None
-        new_parser = tools.new_parser if tools else None
-
+        chat = Chat.of(body, hosting, metrics, record, Terms.of_client(record.request_id, config))
         if body.stream:
             record.stream = True
-            writer = ChatWriter(
-                n=asked.n,
-                has_logprobs=has_logprobs,
-                has_token_ids=bool(body.return_token_ids),
-                new_parser=new_parser,
-            )
-            head = generations.head("chatcmpl", "chat.completion.chunk")
             return EventStream(
-                streamed(generations, head, writer, body.stream_options),
-                admission,
-                keep_alive_interval_s=config.keep_alive_interval_s,
-                headers=headers,
+                chat.stream(), admission, keep_alive_interval_s=config.keep_alive_interval_s, headers=headers
             )
-
-        [answer] = await admission.answer(request.receive, generations.answers())
-        choices = []
-        for choice in answer.choices:
-            shown = chat_choice(choice, has_logprobs=has_logprobs, parser=new_parser() if new_parser else None)
-            if body.return_token_ids:
-                shown["token_ids"] = choice.token_ids
-            choices.append(shown)
-        completion = chat_completion(generations, generations.head("chatcmpl", "chat.completion"), choices)
-        if answer.prompt is not None and body.return_token_ids:
-            completion["prompt_token_ids"] = list(answer.prompt.token_ids)
-        if answer.prompt is not None and body.prompt_logprobs is not None:
-            completion["prompt_logprobs"] = prompt_logprobs(answer.prompt)
-        return JSONResponse(completion, headers=headers)
+        return JSONResponse(await admission.answer(request.receive, chat.answer()), headers=headers)
 
     return router

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -29,10 +29,11 @@ from server.api.json_body import strict_json_route
 from server.api.logprobs import completion_logprobs, prompt_logprobs
 from server.api.models import requested_model
 from server.api.protocol import CompletionBody, ParameterCheck, Prompt, ignored_header
-from server.api.request_log import record_of
+from server.api.request_log import RequestRecord, record_of
 from server.api.responses import Completion, CompletionChoice, JSONResponse
 from server.api.streaming import EventStream
 from server.api.structured_output import requested_grammar
+from server.api.terms import Terms
 
 if TYPE_CHECKING:
     from server.hosting import Hosting
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 
 def completion_requests(
-    body: CompletionBody, hosting: Hosting, *, model_name: str, request_id: str
+    body: CompletionBody, hosting: Hosting, *, model_name: str, terms: Terms
 ) -> list[GenerationRequest]:
     """One generation per prompt. Raises `RequestError`. Blocks while it encodes, if `add_special_tokens` is false."""
     check_stream_options(body)
@@ -69,8 +70,9 @@ def completion_requests(
             overrides=extension.overrides,
             explain=extension.explain,
             truncate_prompt_tokens=kept,
-            deadline_s=hosting.config.server.request_timeout_s,
-            request_id=request_id,
+            deadline_s=terms.deadline_s,
+            priority=terms.priority,
+            request_id=terms.request_id,
         )
         for prompt in body.prompt
     ]
@@ -126,6 +128,45 @@ def _text(prompt: Prompt, surface: Surface | None) -> str:
     if surface is None:
         raise UnsupportedError("echo of token ids: this model is not hosted here", param="echo")
     return surface.decode(prompt)
+
+
+@dataclass(frozen=True)
+class TextCompletion:
+    """A completion's body once it is checked: what was asked, and how it is answered, whole or as a stream."""
+
+    body: CompletionBody
+    layout: Layout
+    generations: Generations
+
+    @classmethod
+    async def of(
+        cls, body: CompletionBody, hosting: Hosting, metrics: Metrics, record: RequestRecord, terms: Terms
+    ) -> Self:
+        """Nothing runs yet. Raises `RequestError` for all that can be told before."""
+        model = requested_model(hosting, body.model)
+        asked = await asyncio.to_thread(completion_requests, body, hosting, model_name=model.name, terms=terms)
+        layout = await asyncio.to_thread(Layout.of, body, asked, hosting.surface(model.name))
+        return cls(body, layout, Generations(model, asked, hosting, metrics, record, terms))
+
+    async def answer(self) -> Completion:
+        """The whole answer. Runs all generations to their ends."""
+        answers = await self.generations.answers()
+        choices = [
+            completion_choice(place, answer, choice, self.layout)
+            for place, answer in enumerate(answers)
+            for choice in answer.choices
+        ]
+        return {
+            **self.generations.head("cmpl", "text_completion"),
+            "choices": choices,
+            "usage": self.generations.usage,
+            "ensemble": self.generations.ensemble,
+        }
+
+    def stream(self) -> AsyncGenerator[bytes]:
+        """The answer as server-sent events."""
+        head = self.generations.head("cmpl", "text_completion")
+        return streamed(self.generations, head, CompletionWriter(self.layout), self.body.stream_options)
 
 
 def completion_choice(place: int, answer: PromptAnswer, choice: Choice, layout: Layout) -> CompletionChoice:
@@ -224,36 +265,14 @@ def completions_router(hosting: Hosting, metrics: Metrics, admission: Admission)
     async def create_completion(body: CompletionBody, request: Request) -> Response:
         """Continues one prompt or several. Choice i of prompt p has index p * n + i."""
         headers = ignored_header(parameters.ignored(body))
-        model = requested_model(hosting, body.model)
         record = record_of(request)
-        asked = await asyncio.to_thread(
-            completion_requests, body, hosting, model_name=model.name, request_id=record.request_id
-        )
-        layout = await asyncio.to_thread(Layout.of, body, asked, hosting.surface(model.name))
-        generations = Generations(model, asked, hosting, metrics, record)
-        head = generations.head("cmpl", "text_completion")
-
+        terms = Terms.of_client(record.request_id, config)
+        completion = await TextCompletion.of(body, hosting, metrics, record, terms)
         if body.stream:
             record.stream = True
             return EventStream(
-                streamed(generations, head, CompletionWriter(layout), body.stream_options),
-                admission,
-                keep_alive_interval_s=config.keep_alive_interval_s,
-                headers=headers,
+                completion.stream(), admission, keep_alive_interval_s=config.keep_alive_interval_s, headers=headers
             )
-
-        answers = await admission.answer(request.receive, generations.answers())
-        choices = [
-            completion_choice(place, answer, choice, layout)
-            for place, answer in enumerate(answers)
-            for choice in answer.choices
-        ]
-        completion: Completion = {
-            **head,
-            "choices": choices,
-            "usage": generations.usage,
-            "ensemble": generations.ensemble,
-        }
-        return JSONResponse(completion, headers=headers)
+        return JSONResponse(await admission.answer(request.receive, completion.answer()), headers=headers)
 
     return router

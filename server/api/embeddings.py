@@ -61,7 +61,9 @@ class EmbeddingBody(Part):
 
 
 async def embedded(body: EmbeddingBody, embedder: SentenceEmbedder) -> EmbeddingList:
-    """Raises `ContextLengthError` for texts that the model would cut, unless the client asked for that."""
+    """Raises `UnknownModelError`; `ContextLengthError` for texts that would be cut, unless that was asked for."""
+    if body.model not in (None, embedder.name):
+        raise unknown_model(body.model, [embedder.name])
     num_tokens = await asyncio.to_thread(embedder.num_tokens, body.input)
     limit = embedder.max_tokens
     if body.dimensions not in (None, embedder.dim):
@@ -106,12 +108,9 @@ def embeddings_router(hosting: Hosting, admission: Admission) -> APIRouter:
         """Unit vectors of one text or several."""
         headers = ignored_header(parameters.ignored(body))
         embedder = hosting.embedder
-        if body.model not in (None, embedder.name):
-            raise unknown_model(body.model, [embedder.name])
         record = record_of(request)
-        record.model = embedder.name
         answer = await admission.answer(request.receive, embedded(body, embedder))
-        record.prompt_tokens = answer["usage"]["prompt_tokens"]
+        record.model, record.prompt_tokens = answer["model"], answer["usage"]["prompt_tokens"]
         return JSONResponse(answer, headers=headers)
 
     return router

@@ -6,8 +6,6 @@ One body may ask for several generations (a completion has one per prompt), and 
 from __future__ import annotations
 
 import asyncio
-import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -32,6 +30,7 @@ from ensembles.method import Method
 from server.api.protocol import ChatBody, CompletionBody, GenerationBody
 from server.api.request_log import RequestRecord
 from server.api.responses import EnsembleObject, MemberUsageObject, UsageObject
+from server.api.terms import Terms
 from server.engines.remote import RemoteChat
 
 if TYPE_CHECKING:
@@ -155,7 +154,7 @@ class Generations:
     hosting: Hosting
     metrics: Metrics
     record: RequestRecord
-    created: int = field(default_factory=lambda: int(time.time()))
+    terms: Terms
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
     _done: dict[int, Done] = field(default_factory=dict)
@@ -167,9 +166,9 @@ class Generations:
     def head(self, prefix: str, kind: str) -> dict[str, Any]:
         """What every chunk and every answer begins with."""
         return {
-            "id": f"{prefix}-{uuid.uuid4().hex}",
+            "id": f"{prefix}-{self.terms.new_id()}",
             "object": kind,
-            "created": self.created,
+            "created": self.terms.created,
             "model": self.model.name,
             "system_fingerprint": self.hosting.fingerprint(self.model.name),
         }
@@ -211,7 +210,7 @@ class Generations:
     @property
     def usage(self) -> UsageObject:
         """All generations' tokens, once they have ended."""
-        total = self._usage()
+        total = self.total
         return _usage_object(total.prompt_tokens, total.completion_tokens)
 
     @property
@@ -222,14 +221,16 @@ class Generations:
             "method": done[0].method,
             "members": list(done[0].members),
             "turnout": min(one.turnout for one in done),
-            "usage": {name: _member_usage(used) for name, used in self._usage().members.items()},
+            "usage": {name: _member_usage(used) for name, used in self.total.members.items()},
         }
         traces = [one.trace for one in done]
         if any(trace is not None for trace in traces):
             shown["trace"] = traces[0] if len(traces) == 1 else traces
         return shown
 
-    def _usage(self) -> Usage:
+    @property
+    def total(self) -> Usage:
+        """What all generations used that have ended."""
         members: dict[str, MemberUsage] = {}
         for done in self._done.values():
             for name, used in done.usage.members.items():
@@ -242,7 +243,7 @@ class Generations:
 
     def _count(self) -> None:
         assert len(self._done) == len(self.requests), f"model {self.model.name!r} ended without Done"
-        total = self._usage()
+        total = self.total
         self.record.prompt_tokens, self.record.completion_tokens = total.prompt_tokens, total.completion_tokens
         self.metrics.observe_usage(self.model.name, total)
 

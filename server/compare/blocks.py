@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ensembles.voting.answer_extraction import AnswerKind
+from server.compare.task_measure import Metric
 from server.config import Block, Count, LocalPath, Tokens, Unit
 
-Metric = Literal["exact_match", "numeric", "multiple_choice", "rouge_l", "chrf"]
+METRIC_ALIASES = {"numeric": "number"}
 Bytes = Annotated[Count, Unit("bytes")]
 
 
@@ -96,23 +96,18 @@ class TextSource(Block):
 Text = Annotated[TextSource, _as_map("path")]
 
 
-class Task(Block):
-    """Questions with known answers, one JSON object a line."""
+class TaskSource(Block):
+    """Questions with known answers, one JSON object a line. The Jinja templates see each row's fields."""
 
     name: str = Field(min_length=1)
-    data: LocalPath = Field(description="JSONL; each row's fields are there for `template`")
-    metric: Metric = Field(description="exact_match | numeric | multiple_choice | rouge_l | chrf")
+    data: LocalPath = Field(description="JSONL, one question a line")
+    metric: Annotated[Metric, BeforeValidator(lambda name: METRIC_ALIASES.get(str(name), name))] = Field(
+        description="how an output is judged"
+    )
     template: str = Field(min_length=1, description="Jinja: the prompt of a row")
-    system_prompt: str | None = Field(None, description="put before the prompt, for all arms alike")
+    answer: str = Field("{{ answer }}", min_length=1, description="Jinja: the right answer of a row")
     chat: bool = Field(True, description="ask as a user's message; false: continue the prompt as raw text")
-    id_field: str = Field("id", description="the field that names a row; rows without it go by their number")
-    answer_field: str = Field(
-        "answer", description="the field with the right answer: text, number, letter or list of texts"
-    )
-    choices_field: str = Field("options", description="multiple_choice: the field with the list of options")
-    answer: AnswerKind | None = Field(
-        None, description="how the answer is found in the output: number | choice | yes_no | text; default: by metric"
-    )
+    system_prompt: str | None = Field(None, description="put before the prompt, for all arms alike")
     max_tokens: Tokens = Field(256, description="longest output")
     temperature: float = Field(0.0, ge=0, le=2)
     samples: Count = Field(1, description="outputs per question; scores are averaged within a question first")
@@ -124,13 +119,13 @@ class Task(Block):
     )
 
     @model_validator(mode="after")
-    def _samples_can_differ(self) -> Task:
+    def _samples_can_differ(self) -> TaskSource:
         if self.samples > 1 and self.temperature == 0:
             raise ValueError("several samples need a temperature above 0, or all are the same")
         if too_many := [k for k in self.pass_at if k > self.samples]:
             raise ValueError(f"pass_at {too_many[0]} needs as many samples; there are {self.samples}")
-        if self.metric == "multiple_choice" and self.samples > 1:
-            raise ValueError("multiple_choice compares likelihoods, which do not vary: leave `samples` out")
+        if self.metric.startswith("multiple_choice") and self.samples > 1:
+            raise ValueError(f"{self.metric} compares likelihoods, which do not vary: leave `samples` out")
         return self
 
 
@@ -187,11 +182,11 @@ class PlanFile(Block):
     fit: dict[str, Text] = Field(
         default_factory=dict, description="name -> held-out text on which weights and variants are chosen"
     )
-    tasks: tuple[Task, ...] = ()
+    tasks: tuple[TaskSource, ...] = ()
     lm_eval: HarnessTasks | None = None
     window: Tokens = Field(512, ge=2, description="longest context in which a token of a text is scored")
     stride: Tokens | None = Field(None, description="tokens between two windows; default: window - 1, no overlap")
-    block_tokens: Tokens = Field(512, description="length of the pieces of a text that count as its items")
+    document_bytes: Bytes = Field(2000, description="shortest piece of a text that counts as one of its items")
     cost: CostSettings = CostSettings()
     cost_matched: CostMatched | None = Field(None, description="default: on where a task has `dev` data")
     statistics: StatisticsSettings = StatisticsSettings()

@@ -1,6 +1,8 @@
-"""Files of candidates for a crowd vote, in the three forms that people have them in.
+"""Files of candidates for a crowd vote, in the four forms that people have them in.
 
 - candidates, one JSON object per line: {"id": ..., "candidates": ["text", {"text": ..., "weight": 2, "system": "b"}]}
+- the output of a batch, told by its first line: {"custom_id": ..., "response": {...}, "error": ...}. All choices of all
+  lines of one custom_id are the candidates of one row, be they samples, cells of a grid, or answers of several jobs
 - one file per system: a text file has one answer per line; a JSONL file has strings, or objects with "text" and "id"
 - pairwise scores to replay: JSONL as `ensemble vote --explain` writes it, {"id": ..., "similarity": {name: matrix}}, or
   a CSV or TSV table with the columns id, candidate, reference and one column for each similarity
@@ -14,6 +16,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +25,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import from_json
 
 from ensembles.errors import RequestError
+from server.batch.candidates import BatchLine, grouped
 
 RowId = str | int | float | None
 
@@ -86,17 +90,40 @@ class _SystemLine(_Strict):
 
 
 def read_candidates(lines: Iterable[bytes]) -> Iterator[Row]:
-    """Rows from the first form. A row without an id gets the number of its line."""
-    for number, value in _json_lines(lines):
+    """Rows from the first two forms. A row without an id gets the number of its line."""
+    values = _json_lines(lines)
+    for number, value in values:
         if isinstance(value, BadRow):
             yield value
             continue
+        if BatchLine.is_one(value):
+            yield from _batch_rows(chain([(number, value)], values))
+            return
         try:
             line = _CandidateLine.model_validate(value)
         except ValidationError as exc:
             yield BadRow(_id_in(value), number, _first_finding(exc))
             continue
         yield _row(number if line.id is None else line.id, line.candidates, {})
+
+
+def _batch_rows(values: Iterable[tuple[int, Any]]) -> Iterator[Row]:
+    """A row for each custom_id of a batch output; answers that failed have no part in the vote."""
+    readable = []
+    for number, value in values:
+        if isinstance(value, BadRow):
+            yield value
+            continue
+        try:
+            readable.append((number, BatchLine.model_validate(value)))
+        except ValidationError as exc:
+            yield BadRow(_id_in(value), number, _first_finding(exc))
+    for group in grouped(readable):
+        if group.texts:
+            weights = (1.0,) * len(group.texts)
+            yield CandidateRow(group.custom_id, tuple(group.texts), weights, tuple(group.systems))
+        else:
+            yield BadRow(group.custom_id, group.line, group.failure or "has no text to vote on")
 
 
 def read_systems(paths: Sequence[Path]) -> list[Row]:
@@ -237,7 +264,7 @@ def _square(name: str, rows: Sequence[Sequence[float]]) -> np.ndarray:
 
 
 def _id_in(value: Any) -> RowId:
-    found = value.get("id") if isinstance(value, dict) else None
+    found = value.get("id", value.get("custom_id")) if isinstance(value, dict) else None
     return found if isinstance(found, str | int | float) else None
 
 

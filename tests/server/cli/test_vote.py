@@ -253,3 +253,23 @@ def test_recorded_math_answers_are_voted_better_than_a_random_system(ensemble: C
         for candidates, row in zip(rows, read_lines(tmp_path / "out.jsonl"), strict=True)
     ]
     assert np.mean(elected) > np.mean([candidate["quality"] for candidates in rows for candidate in candidates]) + 0.05
+
+
+def test_the_output_of_a_batch_is_voted_on_by_custom_id(ensemble: Callable, tmp_path: Path) -> None:
+    def line(custom_id: str, temperature: float, *texts: str) -> dict[str, Any]:
+        body = {"model": "mix", "choices": [{"message": {"content": text}} for text in texts]}
+        cell = {"temperature": temperature}
+        return {"custom_id": custom_id, "response": {"body": body}, "error": None, "cell": cell}
+
+    failed = {"custom_id": "c", "response": None, "error": {"message": "over-long prompt"}}
+    rows = [line("a", 0.2, "a dog"), line("a", 0.7, "the cat is here", "the cat is there"), line("b", 0.2, "x"), failed]
+    file = write_lines(tmp_path / "in.jsonl", rows)
+    file.write_bytes(file.read_bytes() + b'{"custom_id": "d", "resp')
+    run = ensemble("vote", file, "-o", tmp_path / "out.jsonl")
+    assert (run.code, run.err) == (3, "2 rows voted, 2 failed\n")
+    torn, first, second, third = read_lines(tmp_path / "out.jsonl")
+    assert torn["line"] == 5
+    assert (first["id"], first["winner"], first["text"]) == ("a", 1, "the cat is here")
+    assert first["system"] == "mix temperature=0.7"
+    assert (second["id"], second["text"]) == ("b", "x")
+    assert third == {"id": "c", "line": 4, "error": "over-long prompt"}

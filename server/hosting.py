@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from graphlib import TopologicalSorter
-from importlib.metadata import version
 from typing import Self
 
 from ensembles.base import Embedder, Event, GenerationRequest, Mixture, MixtureHost, Model
@@ -22,6 +19,7 @@ from server.embeddings import SentenceEmbedder
 from server.engines.engine import Engine, StepStats
 from server.engines.remote import RemoteChat
 from server.engines.transformers_engine.engine import TransformersEngine
+from server.fingerprints import fingerprint
 from server.members import Member, load_members
 from server.reranking import CrossEncoderReranker
 from server.surface import Surface
@@ -61,7 +59,7 @@ class Hosting:
         self.created = int(time.time())
         self._members = members
         self._engine = engine
-        self._fingerprints = {name: _fingerprint(name, config) for name in config.models}
+        self._fingerprints = {name: fingerprint(name, config) for name in config.models}
 
     @classmethod
     @asynccontextmanager
@@ -118,28 +116,9 @@ def _engine(config: Config, members: Mapping[str, Member], on_step: Callable[[St
         prefill_chunk=config.engine.prefill_chunk,
         num_threads=config.engine.num_threads,
         max_queue=config.server.max_queue,
+        prefix_cache_bytes=config.engine.prefix_cache_mb * 2**20,
         on_step=on_step,
     )
-
-
-def _references(entry: HostedModel | RemoteModel | MethodConfig) -> set[str]:
-    if isinstance(entry, MethodConfig):
-        return entry.references()
-    return {entry.base} if isinstance(entry, HostedModel) and entry.base else set()
-
-
-def _fingerprint(name: str, config: Config) -> str:
-    entries: dict[str, object] = {}
-    names = [name]
-    while names:
-        current = names.pop()
-        if current not in entries:
-            entry = config.models[current]
-            entries[current] = entry.model_dump(mode="json", exclude={"listed"})
-            names.extend(_references(entry))
-    versions = {package: version(package) for package in ("ensemble-server", "torch", "transformers")}
-    digest = hashlib.sha256(json.dumps([name, entries, versions], sort_keys=True).encode())
-    return f"fp_{digest.hexdigest()[:12]}"
 
 
 def _compose(config: Config, parts: Mapping[str, Model], services: Services) -> dict[str, Model]:

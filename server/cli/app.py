@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "vote": "server.cli.vote:vote",
     "replay": "server.cli.replay:replay",
     "merge": "server.cli.merge:merge",
+    "export": "server.cli.export:export",
     "doctor": "server.cli.doctor:doctor",
 }
 

@@ -1,0 +1,26 @@
+"""`ensemble export`: a probability average as one model directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The YAML file.", metavar="CONFIG")],
+    name: Annotated[str, typer.Argument(help="Which of its models: a probability_average.", metavar="NAME")],
+    folder: Annotated[Path, typer.Argument(help="An empty folder, or one to be made.", metavar="DIR")],
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy the members' weights into DIR instead of referring to them.")
+    ] = False,
+) -> None:
+    """Write an ensemble as ONE model directory that transformers loads: generate(), pipelines, lm-eval."""
+    from server.config import load_config
+    from server.one_model.export import export as write
+
+    write(load_config(config), name, folder, copy=copy)
+    typer.echo(
+        f"Wrote {folder}. Load it with AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)."
+    )

@@ -1,0 +1,173 @@
+"""The exported directory in transformers, against members run one by one and pooled in NumPy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from server.config import parse_config
+from server.one_model.evidence import NUM_KEPT
+from server.one_model.export import export
+from tests.reference import Reference
+
+VOCAB_SIZE = 320
+TOLERANCE_NATS = 1e-4
+TEXTS = ("The quick brown fox jumps over", "To be, or", "def f(x): return x + 1")
+MIXTURES = {
+    "arithmetic": {"members": {"llama": 1, "red": 2, "deep": 1}, "pool": "arithmetic"},
+    "geometric with a negative weight": {"members": {"llama": -0.5, "red": 1.5}, "pool": "geometric"},
+    "posterior": {"members": ["llama", "deep", "gemma", "gpt2"], "pool": "posterior"},
+    "posterior with a share": {"members": {"llama": 1, "red": 2, "green": 1}, "pool": "posterior", "share": 0.05},
+    "one member": {"members": {"red": 1, "llama": 0}, "pool": "posterior"},
+}
+
+
+def config_of(tiny: dict[str, Path], mixture: dict) -> dict:
+    hosted = {name: {"path": str(tiny[name])} for name in ("llama", "deep", "gemma", "gpt2")}
+    adapters = {name: {"base": "llama", "adapter": str(tiny[name])} for name in ("red", "green")}
+    return {"models": {**hosted, **adapters, "mix": {"method": "probability_average", **mixture}}}
+
+
+def exported(tiny: dict[str, Path], mixture: dict, folder: Path, *, copy: bool = False) -> Path:
+    export(parse_config(config_of(tiny, mixture), source=tiny["llama"] / "c.yaml"), "mix", folder, copy=copy)
+    return folder
+
+
+def load(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+
+def reference_of(tiny: dict[str, Path]) -> Reference:
+    places = {name: (tiny[name], None) for name in ("llama", "deep", "gemma", "gpt2")}
+    return Reference(places | {name: (tiny["llama"], tiny[name]) for name in ("red", "green")}, VOCAB_SIZE)
+
+
+def weights_of(mixture: dict) -> dict[str, float]:
+    members = mixture["members"]
+    weights = members if isinstance(members, dict) else dict.fromkeys(members, 1.0)
+    return {name: weight for name, weight in weights.items() if weight}
+
+
+def token_ids(folder: Path, text: str) -> list[int]:
+    return AutoTokenizer.from_pretrained(folder).encode(text)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_logits_are_the_references_log_probabilities(name, tiny, tmp_path):
+    mixture = MIXTURES[name]
+    folder = exported(tiny, mixture, tmp_path / "out")
+    ids = token_ids(folder, TEXTS[0])
+    expected, _ = reference_of(tiny)(mixture["pool"], weights_of(mixture), ids, mixture.get("share", 0.0))
+    with torch.no_grad():
+        logits = load(folder)(torch.tensor([ids])).logits[0].numpy()
+    assert logits.shape == (len(ids), VOCAB_SIZE)
+    assert np.abs(logits - expected).max() < TOLERANCE_NATS
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "posterior", "posterior with a share"])
+def test_a_padded_batch_generates_what_each_text_does_alone(name, tiny, tmp_path):
+    folder = exported(tiny, MIXTURES[name], tmp_path / "out")
+    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer.pad_token = tokenizer.eos_token
+    settings = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 2}
+    together = model.generate(**tokenizer(list(TEXTS), return_tensors="pt", padding=True), **settings)
+    for row, text in zip(together, TEXTS, strict=True):
+        alone = model.generate(torch.tensor([tokenizer.encode(text)]), **settings)[0]
+        assert row[-10:].tolist() == alone[-10:].tolist()
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "posterior with a share"])
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}])
+def test_the_cache_changes_nothing(name, settings, tiny, tmp_path):
+    folder = exported(tiny, MIXTURES[name], tmp_path / "out")
+    model, ids = load(folder), torch.tensor([token_ids(tmp_path / "out", TEXTS[0])])
+    outputs = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        settings = {"do_sample": False, **settings, "max_new_tokens": 12, "use_cache": use_cache}
+        outputs.append(model.generate(ids, **settings, pad_token_id=2).tolist())
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "posterior with a share"])
+def test_assisted_generation_gives_the_greedy_text(name, tiny, tmp_path):
+    """Drafts of a member are mostly rejected here, so the cache, evidence included, is cut back again and again."""
+    folder = exported(tiny, MIXTURES[name], tmp_path / "out")
+    draft = exported(tiny, {"members": ["llama"]}, tmp_path / "draft")
+    model, ids = load(folder), torch.tensor([token_ids(folder, TEXTS[0])])
+    settings = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": None}
+    assisted = model.generate(ids, assistant_model=load(draft), **settings)
+    assert assisted.tolist() == model.generate(ids, **settings).tolist()
+
+
+def test_evidence_survives_a_text_longer_than_the_kept_positions(tiny, tmp_path):
+    mixture = MIXTURES["posterior with a share"]
+    folder = exported(tiny, mixture, tmp_path / "out")
+    ids = token_ids(folder, TEXTS[0] * 8)
+    assert len(ids) > NUM_KEPT + 20
+    expected, _ = reference_of(tiny)("posterior", weights_of(mixture), ids, mixture["share"])
+    model = load(folder)
+    with torch.no_grad():
+        first = model(torch.tensor([ids[:-20]]), use_cache=True)
+        then = model(torch.tensor([ids[-20:]]), past_key_values=first.past_key_values, use_cache=True)
+    assert np.abs(then.logits[0].numpy() - expected[-20:]).max() < TOLERANCE_NATS
+
+
+def test_the_loss_is_that_of_the_mixture(tiny, tmp_path):
+    folder = exported(tiny, MIXTURES["arithmetic"], tmp_path / "out")
+    ids = token_ids(folder, TEXTS[2])
+    expected, _ = reference_of(tiny)("arithmetic", weights_of(MIXTURES["arithmetic"]), ids)
+    with torch.no_grad():
+        loss = load(folder)(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item()
+    assert loss == pytest.approx(-np.mean([expected[t, ids[t + 1]] for t in range(len(ids) - 1)]), abs=TOLERANCE_NATS)
+
+
+def test_adapters_share_one_copy_of_their_base(tiny, tmp_path):
+    folder = exported(tiny, {"members": ["llama", "red", "green"]}, tmp_path / "out")
+    assert len(load(folder).backbones) == 1
+
+
+def test_a_pipeline_runs_on_the_directory(tiny, tmp_path):
+    folder = exported(tiny, MIXTURES["arithmetic"], tmp_path / "out")
+    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    [answer] = generator(TEXTS[0], max_new_tokens=5, do_sample=False)
+    expected = model.generate(torch.tensor([tokenizer.encode(TEXTS[0])]), max_new_tokens=5, do_sample=False)
+    assert answer["generated_text"] == tokenizer.decode(expected[0], skip_special_tokens=True)
+
+
+def test_lm_evaluation_harness_scores_the_mixture(tiny, tmp_path):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    folder = exported(tiny, MIXTURES["arithmetic"], tmp_path / "out")
+    ids = token_ids(folder, TEXTS[0])
+    expected, _ = reference_of(tiny)("arithmetic", weights_of(MIXTURES["arithmetic"]), ids)
+    harness = HFLM(pretrained=str(folder), trust_remote_code=True, device="cpu", dtype="float32", batch_size=2)
+    context, continuation = "The quick brown fox", " jumps over"
+    num_context = len(token_ids(folder, context))
+    [(logprob, _)] = harness.loglikelihood(
+        [Instance("loglikelihood", {}, (context, continuation), 0)], disable_tqdm=True
+    )
+    assert token_ids(folder, context) == ids[:num_context]
+    scored = [expected[t - 1, ids[t]] for t in range(num_context, len(ids))]
+    assert logprob == pytest.approx(sum(scored), abs=1e-3)
+
+
+def test_a_static_cache_is_refused_by_name(tiny, tmp_path):
+    folder = exported(tiny, MIXTURES["arithmetic"], tmp_path / "out")
+    with pytest.raises(ValueError, match="static"):
+        load(folder).generate(torch.tensor([[5, 6]]), max_new_tokens=2, cache_implementation="static")
+
+
+def test_importing_the_package_registers_the_type(tiny, tmp_path):
+    import server.one_model
+
+    folder = exported(tiny, MIXTURES["arithmetic"], tmp_path / "out")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    assert isinstance(config, server.one_model.EnsembleConfig)
+    assert AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).config.pool == "arithmetic"

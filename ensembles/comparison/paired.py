@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from ensembles.comparison import bootstrap
+from ensembles.comparison.bootstrap import NUM_RESAMPLES
 from ensembles.comparison.effect_size import cohens_d_z, cohens_h, discordant_odds
 from ensembles.comparison.intervals import Estimate
 from ensembles.comparison.power import minimal_detectable_effect
@@ -42,12 +43,20 @@ class Comparison:
 
 
 def compare_right_wrong(
-    model: np.ndarray, baseline: np.ndarray, *, clusters: Sequence[object] | None = None, seed: int = 0
+    model: np.ndarray,
+    baseline: np.ndarray,
+    *,
+    clusters: Sequence[object] | None = None,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+    level: float = 0.95,
 ) -> Comparison:
     """Both (num_items,) of 0 and 1; failed and missing items count as 0. The difference is one of shares."""
     model, baseline = _aligned(model, baseline)
     assert np.isin([model, baseline], (0.0, 1.0)).all(), "right or wrong: every figure must be 0 or 1"
-    difference = bootstrap.mean(model - baseline, clusters=clusters, seed=seed)
+    difference = bootstrap.mean(
+        model - baseline, clusters=clusters, seed=seed, num_resamples=num_resamples, level=level
+    )
     counts = mcnemar(model == 1, baseline == 1)
     return Comparison(
         difference,
@@ -55,7 +64,7 @@ def compare_right_wrong(
         counts.p_value,
         cohens_h(float(model.mean()), float(baseline.mean())),
         "cohens_h",
-        _detectable(difference),
+        _detectable(difference, level),
         counts.only_model,
         counts.only_baseline,
         len(model) - counts.only_model - counts.only_baseline,
@@ -65,19 +74,25 @@ def compare_right_wrong(
 
 
 def compare_scores(
-    model: np.ndarray, baseline: np.ndarray, *, clusters: Sequence[object] | None = None, seed: int = 0
+    model: np.ndarray,
+    baseline: np.ndarray,
+    *,
+    clusters: Sequence[object] | None = None,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+    level: float = 0.95,
 ) -> Comparison:
     """Both (num_items,) or (num_items, num_samples), higher is better; samples are averaged within their item."""
     model, baseline = _aligned(bootstrap.within_item(model), bootstrap.within_item(baseline))
     differences = model - baseline
-    difference = bootstrap.mean(differences, clusters=clusters, seed=seed)
+    difference = bootstrap.mean(differences, clusters=clusters, seed=seed, num_resamples=num_resamples, level=level)
     return Comparison(
         difference,
         "sign_flip",
         sign_flip(_per_cluster(differences, clusters), seed=seed),
         cohens_d_z(differences),
         "cohens_d_z",
-        _detectable(difference),
+        _detectable(difference, level),
         int((differences > 0).sum()),
         int((differences < 0).sum()),
         int((differences == 0).sum()),
@@ -92,6 +107,8 @@ def compare_bits_per_byte(
     *,
     clusters: Sequence[object] | None = None,
     seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+    level: float = 0.95,
 ) -> Comparison:
     """All (num_documents,), lower is better: wins are documents with fewer bits per byte.
 
@@ -102,7 +119,14 @@ def compare_bits_per_byte(
     num_bytes, baseline_num_bytes = _aligned(num_bytes, baseline_num_bytes)
     bits, baseline_bits = nats / math.log(2), baseline_nats / math.log(2)
     difference = bootstrap.ratio_difference(
-        bits, num_bytes, baseline_bits, baseline_num_bytes, clusters=clusters, seed=seed
+        bits,
+        num_bytes,
+        baseline_bits,
+        baseline_num_bytes,
+        clusters=clusters,
+        seed=seed,
+        num_resamples=num_resamples,
+        level=level,
     )
     per_document = bits / num_bytes - baseline_bits / baseline_num_bytes
     # Linearised, so that they add up to the difference of the two ratios.
@@ -113,7 +137,7 @@ def compare_bits_per_byte(
         sign_flip(_per_cluster(shares, clusters), seed=seed),
         cohens_d_z(per_document),
         "cohens_d_z",
-        _detectable(difference),
+        _detectable(difference, level),
         int((per_document < 0).sum()),
         int((per_document > 0).sum()),
         int((per_document == 0).sum()),
@@ -131,5 +155,6 @@ def _per_cluster(differences: np.ndarray, clusters: Sequence[object] | None) -> 
     return bootstrap.by_cluster(differences[:, None], clusters)[:, 0]
 
 
-def _detectable(difference: Estimate) -> float | None:
-    return None if difference.standard_error is None else minimal_detectable_effect(difference.standard_error)
+def _detectable(difference: Estimate, level: float) -> float | None:
+    error = difference.standard_error
+    return None if error is None else minimal_detectable_effect(error, level=level)

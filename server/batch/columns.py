@@ -20,7 +20,19 @@ ABSENT: Any = object()  # what a line has no place for, which is not the same as
 
 CELL_NAMES = ("model", "temperature", "seed")
 SHORT_NAMES = ("custom_id", "content", "finish_reason", "error", "sample", *CELL_NAMES)
-BODY_NAMES = ("id", "object", "created", "choices", "usage", "ensemble", "system_fingerprint", "data", "results")
+BODY_NAMES = (
+    "id",
+    "object",
+    "created",
+    "choices",
+    "usage",
+    "ensemble",
+    "system_fingerprint",
+    "data",
+    "label",
+    "probabilities",
+    "members",
+)
 LINE_NAMES = ("response", "cell")
 ANSWER_KINDS: tuple[AnswerKind, ...] = get_args(AnswerKind)
 

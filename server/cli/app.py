@@ -21,6 +21,7 @@ COMMANDS: dict[str, str] = {
     "serve": "server.cli.serve:serve",
     "chat": "server.cli.chat:chat",
     "models": "server.cli.models:models",
+    "batch": "server.cli.batch:batch",
     "vote": "server.cli.vote:vote",
     "replay": "server.cli.replay:replay",
     "merge": "server.cli.merge:merge",

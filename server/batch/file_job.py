@@ -1,0 +1,105 @@
+"""A batch job over files: its input, the recipe of its rows, and what makes it the same job tomorrow."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ensembles.errors import ConfigError
+from server.batch.identity import Identity
+from server.batch.inputs import Recipe, read_rows
+from server.batch.records import SourceKind, read_records
+from server.batch.rows import BadRow, Row
+from server.batch.store import JobStore
+from server.batch.submission import SampleSubmission
+
+NUM_BAD_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class CheckedInput:
+    """What one reading of the input found. `bad`: the first few messages of rows that cannot be run."""
+
+    num_rows: int
+    num_bad: int
+    bad: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FileJob:
+    """`options`: what else makes the job what it is, each under the flag that said it. `seed`: the job's own."""
+
+    source: Path
+    kind: SourceKind
+    recipe: Recipe
+    options: Mapping[str, str] = field(default_factory=dict)
+    seed: int = 0
+
+    def rows(self) -> Iterator[Row | BadRow]:
+        """The job's rows in their order. Reads the source anew at every call."""
+        return read_rows(read_records(self.source, self.kind), self.recipe)
+
+    def check(self, sample: SampleSubmission | None) -> CheckedInput:
+        """Read the whole input once. Raises `ConfigError` if it has no rows or not those of the sample submission."""
+        num_rows = num_bad = 0
+        bad: list[str] = []
+        for row in self.rows():
+            num_rows += 1
+            if isinstance(row, BadRow):
+                num_bad += 1
+                if len(bad) < NUM_BAD_SHOWN:
+                    bad.append(row.error["message"])
+        if not num_rows:
+            raise ConfigError(f"{self.source}: has no rows")
+        if sample is not None:
+            sample.check_ids(lambda: (row.custom_id for row in self.rows()))
+        return CheckedInput(num_rows, num_bad, tuple(bad))
+
+    def identity(self) -> Identity:
+        return Identity({"the input": _digest(self.source), **self.options}, self.seed)
+
+    def open_store(self, path: Path, *, restart: bool) -> JobStore:
+        """The job's store at `path`, with all rows taken in. `restart` forgets what was there. Raises `ConfigError`."""
+        if restart:
+            discard_job(path)
+        store = JobStore.open(path, self.identity())
+        try:
+            store.take_rows(self.rows())
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+
+def discard_job(path: Path) -> None:
+    """Remove a job's file, if there is one. Raises `ConfigError` if another process works on it."""
+    if not path.exists():
+        return
+    try:
+        database = sqlite3.connect(path, timeout=0, isolation_level=None)
+        try:
+            database.execute("BEGIN EXCLUSIVE")
+        finally:
+            database.close()
+    except sqlite3.OperationalError as exc:
+        raise ConfigError(f"{path}: another process works on this job ({exc}); end it first") from exc
+    except sqlite3.DatabaseError:
+        pass  # no database: nobody works on it, and it is not wanted either
+    for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):
+        path.with_name(name).unlink(missing_ok=True)
+
+
+def _digest(source: Path) -> str:
+    """The contents of a file, or of all files of a folder with their names; where it lies does not matter."""
+    digest = hashlib.sha256()
+    files = sorted(path for path in source.iterdir() if path.is_file()) if source.is_dir() else [source]
+    for path in files:
+        if source.is_dir():
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return f"sha256 {digest.hexdigest()[:16]}"

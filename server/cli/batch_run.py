@@ -1,0 +1,175 @@
+"""Running the job of `ensemble batch`: take the rows in, answer what has no answer, write, and say how it went."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from ensembles.errors import EnsembleError
+from server.batch.columns import Column
+from server.batch.file_job import CheckedInput, FileJob
+from server.batch.outputs import OutputForm, write_job
+from server.batch.progress import ProgressView, duration, spend
+from server.batch.store import Counts, JobStore
+from server.batch.submission import SampleSubmission
+from server.config import Config
+from server.fingerprints import fingerprint
+
+if TYPE_CHECKING:
+    from server.batch.runner import Summary
+
+OK, SOME_ROWS_FAILED, INTERRUPTED = 0, 3, 130
+
+
+@dataclass(frozen=True)
+class BatchRun:
+    """One call of the command. `sample`: what the output's ids are held against."""
+
+    config: Config
+    job: FileJob
+    job_file: Path
+    output: Path
+    form: OutputForm
+    sample: SampleSubmission | None = None
+    concurrency: int | None = None
+    deadline_s: float | None = None
+    retry_errors: bool = False
+    restart: bool = False
+    has_progress: bool = True
+
+
+def run_job(run: BatchRun) -> int:
+    """Run the job to its end, its deadline or an interrupt, write its output, and return the exit code.
+
+    Everything that can be wrong with the input is found before a model is loaded.
+    """
+    console = Console(stderr=True)
+    say = _sayer(console)
+    report_bad_rows(run.job.check(run.sample), say)
+    with run.job.open_store(run.job_file, restart=run.restart) as store:
+        store.bind_models(model_fingerprints(store.model_names(), run.config))
+        if run.retry_errors:
+            say(f"{store.forget_errors()} failed rows run again")
+        counts = store.counts()
+        if not counts.pending and not counts.cut:
+            say(f"this job is finished: {run.job_file}")
+            return _write(run, store, "finished", say)
+        if counts.ok + counts.failed:
+            say(f"continues {run.job_file}: {counts.ok + counts.failed} of {counts.total} rows are done")
+        try:
+            summary = asyncio.run(_answer(run, store, console))
+        except EnsembleError:
+            write_job(store, run.job.recipe.grid, run.output, run.form)  # the best so far; the error says the rest
+            raise
+        say(_speed(summary))
+        return _write(run, store, summary.ended, say)
+
+
+def report_bad_rows(checked: CheckedInput, say: Callable[[str], None]) -> None:
+    if checked.num_bad:
+        say(f"{checked.num_bad} of {checked.num_rows} rows cannot be run and will be errors in the output:")
+        for message in checked.bad:
+            say(f"  {message}")
+        if checked.num_bad > len(checked.bad):
+            say(f"  and {checked.num_bad - len(checked.bad)} more")
+
+
+def model_fingerprints(names: list[str | None], config: Config) -> dict[str, str]:
+    """Those of the models that the rows name, as far as the config has them; a row may name none if one is listed."""
+    listed = [name for name, entry in config.models.items() if entry.listed]
+    asked = {name if name is not None or len(listed) != 1 else listed[0] for name in names}
+    return {name: fingerprint(name, config) for name in config.models if name in asked}
+
+
+async def _answer(run: BatchRun, store: JobStore, console: Console) -> Summary:
+    from server.batch.runner import run as run_rows
+    from server.hosting import Hosting
+
+    stop = asyncio.Event()
+    with ProgressView(console, is_shown=run.has_progress) as view, _stopping(stop, view.say):
+        async with Hosting.open(run.config) as hosting:
+            return await run_rows(
+                store,
+                hosting,
+                concurrency=run.concurrency,
+                deadline_s=run.deadline_s,
+                stop=stop,
+                on_progress=view.update,
+            )
+
+
+@contextmanager
+def _stopping(stop: asyncio.Event, say: Callable[[str], None]) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM) sets `stop`, the second cancels the task that is in this block."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None, "runs inside a task"
+
+    def interrupt() -> None:
+        if stop.is_set():
+            task.cancel()
+        else:
+            say("stopping; what is done is kept. Once more stops at once.")
+            stop.set()
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    for number in signals:
+        loop.add_signal_handler(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+def _write(run: BatchRun, store: JobStore, ended: str, say: Callable[[str], None]) -> int:
+    """Write the output, say what is in it, and return the exit code."""
+    if run.sample is not None:
+        run.sample.check_ids(lambda: (stored.row.custom_id for stored in store.rows()))
+    report = write_job(store, run.job.recipe.grid, run.output, run.form)
+    counts = store.counts()
+    say(f"{_described(counts)}; wrote {run.output}")
+    if report is not None and report.num_filled:
+        filled = f"took the fallback {run.form.fallback!r}" if run.form.fallback else "are blank"
+        say(f"warning: {report.num_filled} of {report.num_rows} rows have no answer and {filled}")
+    for column in report.absent if report is not None else ():
+        say(f"warning: {_absence(column)}")
+    if spent := spend(store.spent()):
+        say(f"members read+wrote: {', '.join(spent)}")
+    if ended == "stopped":
+        say("interrupted; the same command continues")
+        return INTERRUPTED
+    if counts.pending or counts.cut:
+        say("the deadline passed; the same command continues")
+    if counts.failed:
+        say("--retry-errors runs the failed rows again")
+    return SOME_ROWS_FAILED if counts.failed or counts.pending else OK
+
+
+def _described(counts: Counts) -> str:
+    """ "300 rows: 297 ok (5 cut short), 2 failed, 1 without an answer" """
+    cut = f" ({counts.cut} cut short)" if counts.cut else ""
+    pending = f", {counts.pending} without an answer" if counts.pending else ""
+    return f"{counts.total} rows: {counts.ok} ok{cut}, {counts.failed} failed{pending}"
+
+
+def _speed(summary: Summary) -> str:
+    rate = summary.completion_tokens / summary.elapsed_s if summary.elapsed_s > 0 else 0.0
+    return (
+        f"read {summary.prompt_tokens:,} tokens and wrote {summary.completion_tokens:,} in "
+        f"{duration(summary.elapsed_s)} ({rate:,.0f} tokens/s)"
+    )
+
+
+def _absence(column: Column) -> str:
+    return f"column {column.name!r}: no row has {column.source!r}"
+
+
+def _sayer(console: Console) -> Callable[[str], None]:
+    return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)

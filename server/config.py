@@ -223,6 +223,12 @@ class EngineConfig(Block):
     prefill_chunk: Tokens = Field(
         512, description="read of a prompt per step, so that a long one does not stall others"
     )
+    prefix_cache_mb: Annotated[int, Unit("MB")] = Field(
+        512,
+        ge=0,
+        description="kept of prompts that were read, so that prompts that begin alike (a system prompt, examples) are "
+        "read once; 0 switches it off",
+    )
     num_threads: Annotated[Count, Unit("CPU threads")] | None = Field(None, description="default: torch's choice")
 
 

@@ -7,7 +7,7 @@ from clients, so their number is bounded.
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -48,9 +48,16 @@ class Metrics:
         self.member_tokens = self._counter(
             "member_tokens_total", "Tokens, prompt and generated, that the engine put through a member", ["member"]
         )
+        self.prefix_cache_hits = self._counter(
+            "prefix_cache_hits_total", "Prompt tokens that the prefix cache spared a member", ["member"]
+        )
+        self.prefix_cache_bytes = self._gauge("prefix_cache_bytes", "What the prefix cache holds")
         self.member_answer_tokens = self._counter(
             "member_answer_tokens_total", "Tokens that a member read and wrote for finished answers", ["member", "kind"]
         )
+
+        self.batches = self._gauge("batches", "Batches that have not ended, by status", ["status"])
+        self.batch_rows = self._gauge("batch_rows", "Rows of these batches, by what became of them", ["state"])
 
     def observe_step(self, stats: StepStats) -> None:
         """The engine's report after each step. May be called from its thread."""
@@ -60,6 +67,9 @@ class Metrics:
         self.num_requests_waiting.set(stats.num_waiting)
         for member, num_tokens in stats.num_tokens.items():
             self.member_tokens.labels(member).inc(num_tokens)
+        for member, num_tokens in stats.num_cached_tokens.items():
+            self.prefix_cache_hits.labels(member).inc(num_tokens)
+        self.prefix_cache_bytes.set(stats.prefix_cache_bytes)
 
     def observe_request(self, model: str, status: int, duration_s: float) -> None:
         """The end of an HTTP request. `model` is "" where it asked for none or for one that is not served."""
@@ -74,6 +84,13 @@ class Metrics:
         for member, used in usage.members.items():
             self.member_answer_tokens.labels(member, "prompt").inc(used.prompt_tokens)
             self.member_answer_tokens.labels(member, "completion").inc(used.completion_tokens)
+
+    def observe_batches(self, num_batches: Mapping[str, int], *, pending: int, completed: int, failed: int) -> None:
+        """After a change of the batches that have not ended: how many in each status, 0 too, and all their rows."""
+        for status, number in num_batches.items():
+            self.batches.labels(status).set(number)
+        for state, num_rows in (("pending", pending), ("completed", completed), ("failed", failed)):
+            self.batch_rows.labels(state).set(num_rows)
 
     @contextmanager
     def live_request(self) -> Iterator[None]:
@@ -97,8 +114,8 @@ class Metrics:
     def _histogram(self, name: str, meaning: str, labels: list[str], buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"ensemble:{name}", meaning, labels, registry=self.registry, buckets=buckets)
 
-    def _gauge(self, name: str, meaning: str) -> Gauge:
-        return Gauge(f"ensemble:{name}", meaning, registry=self.registry)
+    def _gauge(self, name: str, meaning: str, labels: Sequence[str] = ()) -> Gauge:
+        return Gauge(f"ensemble:{name}", meaning, labels, registry=self.registry)
 
     def _counter(self, name: str, meaning: str, labels: list[str]) -> Counter:
         return Counter(f"ensemble:{name}", meaning, labels, registry=self.registry)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from ensembles.base import MixtureHost
@@ -12,13 +12,16 @@ from ensembles.base import MixtureHost
 @dataclass(frozen=True)
 class StepStats:
     """One step of the engine, for metrics. `num_rows`: rows (one per request and member) that each member forwarded;
-    `num_tokens`: tokens, prompt and generated, that it forwarded."""
+    `num_tokens`: tokens, prompt and generated, that it forwarded; `num_cached_tokens`: prompt tokens that it did not
+    have to, since the prefix cache, which now holds `prefix_cache_bytes`, knew them."""
 
     duration_s: float
     num_running: int
     num_waiting: int
     num_rows: Mapping[str, int]
     num_tokens: Mapping[str, int]
+    num_cached_tokens: Mapping[str, int] = field(default_factory=dict)
+    prefix_cache_bytes: int = 0
 
 
 class Engine(MixtureHost, Protocol):

@@ -10,15 +10,12 @@ cancelled and expired requests, so hanging up costs one step.
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
 import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,7 +27,6 @@ from ensembles.errors import (
     EnsembleError,
     MemberError,
     ModelLoadError,
-    OverloadedError,
     RequestError,
     UnsupportedError,
 )
@@ -42,6 +38,8 @@ from server.engines.transformers_engine.backbone import Backbone
 from server.engines.transformers_engine.choice import LiveChoice
 from server.engines.transformers_engine.generation import Generation
 from server.engines.transformers_engine.job import Job, deliver
+from server.engines.transformers_engine.prefix_cache import PrefixCache
+from server.engines.transformers_engine.scheduler import Scheduler, Work
 from server.engines.transformers_engine.visit import Visit, Visitor
 from server.members import Member, check_shared_vocabulary
 
@@ -51,7 +49,10 @@ MAX_FAILED_STEPS = 3  # in a row; then it is not the requests that are at fault
 
 
 class TransformersEngine:
-    """See the module's docstring. `max_batch`: choices that run at once; `max_queue`: requests that may wait."""
+    """See the module's docstring. `max_batch`: choices that run at once; `max_queue`: requests that may wait.
+
+    `prefix_cache_bytes`: bound of what is kept of prompts that were read, for prompts that begin alike; 0 is off.
+    """
 
     def __init__(
         self,
@@ -60,19 +61,15 @@ class TransformersEngine:
         max_batch: int = 32,
         prefill_chunk: int = 512,
         max_queue: int = 256,
+        prefix_cache_bytes: int = 512 * 2**20,
         num_threads: int | None = None,
         on_step: Callable[[StepStats], None] | None = None,
     ) -> None:
         self._members = members
-        self._max_batch = max_batch
-        self._prefill_chunk = prefill_chunk
-        self._max_queue = max_queue
+        self._scheduler = Scheduler(max_batch=max_batch, prefill_chunk=prefill_chunk, max_queue=max_queue)
+        self._prefixes = PrefixCache(prefix_cache_bytes)
         self._num_threads = num_threads
         self._on_step = on_step
-        self._wake = threading.Condition()
-        self._waiting: list[tuple[int, int, Job]] = []  # a heap: priority, arrival
-        self._arrivals = itertools.count()
-        self._running: list[Job] = []
         self._failed_steps = 0
         self._is_stopping = False
         self._failure: str | None = None
@@ -92,10 +89,10 @@ class TransformersEngine:
 
     def stop(self) -> None:
         """End all live generations with `EngineDeadError`. Returns when the running step is over."""
-        with self._wake:
+        with self._scheduler.changed:
             self._is_stopping = True
             self._failure = self._failure or "the engine was stopped"
-            self._wake.notify()
+            self._scheduler.changed.notify()
         if self._thread.is_alive():
             self._thread.join()
         if self._devices is not None:
@@ -113,7 +110,7 @@ class TransformersEngine:
         """See `ensembles.base.MixtureHost`. Raises `OverloadedError` when the queue is full."""
         if self._failure is not None:
             raise EngineDeadError(self._failure)
-        self._check_room()
+        self._scheduler.check_room(request.priority)
         job = await asyncio.to_thread(self._prepare, mixture, request, method, asyncio.get_running_loop())
         self._enqueue(job)
         try:
@@ -155,16 +152,10 @@ class TransformersEngine:
             job.is_cancelled = True
 
     def _enqueue(self, job: Job) -> None:
-        with self._wake:
+        with self._scheduler.changed:
             if self._is_stopping:
                 raise EngineDeadError(self._failure)
-            self._check_room()  # again: others may have come while this one was prepared
-            heapq.heappush(self._waiting, (job.priority, next(self._arrivals), job))
-            self._wake.notify()
-
-    def _check_room(self) -> None:
-        if len(self._waiting) >= self._max_queue:
-            raise OverloadedError(f"{len(self._waiting)} requests are waiting, the queue is full; try again later")
+            self._scheduler.enqueue(job)
 
     def _prepare(
         self, mixture: Mixture, request: GenerationRequest, method: str, loop: asyncio.AbstractEventLoop
@@ -207,6 +198,7 @@ class TransformersEngine:
             method=method,
             max_new_tokens=limit - longest if wanted is None else min(wanted, limit - longest),
             new_grammar=new_grammar,
+            prefixes=self._prefixes,
             loop=loop,
         )
 
@@ -217,8 +209,8 @@ class TransformersEngine:
             torch.set_num_threads(self._num_threads)
         try:
             while True:
-                with self._wake:
-                    self._wake.wait_for(lambda: self._is_stopping or self._waiting or self._running)
+                with self._scheduler.changed:
+                    self._scheduler.changed.wait_for(lambda: self._is_stopping or self._scheduler.has_jobs)
                     if self._is_stopping:
                         break
                 self._step()
@@ -228,19 +220,20 @@ class TransformersEngine:
         self._bury()
 
     def _bury(self) -> None:
-        with self._wake:
+        with self._scheduler.changed:
             self._is_stopping = True
-            jobs = [*self._running, *(job for _, _, job in self._waiting)]
-            self._running, self._waiting = [], []
+            jobs = self._scheduler.clear()
         for job in jobs:
             job.fail(EngineDeadError(self._failure or "the engine was stopped"))
         deliver(jobs)
 
     def _step(self) -> None:
         started = time.perf_counter()
-        self._release()
-        self._admit()
-        work = self._plan()
+        self._scheduler.release()
+        for job in self._scheduler.running:
+            self._start_choices(job)
+        self._scheduler.admit()
+        work = self._scheduler.plan()
         if work:
             try:
                 results = self._forward(work)
@@ -249,71 +242,23 @@ class TransformersEngine:
             else:
                 self._failed_steps = 0
                 self._advance(work, results)
-        jobs = self._running
-        self._running = [job for job in jobs if not job.is_finished]
+        duration_s = time.perf_counter() - started
+        self._scheduler.observe(work, duration_s)
+        jobs = self._scheduler.drop_finished()
         if work and self._on_step is not None:  # before anyone can see the step's results
-            self._on_step(self._stats(work, time.perf_counter() - started))
+            self._on_step(self._stats(work, duration_s))
         deliver(jobs)
 
-    def _release(self) -> None:
-        """Forget cancelled requests; end expired ones with what they have."""
-        with self._wake:
-            leaving = [entry for entry in self._waiting if entry[2].is_cancelled or entry[2].is_expired]
-            if leaving:
-                self._waiting = [entry for entry in self._waiting if entry not in leaving]
-                heapq.heapify(self._waiting)
-        self._running = [job for job in self._running if not job.is_cancelled]
-        self._running += [job for _, _, job in leaving if not job.is_cancelled]
-        for job in self._running:
-            if job.is_expired:
-                job.expire()
-
-    @property
-    def _num_places(self) -> int:
-        """How many more choices may run."""
-        return self._max_batch - sum(job.num_places for job in self._running if not job.is_finished)
-
-    def _admit(self) -> None:
-        for job in self._running:
-            if isinstance(job, Generation):
-                self._start_choices(job)
-        while self._num_places > 0:
-            with self._wake:
-                if not self._waiting:
-                    return
-                _, _, job = heapq.heappop(self._waiting)
-            job.begin()
-            self._running.append(job)
-
-    def _start_choices(self, job: Generation) -> None:
+    def _start_choices(self, job: Job) -> None:
         """Begin as many choices of a request whose prompt is read as there are places, each with its first token."""
-        if job.is_finished or job.prompt is None or job.is_reading:
+        if not isinstance(job, Generation) or job.is_finished or job.is_reading:
             return
         try:
-            while job.num_started < job.num_choices and (self._num_places > 0 or not job.live):
+            while job.num_started < job.num_choices and (self._scheduler.has_place_for(job) or not job.live):
                 choice = job.start_choice()
                 self._choose([(job, choice, job.prompt.last_logprobs)])
         except Exception as exc:
             self._fail_job(job, exc)
-
-    def _plan(self) -> list[Work]:
-        """What is forwarded in this step: a token of every live choice, and prompt chunks within the budget."""
-        work = []
-        budget = self._prefill_chunk
-        for job in self._running:
-            if job.is_finished:
-                continue
-            for choice in job.live if isinstance(job, Generation) else ():
-                spans = [
-                    Span(cache, (choice.last_token,), 1, member.adapter)
-                    for member, cache in zip(job.members, choice.caches, strict=True)
-                ]
-                work.append(Work(job, choice, spans))
-            if job.is_reading and budget > 0:
-                chunks = job.next_spans(budget)
-                budget -= sum(len(span.token_ids) for span in chunks if span is not None)
-                work.append(Work(job, None, chunks))
-        return work
 
     def _forward(self, work: Sequence[Work]) -> list[list[torch.Tensor | None]]:
         """Every backbone runs once, on all its rows; devices run at the same time. -> as `work[i].spans`."""
@@ -350,8 +295,7 @@ class TransformersEngine:
                 item.job.take(logprobs)
             except Exception as exc:
                 self._fail_job(item.job, exc)
-            if isinstance(item.job, Generation):
-                self._start_choices(item.job)
+            self._start_choices(item.job)
         self._choose(ready)
 
     @torch.inference_mode()
@@ -401,16 +345,15 @@ class TransformersEngine:
                 if span is not None:
                     num_rows[member.name] += 1
                     num_tokens[member.name] += len(span.token_ids)
-        return StepStats(duration_s, len(self._running), len(self._waiting), num_rows, num_tokens)
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one step does for a choice, or for what a job reads (`choice` None): one span per member."""
-
-    job: Job
-    choice: LiveChoice | None
-    spans: Sequence[Span | None]
+        return StepStats(
+            duration_s,
+            num_running=len(self._scheduler.running),
+            num_waiting=self._scheduler.num_waiting,
+            num_rows=num_rows,
+            num_tokens=num_tokens,
+            num_cached_tokens=self._prefixes.drain_hits(),
+            prefix_cache_bytes=self._prefixes.num_bytes,
+        )
 
 
 def _check_finite(job: Generation, logprobs: Sequence[torch.Tensor], pooled: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from server.engines.transformers_engine.attention import Span
 from server.engines.transformers_engine.choice import LiveChoice
 from server.engines.transformers_engine.grammar import GrammarMask
 from server.engines.transformers_engine.job import Job
+from server.engines.transformers_engine.prefix_cache import BlockKey, PrefixCache
 from server.engines.transformers_engine.prompt import Prompt
 from server.members import Member
 
@@ -29,6 +30,7 @@ class Generation(Job):
         method: str,
         max_new_tokens: int,
         new_grammar: Callable[[], GrammarMask | None],
+        prefixes: PrefixCache,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         super().__init__(
@@ -47,6 +49,7 @@ class Generation(Job):
         self._method = method
         self._max_new_tokens = max_new_tokens
         self._new_grammar = new_grammar
+        self._prefixes = prefixes
         self._eos_ids = frozenset().union(*(member.eos_ids for member in members))
         self._num_generated = 0
 
@@ -64,10 +67,10 @@ class Generation(Job):
         return not self.prompt.is_done
 
     def begin(self) -> None:
-        self.prompt = Prompt(self.members, self.token_ids, self.mixture, self.request.prompt_logprobs)
+        self.prompt = Prompt(self.members, self.token_ids, self.mixture, self.request.prompt_logprobs, self._prefixes)
 
-    def next_spans(self, budget: int) -> list[Span | None]:
-        return self.prompt.next_spans(budget)
+    def next_spans(self, budget: int, being_read: dict[BlockKey, bool]) -> list[Span | None]:
+        return self.prompt.next_spans(budget, being_read)
 
     def take(self, logprobs: Sequence[torch.Tensor | None]) -> None:
         """Once the prompt is read: say so, and end here if nothing is to be generated."""

@@ -12,6 +12,7 @@ import torch
 from ensembles.base import Event
 from ensembles.errors import DeadlineError
 from server.engines.transformers_engine.attention import Span
+from server.engines.transformers_engine.prefix_cache import BlockKey
 from server.members import Member
 
 
@@ -60,8 +61,9 @@ class Job(ABC):
         """It has been admitted."""
 
     @abstractmethod
-    def next_spans(self, budget: int) -> list[Span | None]:
-        """What its members read next: a chunk each, together about `budget` tokens, or None where one has read all."""
+    def next_spans(self, budget: int, being_read: dict[BlockKey, bool]) -> list[Span | None]:
+        """What its members read next: a chunk each, together about `budget` tokens, or None where one has read all, or
+        waits for what another job is going to read. `being_read`: see `prompt.Prompt.next_spans`."""
 
     @abstractmethod
     def take(self, logprobs: Sequence[torch.Tensor | None]) -> None:

@@ -7,7 +7,11 @@ description. Sliding-window layers keep all their keys too; only the attention l
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
+
+LayerSlices = Mapping[int, tuple[torch.Tensor, torch.Tensor]]  # layer -> keys, values: (num_kv_heads, n, head_dim)
 
 GROWTH = 128  # tokens by which a buffer grows at least; growing copies, so it is worth doing rarely
 
@@ -41,6 +45,22 @@ class RowCache:
         copy.length = self.length
         copy._layers = {layer: (keys.clone(), values.clone()) for layer, (keys, values) in self._layers.items()}
         return copy
+
+    def append(self, pieces: Sequence[LayerSlices], end: int) -> None:
+        """Continue with what another row has read. `pieces`, one behind the other, hold the tokens from the first on;
+        those up to place `end` that are not known yet are copied."""
+        for layer in pieces[0]:
+            keys, values = (torch.cat([piece[layer][i] for piece in pieces], dim=1) for i in (0, 1))
+            self.extend(layer, keys[:, self.length : end], values[:, self.length : end])
+        self.commit(end - self.length)
+
+    def copy_of(self, begin: int, end: int) -> LayerSlices:
+        """Keys and values of the tokens in places `begin` to `end`, per layer, in memory of their own."""
+        assert end <= self.length, f"only {self.length} tokens are known, not {end}"
+        return {
+            layer: (keys[:, begin:end].clone(), values[:, begin:end].clone())
+            for layer, (keys, values) in self._layers.items()
+        }
 
     @property
     def num_layers(self) -> int:

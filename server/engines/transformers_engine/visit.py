@@ -16,6 +16,7 @@ from ensembles.errors import MemberError
 from server.engines.transformers_engine.attention import Span
 from server.engines.transformers_engine.job import Job
 from server.engines.transformers_engine.kv_cache import RowCache
+from server.engines.transformers_engine.prefix_cache import BlockKey
 from server.engines.transformers_engine.prompt import SCORED_CHUNK
 from server.members import Member
 
@@ -52,7 +53,7 @@ class Visit(Job):
     def begin(self) -> None:
         self._caches = [RowCache() for _ in self.members]
 
-    def next_spans(self, budget: int) -> list[Span | None]:
+    def next_spans(self, budget: int, being_read: dict[BlockKey, bool]) -> list[Span | None]:
         num_tokens = min(SCORED_CHUNK, max(1, budget // len(self.members)))
         chunk = self._token_ids[self._num_read : -1][:num_tokens]
         return [

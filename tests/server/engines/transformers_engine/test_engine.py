@@ -221,11 +221,11 @@ async def test_urgent_requests_overtake_waiting_ones(running):
             finished.append(priority)
 
         tasks = []
-        for priority in (5, 9, 1, 0):
+        for priority in (5, 9, 3, 1):
             tasks.append(asyncio.create_task(run(priority)))
             await asyncio.sleep(0.02)
         await asyncio.gather(*tasks)
-    assert finished == [5, 0, 1, 9]
+    assert finished == [5, 1, 3, 9]
 
 
 async def test_a_deadline_ends_with_what_there_is_or_an_error(running, monkeypatch):

@@ -2,26 +2,32 @@
 
     bpb = (sum of -log2 p(token | earlier tokens of its window)) / (UTF-8 bytes of the scored tokens)
 
-A stream (a continuous text, or one document of a .jsonl) is tokenised once. Window i holds `window` tokens from
-i·`stride` on, and scores those that no earlier window has scored. With stride = window - 1 that is the rule of
-`experts/bits_per_byte.py`; smaller strides give each token at least window - stride tokens of context and cost more.
-Every token but a stream's first is scored exactly once. If the tokenizer puts a token of its own before a text
-(Llama's and Gemma's <s>), it stands at the beginning of every window, and the first token is scored too.
+`server.compare.windows` says what a window is and which tokens are scored. Each window is scored as the server scores a
+prompt (`prompt_logprobs`) that consists of it: so the weights of a posterior pool start from the prior in every window,
+and follow the evidence of its tokens, those that are only context included.
 
-A token belongs to the document in which it begins, with all of its bytes.
+Members read each window once for all mixtures over them. Arithmetic and posterior pools need only what the members gave
+the tokens that came; a geometric pool is normalised over the vocabulary while the distributions are there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ensembles.base import DistributionModel, GenerationRequest, Mixture, MixtureHost, Model, Sampling, collect
+from ensembles.errors import ModelLoadError, UnsupportedError
+from ensembles.pooling import effective_weights, pool, posterior
 from server.compare.documents import Documents
+from server.compare.windows import Window, cut_windows
 
 if TYPE_CHECKING:
+    import torch
+
     from server.hosting import Hosting
 
 WINDOW = 512
@@ -65,10 +71,178 @@ async def measure_text(
     priority: int = 1,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, TextScores | NotScored]:
-    """Score `documents` under the models `arms` (arm -> name of a model of `hosting`), arm by arm in their order.
+    """Score `documents` under the models `arms` (arm -> name of a model of `hosting`), in their order.
 
     Mixtures over hosted members of one vocabulary share one pass of their members. `stride` defaults to window - 1.
-    `on_progress` hears windows done and windows in all. A model that cannot score text is `NotScored`, with the
-    reason; errors of the engine are raised.
+    `on_progress` hears how many windows are done, and how many there are in all. A model that cannot score text is
+    `NotScored`, with the reason; errors of the engine are raised, and `ConfigError` for a window that is impossible.
     """
-    raise NotImplementedError
+    scores: dict[str, TextScores | NotScored] = {}
+    mixtures: dict[str, DistributionModel] = {}
+    others: dict[str, Model] = {}
+    for arm, name in arms.items():
+        model = hosting.models[name]
+        if model.max_model_len is not None and model.max_model_len < window:
+            scores[arm] = NotScored(
+                f"its context holds {model.max_model_len} tokens, the window is {window}; choose a smaller window"
+            )
+        elif isinstance(model, DistributionModel):
+            mixtures[arm] = model
+        elif hosting.surface(name) is None:
+            scores[arm] = NotScored(f"model {name!r} gives text, not probabilities of a text that is given")
+        else:
+            others[arm] = model
+
+    async def windows_of(arm: str) -> list[Window]:
+        surface = hosting.surface(arms[arm])
+        return await asyncio.to_thread(cut_windows, surface, documents, window=window, stride=stride)
+
+    plans: list[tuple[Mapping[str, Mixture] | str, list[Window]]] = []
+    for group in _groups(mixtures):
+        try:
+            plans.append(({arm: mixtures[arm].mixture for arm in group}, await windows_of(group[0])))
+        except UnsupportedError as exc:
+            scores |= dict.fromkeys(group, NotScored(str(exc)))
+    plans += [(arm, await windows_of(arm)) for arm in others]
+
+    progress = _Progress(sum(len(windows) for _, windows in plans), on_progress)
+    for arms_or_arm, windows in plans:
+        if isinstance(arms_or_arm, str):
+            scores[arms_or_arm] = await _score_by_prompts(others[arms_or_arm], windows, len(documents), progress)
+        else:
+            host = mixtures[next(iter(arms_or_arm))].host
+            scores |= await _score_mixtures(host, arms_or_arm, windows, len(documents), priority, progress)
+    return {arm: scores[arm] for arm in arms}
+
+
+class _Progress:
+    def __init__(self, total: int, listener: Callable[[int, int], None] | None) -> None:
+        self._done, self._total, self._listener = 0, total, listener
+
+    def advance(self, by: int = 1) -> None:
+        self._done += by
+        if self._listener is not None:
+            self._listener(self._done, self._total)
+
+
+def _groups(mixtures: Mapping[str, DistributionModel]) -> list[list[str]]:
+    """Arms whose members can be read in one pass: on one host, of one vocabulary."""
+    groups: list[list[str]] = []
+    for arm, model in mixtures.items():
+        for group in groups:
+            first = mixtures[group[0]]
+            if first.host is model.host and _share_vocabulary(model.host, first.mixture, model.mixture):
+                group.append(arm)
+                break
+        else:
+            groups.append([arm])
+    return groups
+
+
+def _share_vocabulary(host: MixtureHost, *mixtures: Mixture) -> bool:
+    try:
+        host.check(Mixture({member: 1.0 for mixture in mixtures for member in mixture.weights}))
+    except ModelLoadError:
+        return False
+    return True
+
+
+# --- mixtures: one pass of the members -------------------------------------------------------------------------------
+
+
+async def _score_mixtures(
+    host: MixtureHost,
+    mixtures: Mapping[str, Mixture],
+    windows: Sequence[Window],
+    num_documents: int,
+    priority: int,
+    progress: _Progress,
+) -> dict[str, TextScores]:
+    members = list(dict.fromkeys(member for mixture in mixtures.values() for member in mixture.weights))
+    place = {member: row for row, member in enumerate(members)}
+    geometric = {arm: mixture for arm, mixture in mixtures.items() if mixture.pool == "geometric"}
+    logprobs: dict[str, list[np.ndarray]] = {arm: [] for arm in mixtures}  # of the scored tokens, window by window
+    for window in windows:
+        reading = _Reading(geometric, place)
+        await host.visit_logprobs(members, window.token_ids, reading.visit, priority=priority)
+        for arm, mixture in mixtures.items():
+            if arm in geometric:
+                of_window = np.concatenate(reading.pooled[arm])
+            else:
+                rows = [place[member] for member in mixture.weights]
+                of_window = mixture_logprobs(mixture, reading.of_members[rows])
+            logprobs[arm].append(of_window[window.first_scored - 1 :])
+        progress.advance()
+    return {arm: _by_document(windows, parts, num_documents) for arm, parts in logprobs.items()}
+
+
+class _Reading:
+    """What is kept of one window: what each member, and each geometric pool, gave the tokens that came (nats)."""
+
+    def __init__(self, geometric: Mapping[str, Mixture], place: Mapping[str, int]) -> None:
+        self._geometric = geometric
+        self._place = place
+        self._of_members: list[np.ndarray] = []  # (K, t) each
+        self.pooled: dict[str, list[np.ndarray]] = {arm: [] for arm in geometric}  # (t,) each
+
+    @property
+    def of_members(self) -> np.ndarray:
+        """(K, T) float64; T is one less than the window has tokens."""
+        return np.concatenate(self._of_members, axis=1)
+
+    def visit(self, logprobs: torch.Tensor, targets: torch.Tensor) -> None:
+        index = targets[None, :, None].expand(len(logprobs), -1, 1)
+        self._of_members.append(logprobs.gather(2, index)[..., 0].double().cpu().numpy())
+        for arm, mixture in self._geometric.items():
+            rows = logprobs[[self._place[member] for member in mixture.weights]]
+            if len(rows) > 1:
+                weights = logprobs.new_tensor(effective_weights(list(mixture.weights.values())))
+                pooled = pool("geometric", rows, weights[:, None].expand(-1, len(targets)))
+            else:
+                pooled = rows[0]
+            self.pooled[arm].append(pooled.gather(1, targets[:, None])[:, 0].double().cpu().numpy())
+
+
+def mixture_logprobs(mixture: Mixture, of_members: np.ndarray) -> np.ndarray:
+    """What an arithmetic or posterior mixture gives the tokens of one window. of_members: (K, T) nats -> (T,)."""
+    prior = effective_weights(list(mixture.weights.values()))
+    weights = prior[:, None]
+    if mixture.pool == "posterior" and len(prior) > 1:
+        weights = posterior.track(prior, of_members, prior, mixture.share)[:, :-1]
+    with np.errstate(divide="ignore"):  # log 0 is -inf, as it should be
+        return np.logaddexp.reduce(np.log(weights) + of_members, axis=0)
+
+
+def _by_document(windows: Sequence[Window], logprobs: Sequence[np.ndarray], num_documents: int) -> TextScores:
+    documents = np.concatenate([window.documents for window in windows]) if windows else np.empty(0, dtype=np.int64)
+    num_bytes = np.concatenate([window.num_bytes for window in windows]) if windows else np.empty(0)
+    nats = -np.concatenate(logprobs) if windows else np.empty(0)
+    return TextScores(
+        np.bincount(documents, nats, num_documents),
+        np.bincount(documents, num_bytes, num_documents),
+        np.bincount(documents, minlength=num_documents).astype(np.float64),
+    )
+
+
+# --- any other model: prompt by prompt -------------------------------------------------------------------------------
+
+
+async def _score_by_prompts(
+    model: Model, windows: Sequence[Window], num_documents: int, progress: _Progress
+) -> TextScores | NotScored:
+    logprobs = []
+    for done, window in enumerate(windows):
+        request = GenerationRequest(
+            prompt=window.token_ids, prompt_logprobs=0, sampling=Sampling(max_tokens=0), priority=1
+        )
+        try:
+            answer = await collect(model, request)
+        except UnsupportedError as exc:
+            progress.advance(len(windows) - done)
+            return NotScored(str(exc))
+        if answer.prompt is None or len(answer.prompt.tokens) != len(window.token_ids):
+            progress.advance(len(windows) - done)
+            return NotScored(f"model {model.name!r} gave no probabilities of its prompt")
+        logprobs.append(np.array([token.logprob for token in answer.prompt.tokens[window.first_scored :]]))
+        progress.advance()
+    return _by_document(windows, logprobs, num_documents)

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+
+from ensembles.base import MemberUsage, Usage
+from ensembles.errors import EngineDeadError, OverloadedError, UnsupportedError
+from server.api.chat import Chat
+from server.api.completions import TextCompletion
+from server.api.embeddings import EmbeddingBody, embedded
+from server.api.errors import error_object
+from server.api.protocol import ChatBody, CompletionBody, ParameterCheck
+from server.api.request_log import RequestRecord
+from server.api.terms import Terms
+from server.batch.identity import body_digest, ids_from
 from server.batch.rows import Row, RowResult
+from server.metrics import Metrics
 
 if TYPE_CHECKING:
     from server.hosting import Hosting
-    from server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+Body = TypeVar("Body", bound=BaseModel)
 
 
 async def answer(
@@ -25,4 +45,71 @@ async def answer(
     config wins. Raises only what is not the row's own fault: `OverloadedError` (try again) and `EngineDeadError`.
     Ids follow from the row's body, so that the same row gives the same bytes; give it a seed first (`seeded`).
     """
-    raise NotImplementedError
+    new_id = ids_from(body_digest(row))
+    request_id = f"req-{new_id()}"
+    limits = [limit for limit in (deadline_s, hosting.config.server.request_timeout_s) if limit is not None]
+    terms = Terms(request_id, 0, new_id, priority=priority, deadline_s=min(limits, default=None))
+    try:
+        body, usage = await _answered(hosting, row, terms, metrics or _unseen_metrics())
+    except (OverloadedError, EngineDeadError):
+        raise
+    except Exception as exc:
+        kind, error = error_object(exc)
+        if error["code"] == "internal_error":
+            logger.error("row %r failed: %s", row.custom_id, exc, exc_info=exc)
+        return RowResult(kind.status, request_id, {"error": error})
+    return RowResult(200, request_id, body, usage.members, is_cut=_is_cut(body))
+
+
+async def _answered(hosting: Hosting, row: Row, terms: Terms, metrics: Metrics) -> tuple[Mapping[str, Any], Usage]:
+    record = RequestRecord(terms.request_id, "POST", row.url, "")
+    match row.url:
+        case "/v1/chat/completions":
+            chat = Chat.of(checked_body(ChatBody, row, hosting), hosting, metrics, record, terms)
+            return await chat.answer(), chat.generations.total
+        case "/v1/completions":
+            completion_body = checked_body(CompletionBody, row, hosting)
+            completion = await TextCompletion.of(completion_body, hosting, metrics, record, terms)
+            return await completion.answer(), completion.generations.total
+        case "/v1/embeddings":
+            vectors = await embedded(checked_body(EmbeddingBody, row, hosting), hosting.embedder)
+            num_tokens = vectors["usage"]["prompt_tokens"]
+            return vectors, Usage(num_tokens, 0, {vectors["model"]: MemberUsage(num_tokens)})
+        case "/v1/classify":
+            from server.batch.classify import classify
+
+            classified = await classify(
+                hosting, row.body, priority=terms.priority, deadline_s=terms.deadline_s, request_id=terms.request_id
+            )
+            return classified.shown(), classified.usage
+
+
+def checked_body(kind: type[Body], row: Row, hosting: Hosting) -> Body:
+    """The row's body as FastAPI would have read it. Raises what the routes answer with an error."""
+    try:
+        body = kind.model_validate(row.body)
+    except ValidationError as exc:
+        found = [{**finding, "loc": ("body", *finding["loc"])} for finding in exc.errors()]
+        raise RequestValidationError(found, body=row.body) from exc
+    _parameters(hosting.config.server.strict_params).ignored(body)
+    if getattr(body, "stream", False):
+        raise UnsupportedError("a row of a batch is answered as a whole; leave stream out", param="stream")
+    return body
+
+
+@cache
+def _parameters(is_strict: bool) -> ParameterCheck:
+    return ParameterCheck(is_strict=is_strict)
+
+
+@cache
+def _unseen_metrics() -> Metrics:
+    """For rows that no server answers: nobody asks for these numbers, but they are counted on the way."""
+    return Metrics()
+
+
+def _is_cut(body: Mapping[str, Any]) -> bool:
+    return any(
+        choice["finish_reason"] == "length" and choice["stop_reason"] == "deadline"
+        for choice in body.get("choices", ())
+    )

@@ -45,7 +45,8 @@ class RowResult:
     """What became of a row. `body`: the answer (`status_code` 200), or `{"error": {...}}` as the HTTP API words it.
 
     `usage`: what each single model read and wrote for it; empty for errors. `is_cut`: a time limit ended the answer
-    before the model did, so that `body` holds the best there was so far.
+    before the model did, so `body` holds the best there was so far; kept in a job only where its deadline was the
+    limit, and then the row runs again.
     """
 
     status_code: int

@@ -97,6 +97,7 @@ class RemoteChat:
         self._backoff = backoff or Backoff()
         self._sleep = sleep
         self._rng = rng or random.Random()
+        self.max_concurrency = config.max_concurrency  # requests at once; more wait
         self._slots = asyncio.Semaphore(config.max_concurrency)
         headers = {"Content-Type": "application/json"}
         if config.api_key_env:

@@ -73,6 +73,15 @@ class Surface:
 
         Raises `UnsupportedError` without a chat template, `RequestError` if the template refuses the messages.
         """
+        return self._rendered(
+            messages, tools=list(tools) or None, add_generation_prompt=add_generation_prompt, tokenize=True
+        )
+
+    def render_text(self, messages: Sequence[Message]) -> str:
+        """The text whose encoding without special tokens is `render(messages)`."""
+        return self._rendered(messages, add_generation_prompt=True, tokenize=False)
+
+    def _rendered(self, messages: Sequence[Message], **options: Any) -> Any:
         if self.chat_template is None:
             raise UnsupportedError(
                 "this model has no chat template; use /v1/completions, or set chat_template in the config",
@@ -86,12 +95,7 @@ class Surface:
                 conversation.insert(0, {"role": "system", "content": self.system_prompt})
         try:
             return self.tokenizer.apply_chat_template(
-                conversation,
-                tools=list(tools) or None,
-                chat_template=self.chat_template,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=True,
-                return_dict=False,
+                conversation, chat_template=self.chat_template, return_dict=False, **options
             )
         except Exception as exc:  # templates are programs: they raise whatever Jinja and their authors raise
             raise RequestError(f"the chat template refuses these messages: {exc}", param="messages") from exc

@@ -247,6 +247,13 @@ def test_without_stops_nothing_is_held_back() -> None:
 # --- conversations ---
 
 
+def test_the_rendered_text_encodes_to_the_rendered_tokens(surface: Surface) -> None:
+    messages = [{"role": "user", "content": "Is it 数学, or not?"}]
+    text = surface.render_text(messages)
+    assert text.endswith("<|im_start|>assistant\n")
+    assert surface.encode(text, add_special_tokens=False) == surface.render(messages)
+
+
 def test_a_conversation_is_rendered_by_the_template(surface: Surface) -> None:
     token_ids = surface.render([{"role": "user", "content": "Hi"}])
     assert surface.tokenizer.decode(token_ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"

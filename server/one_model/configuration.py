@@ -1,11 +1,13 @@
 """`config.json` of an ensemble directory.
 
     {"model_type": "ensemble", "pool": "arithmetic", "share": 0.0,
-     "members": [{"name": "base", "path": "HuggingFaceTB/SmolLM2-135M-Instruct", "adapter": null, "weight": 1.0}, ...],
+     "members": [{"name": "base", "path": "HuggingFaceTB/SmolLM2-135M-Instruct", "adapter": null, "dtype": "float32",
+                  "weight": 1.0}, ...],
      "vocab_size": 49152, "hidden_size": 2304, "num_hidden_layers": 120, ...}
 
-`path` is a hub id or a folder, `adapter` a folder with a PEFT LoRA adapter; relative ones start at the directory. The
-sizes are what tools ask of any model: layers and width are sums over members, since each has its own KV cache.
+`path` is a hub id or a folder, `adapter` a folder with a PEFT LoRA adapter; relative ones start at the directory.
+`dtype` is that of the weights, or auto for the one they were saved in. The sizes are what tools ask of any model: layers
+and width are sums over members, since each has its own KV cache.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from ensembles.probability_averaging import mixture_of
 
 
 class EnsembleConfig(PreTrainedConfig):
-    """`members`: one map per member with the keys name, path, adapter (or null) and weight."""
+    """`members`: one map per member with the keys name, path, adapter (or null), dtype and weight."""
 
     model_type = "ensemble"
 

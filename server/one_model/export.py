@@ -89,7 +89,7 @@ def _view(config: Config, entry: HostedModel) -> str | None:
 
 
 def _reference(config: Config, entry: HostedModel, checkpoint: Path, folder: Path, *, copy: bool) -> dict[str, Any]:
-    """Where the member's weights are: {"path", "adapter"}, as `configuration.py` says."""
+    """Where the member's weights are, and their dtype, as `configuration.py` says."""
     path = _weights_of(config, entry).path
     adapter = None if entry.adapter is None else Path(entry.adapter)
     if copy:
@@ -97,7 +97,7 @@ def _reference(config: Config, entry: HostedModel, checkpoint: Path, folder: Pat
         adapter = adapter and Path(_copied(adapter, folder / "adapters"))
     elif (config.source.parent / Path(path).expanduser()).exists():
         path = os.path.abspath(config.source.parent / Path(path).expanduser())
-    return {"path": str(path), "adapter": adapter and str(adapter)}
+    return {"path": str(path), "adapter": adapter and str(adapter), "dtype": _weights_of(config, entry).dtype}
 
 
 def _copied(source: Path, parent: Path) -> str:
@@ -165,7 +165,6 @@ def _write_config(
         head_dim=getattr(first, "head_dim", None) or first.hidden_size // heads,
         max_position_embeddings=min(shape.max_position_embeddings for shape in shapes),
         architectures=["EnsembleForCausalLM"],
-        dtype=str(first.dtype).removeprefix("torch.") if first.dtype is not None else None,
         auto_map={
             "AutoConfig": f"{Path(REMOTE_CODE).stem}.EnsembleConfig",
             "AutoModelForCausalLM": f"{Path(REMOTE_CODE).stem}.EnsembleForCausalLM",

@@ -52,7 +52,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         config: EnsembleConfig | None = None,
         **kwargs: Any,
     ) -> EnsembleForCausalLM:
-        """Loads the members that DIR names. dtype, device_map and attn_implementation go to each of them.
+        """Loads the members that DIR names. device_map, attn_implementation and, instead of the
+        dtypes that DIR names, dtype go to each of them.
 
         Raises `ModelLoadError` if a member's weights cannot be found.
         """
@@ -60,14 +61,15 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         if config is None:
             config = EnsembleConfig.from_pretrained(folder)
         settings = {key: kwargs[key] for key in SHARED_SETTINGS & kwargs.keys()}
-        settings.setdefault("dtype", config.dtype or "auto")
         names = config.mixture.weights
         backbones: dict[str, PreTrainedModel | PeftModel] = {}
         for member in (member for member in config.members if member["name"] in names):
             path = member["path"]
             if path not in backbones:
                 checkpoint = resolve_checkpoint(path, relative_to=folder)
-                backbones[path] = AutoModelForCausalLM.from_pretrained(checkpoint, local_files_only=True, **settings)
+                backbones[path] = AutoModelForCausalLM.from_pretrained(
+                    checkpoint, local_files_only=True, **{"dtype": member["dtype"], **settings}
+                )
             if member["adapter"] is not None:
                 backbones[path] = _with_adapter(backbones[path], folder / member["adapter"], member["name"])
         model = cls(config, backbones).eval()

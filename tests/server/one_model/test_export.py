@@ -29,8 +29,8 @@ def test_config_json_names_members_weights_and_pool(tiny, tmp_path):
     assert written["model_type"] == "ensemble"
     assert written["pool"] == "arithmetic"
     assert written["members"] == [
-        {"name": "llama", "path": str(tiny["llama"]), "adapter": None, "weight": 1.0},
-        {"name": "red", "path": str(tiny["llama"]), "adapter": str(tiny["red"]), "weight": 3.0},
+        {"name": "llama", "path": str(tiny["llama"]), "adapter": None, "dtype": "auto", "weight": 1.0},
+        {"name": "red", "path": str(tiny["llama"]), "adapter": str(tiny["red"]), "dtype": "auto", "weight": 3.0},
     ]
     assert written["num_hidden_layers"] == 4  # two members of two layers: each has its own cache
 

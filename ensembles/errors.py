@@ -11,6 +11,7 @@
     │   └── UnsupportedError      valid, but this model cannot do it
     ├── OverloadedError           try again later
     ├── StorageError              the disk is full or cannot be written
+    │   └── FolderInUseError      another process keeps its things in that folder
     ├── DeadlineError             the time that the request allowed is over
     ├── MemberError               this one generation failed on a member; the member lives
     │   └── TurnoutError          too few members answered
@@ -74,6 +75,10 @@ class OverloadedError(EnsembleError):
 
 class StorageError(EnsembleError):
     """What should be kept cannot be written: the disk is full, or the folder is not ours to write."""
+
+
+class FolderInUseError(StorageError):
+    """The folder is another process's as long as that one lives."""
 
 
 class DeadlineError(EnsembleError):

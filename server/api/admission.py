@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.exceptions import HTTPException
@@ -30,10 +31,14 @@ class Admission:
         self._is_idle.set()
         self.is_draining = False
 
-    async def check(self) -> None:
-        """Raise 503 unless requests can be answered now. A FastAPI dependency."""
+    async def check_open(self) -> None:
+        """Raise 503 if the server is shutting down. A FastAPI dependency, for what needs no model."""
         if self.is_draining:
             raise HTTPException(503, "the server is shutting down", headers=RETRY_SOON)
+
+    async def check(self) -> None:
+        """Raise 503 unless requests can be answered now. A FastAPI dependency."""
+        await self.check_open()
         if self._hosting.failure is not None:
             raise EngineDeadError(f"the engine is dead: {self._hosting.failure}")
 
@@ -58,6 +63,20 @@ class Admission:
             task.cancel()
             gone.cancel()
             await asyncio.gather(task, gone, return_exceptions=True)
+            self._live.discard(task)
+            if not self._live:
+                self._is_idle.set()
+
+    @contextmanager
+    def live_request(self) -> Iterator[None]:
+        """While the block runs its task is a live request: the server's end waits for it, and may cancel it."""
+        task = asyncio.current_task()
+        assert task is not None, "requests are answered by tasks"
+        self._live.add(task)
+        self._is_idle.clear()
+        try:
+            yield
+        finally:
             self._live.discard(task)
             if not self._live:
                 self._is_idle.set()

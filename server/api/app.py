@@ -13,15 +13,18 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from server.api.admission import Admission
 from server.api.auth import OPEN_PATHS, RequireKey, configured_keys
+from server.api.batches import batches_router
 from server.api.chat import chat_router
 from server.api.completions import completions_router
 from server.api.embeddings import embeddings_router
 from server.api.errors import install_error_handlers
+from server.api.files import files_router
 from server.api.health import PACKAGE, health_router, metrics_router
 from server.api.models import models_router
 from server.api.request_log import RequestLog
 from server.api.tokenization import tokenization_router
 from server.api.vote import vote_router
+from server.batch.service import BatchService
 
 if TYPE_CHECKING:
     from server.hosting import Hosting
@@ -31,7 +34,10 @@ EXPOSED_HEADERS = ["x-request-id", "x-ignored-parameters", "retry-after"]
 
 
 def create_app(hosting: Hosting, *, metrics: Metrics) -> FastAPI:
-    """The HTTP API of `hosting`. `app.state.admission` opens and closes its door."""
+    """The HTTP API of `hosting`.
+
+    `app.state.admission` opens and closes its door; batches run while `app.state.batches.running()` is entered.
+    """
     config = hosting.config.server
     app = FastAPI(
         title="ensemble-server",
@@ -42,6 +48,8 @@ def create_app(hosting: Hosting, *, metrics: Metrics) -> FastAPI:
     )
     admission = Admission(hosting)
     app.state.admission = admission
+    batches = BatchService(hosting, metrics)
+    app.state.batches = batches
 
     app.include_router(health_router(admission))
     app.include_router(metrics_router(metrics))
@@ -54,6 +62,8 @@ def create_app(hosting: Hosting, *, metrics: Metrics) -> FastAPI:
         tokenization_router(hosting),
     ):
         app.include_router(router, dependencies=[Depends(admission.check)])
+    for router in (files_router(hosting, batches, admission), batches_router(hosting, batches, admission)):
+        app.include_router(router, dependencies=[Depends(admission.check_open)])
     install_error_handlers(app)
 
     # The last added is the outermost.
@@ -64,7 +74,7 @@ def create_app(hosting: Hosting, *, metrics: Metrics) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=config.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=EXPOSED_HEADERS,
         )

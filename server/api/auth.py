@@ -10,6 +10,7 @@ from hmac import compare_digest
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.errors import error_response
@@ -48,6 +49,7 @@ class RequireKey:
             return
         key = sent_key(Headers(scope=scope))
         if key is not None and self._is_known(key):
+            scope.setdefault("state", {})["owner"] = hashlib.sha256(b"owner:" + key.encode("latin-1")).hexdigest()
             await self._app(scope, receive, send)
             return
         message = "the API key is not valid" if key else "an API key is needed; send 'Authorization: Bearer KEY'"
@@ -58,6 +60,11 @@ class RequireKey:
         digest = hashlib.sha256(key.encode("latin-1")).digest()  # the bytes as they were sent
         matches = [compare_digest(digest, known) for known in self._digests]
         return any(matches)
+
+
+def owner_of(request: Request) -> str:
+    """Who asks, for what belongs to a key: a digest of the key; "" for everybody where the server has no keys."""
+    return request.scope.get("state", {}).get("owner", "")
 
 
 def sent_key(headers: Headers) -> str | None:

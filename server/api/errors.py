@@ -68,6 +68,7 @@ KINDS: Mapping[type[errors.EnsembleError], ErrorKind] = {
     errors.UnsupportedError: ErrorKind(400, "invalid_request_error", "unsupported_parameter"),
     errors.OverloadedError: ErrorKind(429, "rate_limit_error", "queue_full"),
     errors.StorageError: ErrorKind(507, "server_error", "storage_full"),
+    errors.FolderInUseError: ErrorKind(503, "server_error", "folder_in_use"),
     errors.DeadlineError: ErrorKind(504, "timeout_error", "deadline_exceeded"),
     errors.MemberError: ErrorKind(500, "server_error", "member_failed"),
     errors.TurnoutError: ErrorKind(503, "server_error", "turnout_too_low"),
@@ -76,6 +77,7 @@ KINDS: Mapping[type[errors.EnsembleError], ErrorKind] = {
 
 STATUS_KINDS: Mapping[int, ErrorKind] = {
     401: ErrorKind(401, "authentication_error", "invalid_api_key"),
+    403: ErrorKind(403, "permission_error", "origin_not_allowed"),
     404: ErrorKind(404, "invalid_request_error", "not_found"),
     405: ErrorKind(405, "invalid_request_error", "method_not_allowed"),
     413: ErrorKind(413, "invalid_request_error", "body_too_large"),
@@ -88,13 +90,14 @@ STATUS_KINDS: Mapping[int, ErrorKind] = {
 DOCUMENTED: Mapping[int, str] = {
     400: "The request is wrong; `param` names the field",
     401: "No valid API key",
+    403: "A page of another origin may not upload files",
     404: "There is no such model, file, batch or route",
     409: "The batch has ended already",
-    413: "The body is larger than server.max_body_bytes",
-    415: "The body is not application/json",
+    413: "The body is larger than server.max_body_bytes, or the file than batch.max_file_bytes",
+    415: "The body is not application/json, or an upload no multipart/form-data",
     429: "The queue is full; Retry-After says when to come back",
     500: "A member failed, or the server did",
-    503: "Loading, shutting down, too few members answered, or the engine is dead",
+    503: "Loading, shutting down, too few members answered, the engine is dead, or batch.folder is another server's",
     504: "The time limit passed before an answer was there",
     507: "The disk is full, or batch.folder cannot be written",
 }

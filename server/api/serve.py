@@ -1,8 +1,8 @@
 """The server process: listen, load, answer, and stop in an orderly way.
 
 The port answers from the first second on: /live says yes, everything else 503, until the models are loaded. At the
-first SIGINT or SIGTERM nobody new is let in (503) and live requests may finish, for `shutdown_timeout_s` at most; at
-the second they end at once.
+first SIGINT or SIGTERM nobody new is let in (503), batches are paused, and live requests may finish, for
+`shutdown_timeout_s` at most; at the second they end at once.
 """
 
 from __future__ import annotations
@@ -66,12 +66,14 @@ async def _load_and_answer(config: Config, entrance: Entrance, stop: StopSignals
     metrics = Metrics()
     async with Hosting.open(config, on_step=metrics.observe_step) as hosting:
         app = create_app(hosting, metrics=metrics)
-        entrance.app = app
-        ready()
-        await stop.first.wait()
-        timeout_s = config.server.shutdown_timeout_s
-        logger.info("stopping: live requests have %g s to finish; a second signal ends them", timeout_s)
-        await _drain(app.state.admission, timeout_s, stop)
+        async with app.state.batches.running():
+            entrance.app = app
+            ready()
+            await stop.first.wait()
+            app.state.batches.pause()
+            timeout_s = config.server.shutdown_timeout_s
+            logger.info("stopping: live requests have %g s to finish; a second signal ends them", timeout_s)
+            await _drain(app.state.admission, timeout_s, stop)
 
 
 async def _drain(admission: Admission, timeout_s: float, stop: StopSignals) -> None:

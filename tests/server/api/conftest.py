@@ -15,7 +15,7 @@ import pytest
 from ensembles.base import Model
 from server.api.app import create_app
 from server.api.serve import listening
-from server.config import EngineConfig, ServerConfig
+from server.config import BatchConfig, EngineConfig, ServerConfig
 from server.engines.scripted_engine import Script, ScriptedModel
 from server.metrics import Metrics
 from server.surface import Surface
@@ -26,9 +26,11 @@ CHAT = {"messages": [{"role": "user", "content": "Say hello."}]}
 
 
 class ScriptedConfig:
-    def __init__(self, **server: Any) -> None:
+    def __init__(self, batch_folder: Path, **server: Any) -> None:
         self.server = ServerConfig(**server)
         self.engine = EngineConfig()
+        self.batch = BatchConfig()
+        self.batch_folder = batch_folder
 
 
 class ScriptedEmbedder:
@@ -49,8 +51,10 @@ class ScriptedEmbedder:
 class ScriptedHosting:
     """What the API needs of `server.hosting.Hosting`."""
 
-    def __init__(self, models: dict[str, Model], surfaces: dict[str, Surface], **server: Any) -> None:
-        self.config = ScriptedConfig(**server)
+    def __init__(
+        self, models: dict[str, Model], surfaces: dict[str, Surface], batch_folder: Path, **server: Any
+    ) -> None:
+        self.config = ScriptedConfig(batch_folder, **server)
         self.models = models
         self.listed = list(models)
         self.embedder = ScriptedEmbedder()
@@ -81,7 +85,7 @@ HostingMaker = Callable[..., ScriptedHosting]
 
 
 @pytest.fixture
-def host(surface: Surface) -> HostingMaker:
+def host(surface: Surface, tmp_path: Path) -> HostingMaker:
     """host(name=Script | function | Model, server_key=value): models that read with the tiny tokenizer."""
 
     def make(server: dict[str, Any] | None = None, surface: Surface = surface, **scripts: Any) -> ScriptedHosting:
@@ -91,7 +95,7 @@ def host(surface: Surface) -> HostingMaker:
             else ScriptedModel(name, script, surface=surface, max_model_len=512)
             for name, script in (scripts or {"hello": HELLO}).items()
         }
-        return ScriptedHosting(models, dict.fromkeys(models, surface), **(server or {}))
+        return ScriptedHosting(models, dict.fromkeys(models, surface), tmp_path / "batches", **(server or {}))
 
     return make
 
@@ -101,7 +105,10 @@ async def asgi_client(hosting: ScriptedHosting, **kwargs: Any) -> AsyncIterator[
     """A client whose requests go straight into the application."""
     app = create_app(hosting, metrics=Metrics())
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://server", **kwargs) as client:
+    async with (
+        httpx.AsyncClient(transport=transport, base_url="http://server", **kwargs) as client,
+        app.state.batches.running(),
+    ):
         client.app = app
         yield client
 
@@ -110,7 +117,8 @@ async def asgi_client(hosting: ScriptedHosting, **kwargs: Any) -> AsyncIterator[
 async def live_server(hosting: ScriptedHosting) -> AsyncIterator[str]:
     """A real server on a free port of this machine; gives its address."""
     config = hosting.config.server.model_copy(update={"port": 0})
-    async with listening(create_app(hosting, metrics=Metrics()), config) as port:
+    app = create_app(hosting, metrics=Metrics())
+    async with listening(app, config) as port, app.state.batches.running():
         yield f"http://127.0.0.1:{port}"
 
 

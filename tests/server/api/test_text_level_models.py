@@ -88,7 +88,7 @@ async def house(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     house = House()
     dying = ScriptedModel("dying", Script(("a", "b"), fails_at=1))
     async with Hosting.open(far_config) as far:
-        away = ScriptedHosting({**far.models, "dying": dying}, {"qwen": far.surface("qwen")})
+        away = ScriptedHosting({**far.models, "dying": dying}, {"qwen": far.surface("qwen")}, far_config.batch_folder)
         async with listening(create_app(away, metrics=Metrics()), away.config.server) as port:
             near_config = parse_config(config_of(tiny, f"http://127.0.0.1:{port}/v1"), source=folder / "near.yaml")
             async with Hosting.open(near_config, on_step=house.remember) as near:

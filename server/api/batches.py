@@ -1,0 +1,117 @@
+"""/v1/batches: many requests in a file, answered when nobody waits, as OpenAI's clients use it."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from fastapi import APIRouter, Depends, Query
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ensembles.errors import RequestError
+from server.api.admission import Admission
+from server.api.auth import owner_of
+from server.api.batch_objects import BatchList, BatchObject, batch_object
+from server.api.errors import documented
+from server.api.files import After, Lifetime, page_of
+from server.api.json_body import strict_json_route
+from server.api.messages import WHOLE, Part
+from server.api.protocol import ParameterCheck, ignored_header
+from server.api.responses import JSONResponse
+from server.batch.rows import Url
+from server.batch.service import BatchService
+
+if TYPE_CHECKING:
+    from server.hosting import Hosting
+
+MAX_LISTED = 100
+MAX_WINDOW_S = 30 * 24 * 3600
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 24 * 3600}
+
+Key = Annotated[str, Field(max_length=64)]
+Value = Annotated[str, Field(max_length=512)]
+
+
+class OutputExpiresAfter(Part):
+    anchor: Literal["created_at"]
+    seconds: Annotated[Lifetime, WHOLE]
+
+
+class BatchBody(Part):
+    """POST /v1/batches"""
+
+    input_file_id: str = Field(max_length=100, description="an uploaded file of purpose batch")
+    endpoint: Url = Field(description="the url of every line")
+    completion_window: str = Field(
+        pattern=r"^[1-9][0-9]{0,6}[smhd]$",
+        description="24h, or any other number of seconds, minutes, hours or days, up to 30d; what is not answered by "
+        "then never is",
+    )
+    metadata: Annotated[dict[Key, Value], Field(max_length=16)] | None = None
+    output_expires_after: OutputExpiresAfter | None = None
+
+
+def window_s(window: str) -> int:
+    """The seconds of a completion window: "24h" -> 86400. Raises `RequestError` if it is too long."""
+    number, unit = re.fullmatch(r"(\d+)([smhd])", window).groups()
+    seconds = int(number) * _SECONDS[unit]
+    if seconds > MAX_WINDOW_S:
+        raise RequestError(f"completion_window may be 30d, got {window}", param="completion_window")
+    return seconds
+
+
+def batches_router(hosting: Hosting, batches: BatchService, admission: Admission) -> APIRouter:
+    config = hosting.config.server
+    router = APIRouter(tags=["batches"], route_class=strict_json_route(config.max_body_bytes))
+    parameters = ParameterCheck(is_strict=config.strict_params)
+
+    @router.post(
+        "/v1/batches",
+        response_model=None,
+        dependencies=[Depends(admission.check)],
+        responses={200: {"model": BatchObject}} | documented(400, 401, 404, 413, 415, 429, 500, 503, 507),
+    )
+    async def create_batch(body: BatchBody, request: Request) -> Response:
+        """Begins a batch. Its lines are checked, then answered, while you ask for its state."""
+        headers = ignored_header(parameters.ignored(body))
+        batch = await batches.create_batch(
+            owner_of(request),
+            endpoint=body.endpoint,
+            input_file_id=body.input_file_id,
+            completion_window=body.completion_window,
+            window_s=window_s(body.completion_window),
+            metadata=body.metadata,
+            output_expires_after_s=body.output_expires_after and body.output_expires_after.seconds,
+        )
+        return JSONResponse(batch_object(batch), headers=headers)
+
+    @router.get(
+        "/v1/batches", response_model=None, responses={200: {"model": BatchList}} | documented(400, 401, 500, 503, 507)
+    )
+    async def list_batches(
+        request: Request, after: After = None, limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = 20
+    ) -> Response:
+        """The caller's batches, newest first."""
+        found = await batches.batches(owner_of(request), after=after, limit=limit + 1)
+        return JSONResponse(page_of([batch_object(batch) for batch in found], limit))
+
+    @router.get(
+        "/v1/batches/{batch_id}",
+        response_model=None,
+        responses={200: {"model": BatchObject}} | documented(401, 404, 500, 503, 507),
+    )
+    async def retrieve_batch(batch_id: str, request: Request) -> Response:
+        return JSONResponse(batch_object(await batches.batch(batch_id, owner_of(request))))
+
+    @router.post(
+        "/v1/batches/{batch_id}/cancel",
+        response_model=None,
+        responses={200: {"model": BatchObject}} | documented(401, 404, 409, 500, 503, 507),
+    )
+    async def cancel_batch(batch_id: str, request: Request) -> Response:
+        """Ends a batch early. What has been answered by then is in its output file."""
+        return JSONResponse(batch_object(await batches.cancel_batch(batch_id, owner_of(request))))
+
+    return router

@@ -1,0 +1,172 @@
+"""/v1/files: what batches read and what they leave, as OpenAI's clients use it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
+from urllib.parse import quote
+
+from fastapi import APIRouter, Query
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from ensembles.errors import RequestError
+from server.api.admission import Admission
+from server.api.auth import owner_of
+from server.api.batch_objects import FileDeleted, FileList, FileObject, file_object
+from server.api.errors import documented
+from server.api.multipart import read_upload, refuse_other_origins
+from server.api.protocol import ParameterCheck, ignored_header
+from server.api.responses import JSONResponse
+from server.batch.service import BatchService
+
+if TYPE_CHECKING:
+    from server.hosting import Hosting
+
+MAX_LISTED = 10_000
+MAX_FILENAME_CHARS = 255
+CHUNK_BYTES = 256 * 1024
+
+After = Annotated[str | None, Query(max_length=100, description="the id after which the list goes on")]
+Lifetime = Annotated[int, Field(ge=3600, le=30 * 24 * 3600, description="seconds")]
+
+
+class UploadFields(BaseModel):
+    """What a form says besides its file. All of it is text."""
+
+    model_config = ConfigDict(extra="allow")
+
+    purpose: Literal["batch"]
+    anchor: Literal["created_at"] | None = Field(None, alias="expires_after[anchor]")
+    seconds: Lifetime | None = Field(None, alias="expires_after[seconds]")
+
+
+def files_router(hosting: Hosting, batches: BatchService, admission: Admission) -> APIRouter:
+    server = hosting.config.server
+    max_bytes = hosting.config.batch.max_file_bytes
+    router = APIRouter(tags=["batches"])
+    parameters = ParameterCheck(is_strict=server.strict_params)
+
+    @router.post(
+        "/v1/files",
+        response_model=None,
+        openapi_extra={"requestBody": _upload_body()},
+        responses={200: {"model": FileObject}} | documented(400, 401, 403, 413, 415, 500, 503, 507),
+    )
+    async def upload_file(request: Request) -> Response:
+        """Keeps a file. Its bytes go to the disk as they come."""
+        refuse_other_origins(request, server.cors_origins)
+        with admission.live_request():
+            new = await batches.new_file()
+            try:
+                form = await read_upload(request, new.write, max_bytes=max_bytes)
+                fields = _upload_fields(form.fields)
+                headers = ignored_header(parameters.ignored(fields))
+                file = await batches.keep_file(
+                    new, owner=owner_of(request), filename=_plain_name(form.filename), expires_after_s=fields.seconds
+                )
+            except BaseException:
+                await asyncio.to_thread(new.discard)
+                raise
+        return JSONResponse(file_object(file), headers=headers)
+
+    @router.get(
+        "/v1/files", response_model=None, responses={200: {"model": FileList}} | documented(400, 401, 500, 503, 507)
+    )
+    async def list_files(
+        request: Request,
+        after: After = None,
+        limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = MAX_LISTED,
+        order: Literal["asc", "desc"] = "desc",
+        purpose: Annotated[str | None, Query(max_length=100)] = None,
+    ) -> Response:
+        """The caller's files, newest first unless `order` says otherwise."""
+        found = await batches.files(owner_of(request), purpose=purpose, after=after, limit=limit + 1, order=order)
+        return JSONResponse(page_of([file_object(file) for file in found], limit))
+
+    @router.get(
+        "/v1/files/{file_id}",
+        response_model=None,
+        responses={200: {"model": FileObject}} | documented(401, 404, 500, 503, 507),
+    )
+    async def retrieve_file(file_id: str, request: Request) -> Response:
+        return JSONResponse(file_object(await batches.file(file_id, owner_of(request))))
+
+    @router.get(
+        "/v1/files/{file_id}/content",
+        response_model=None,
+        response_class=Response,
+        responses={200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}}
+        | documented(401, 404, 500, 503, 507),
+    )
+    async def file_content(file_id: str, request: Request) -> Response:
+        """The bytes of a file, as they were sent or written."""
+        file, content = await batches.content(file_id, owner_of(request))
+        headers = {
+            "content-length": str(file.num_bytes),
+            "content-disposition": f"attachment; filename*=UTF-8''{quote(file.filename, safe='')}",
+            "x-content-type-options": "nosniff",
+        }
+        return StreamingResponse(_chunks(content, admission), headers=headers, media_type="application/octet-stream")
+
+    @router.delete(
+        "/v1/files/{file_id}",
+        response_model=None,
+        responses={200: {"model": FileDeleted}} | documented(401, 404, 500, 503, 507),
+    )
+    async def delete_file(file_id: str, request: Request) -> Response:
+        """Deletes a file for good. A batch that has read it goes on."""
+        await batches.delete_file(file_id, owner_of(request))
+        return JSONResponse({"id": file_id, "object": "file", "deleted": True})
+
+    return router
+
+
+def page_of(found: list[Any], limit: int) -> dict[str, Any]:
+    """A list as OpenAI pages it. `found` holds one more than `limit` if there are more."""
+    shown = found[:limit]
+    return {
+        "object": "list",
+        "data": shown,
+        "first_id": shown[0]["id"] if shown else None,
+        "last_id": shown[-1]["id"] if shown else None,
+        "has_more": len(found) > limit,
+    }
+
+
+def _upload_fields(fields: dict[str, str]) -> UploadFields:
+    try:
+        read = UploadFields.model_validate(fields)
+    except ValidationError as exc:
+        findings = [{**finding, "loc": ("body", *finding["loc"])} for finding in exc.errors()]
+        raise RequestValidationError(findings, body=fields) from exc
+    if (read.seconds is None) != (read.anchor is None):
+        raise RequestError("expires_after needs both anchor and seconds", param="expires_after")
+    return read
+
+
+def _plain_name(filename: str | None) -> str:
+    """What a list can show: no folders, no control characters. ("C:\\\\a\\\\b.jsonl") -> "b.jsonl" """
+    name = PurePosixPath((filename or "").replace("\\", "/")).name
+    return "".join(char for char in name if char.isprintable())[:MAX_FILENAME_CHARS] or "upload"
+
+
+async def _chunks(content: BinaryIO, admission: Admission) -> AsyncIterator[bytes]:
+    try:
+        with admission.live_request():
+            while chunk := await asyncio.to_thread(content.read, CHUNK_BYTES):
+                yield chunk
+    finally:
+        content.close()
+
+
+def _upload_body() -> dict[str, Any]:
+    schema = UploadFields.model_json_schema()
+    file = {"type": "string", "format": "binary", "description": "JSONL, one request a line"}
+    schema["properties"] = {"file": file, **schema["properties"]}
+    schema["required"] = ["file", *schema["required"]]
+    return {"required": True, "content": {"multipart/form-data": {"schema": schema}}}

@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "batch": "server.cli.batch:batch",
     "vote": "server.cli.vote:vote",
     "replay": "server.cli.replay:replay",
+    "compare": "server.cli.compare:compare",
     "merge": "server.cli.merge:merge",
     "export": "server.cli.export:export",
     "doctor": "server.cli.doctor:doctor",

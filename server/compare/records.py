@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from server.compare.atomic_write import write_atomically
 from server.compare.results import ArmKind, Choice, TokenView
 
+FACTS_FILE = "facts.json"
+
 
 class Stored(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -110,6 +112,25 @@ class ArmRecord(Stored):
     cost: CostRecord | None = None
     views: dict[str, View] = Field(default_factory=dict)
     failure: Failure | None = None
+
+
+class Facts(Stored):
+    """What results need besides the records of the plan's arms: arms that were added, and how all can be repeated."""
+
+    added_arms: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        write_atomically(folder / FACTS_FILE, self.model_dump_json(indent=1).encode() + b"\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Facts:
+        """Empty if a comparison in `folder` has not come to its end yet."""
+        try:
+            return cls.model_validate_json((folder / FACTS_FILE).read_bytes())
+        except (OSError, ValidationError):
+            return cls()
 
 
 class Records:

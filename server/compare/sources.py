@@ -1,15 +1,17 @@
-"""The texts of a plan as documents: whole files, parts of them, and texts that switch between others."""
+"""What a plan measures, read from its files: texts as documents (files, parts of them, switching ones), and tasks."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ensembles.errors import ConfigError
-from server.compare.blocks import TextSource
+from server.compare.blocks import TaskSource, TextSource
 from server.compare.documents import Documents, cut_into_documents, read_documents, switching_text
+from server.compare.task_files import read_task
+from server.compare.task_measure import Task
 
 
 def read_texts(sources: Mapping[str, TextSource], *, min_bytes: int) -> dict[str, Documents]:
@@ -18,6 +20,27 @@ def read_texts(sources: Mapping[str, TextSource], *, min_bytes: int) -> dict[str
     return {
         name: plain[name] if source.path is not None else _switching(name, source, plain, min_bytes)
         for name, source in sources.items()
+    }
+
+
+def read_tasks(sources: Sequence[TaskSource]) -> dict[str, Task]:
+    """The items of every task. Raises `ConfigError` that names file, line and rule."""
+    return {
+        source.name: read_task(
+            source.name,
+            Path(source.data),
+            metric=source.metric,
+            template=source.template,
+            answer=source.answer,
+            limit=source.limit,
+            is_chat=source.chat,
+            system_prompt=source.system_prompt,
+            num_samples=source.samples,
+            max_tokens=source.max_tokens,
+            temperature=source.temperature,
+            stop=source.stop,
+        )
+        for source in sources
     }
 
 

@@ -1,0 +1,143 @@
+"""`ensemble compare`: several models on the same work, with error bars.
+
+Exit codes: 0 every arm was measured, 1 failed, 2 called wrongly, 3 some arms failed (their rows say why), 130 was
+interrupted: the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from server.compare.listener import Listener
+    from server.compare.results import ArmResult, Difference, Results
+
+SOME_ARMS_FAILED = 3
+INTERRUPTED = 130
+SECONDS_BETWEEN_LINES = 10
+
+
+def compare(
+    plan: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, metavar="PLAN", help="YAML: the arms and what is measured.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", file_okay=False, help="Folder for results and reports; may hold earlier ones."),
+    ],
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Write results and report again from what is measured; run no model.")
+    ] = False,
+) -> None:
+    """Compare models, ensembles and weight merges on the same texts and tasks.
+
+    Writes results.json, report.md and report.html. What was measured before stays as long as nothing that it depends on
+    has changed; so a comparison that was stopped goes on with the same command.
+    """
+    from server.compare.plan import load_plan
+
+    loaded = load_plan(plan)
+    from server.compare.run import report_again, run_comparison
+
+    try:
+        if report_only:
+            results = report_again(loaded, out)
+        else:
+            with _listener() as listener:
+                results = asyncio.run(run_comparison(loaded, out, listener, command=_command()))
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; what was measured is kept in {out}, the same command goes on from there", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    typer.echo(_summary(results))
+    typer.echo(f"{out / 'report.html'}, report.md and results.json tell the rest")
+    failed = {name: arm.error for name, arm in results.arms.items() if arm.error is not None}
+    for name, error in failed.items():
+        typer.echo(f"{name}: {error}", err=True)
+    if failed:
+        raise typer.Exit(SOME_ARMS_FAILED)
+
+
+def _command() -> str:
+    return shlex.join(["ensemble", *sys.argv[1:]])
+
+
+@contextmanager
+def _listener() -> Iterator[Listener]:
+    """A bar on a terminal, plain lines elsewhere; both on standard error."""
+    if not sys.stderr.isatty():
+        yield _Lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield _Bar(progress)
+
+
+class _Bar:
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task: TaskID = progress.add_task("starting", total=None)
+
+    def stage(self, text: str) -> None:
+        from rich.markup import escape
+
+        self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(escape(text), total=None)
+
+    def progress(self, done: int, total: int) -> None:
+        self._progress.update(self._task, completed=done, total=total)
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def stage(self, text: str) -> None:
+        typer.echo(text, err=True)
+
+    def progress(self, done: int, total: int) -> None:
+        from time import monotonic
+
+        if monotonic() - self._last >= SECONDS_BETWEEN_LINES:
+            self._last = monotonic()
+            typer.echo(f"  {done}/{total}", err=True)
+
+
+def _summary(results: Results) -> str:
+    """A line per arm: its figures and the verdicts on them; one mean instead of several texts."""
+    width = max(len(name) for name in results.arms)
+    return "\n".join(f"{name:<{width}}  {_figures(arm)}" for name, arm in results.arms.items())
+
+
+def _figures(arm: ArmResult) -> str:
+    parts = [] if arm.error is None else ["failed"]
+    if arm.mean_text is not None:
+        parts.append(f"mean {arm.mean_text.value:.4f} bpb{_verdict(arm.mean_text.against_baseline)}")
+    else:
+        parts += [f"{name} {text.bpb:.4f} bpb{_verdict(text.against_baseline)}" for name, text in arm.text.items()]
+    parts += [
+        f"{name} {task.score:.3f} {task.metric}{_verdict(task.against_baseline)}" for name, task in arm.tasks.items()
+    ]
+    return ", ".join(parts) or "nothing measured"
+
+
+def _verdict(difference: Difference | None) -> str:
+    return "" if difference is None else f" ({difference.verdict})"

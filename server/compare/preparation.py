@@ -1,0 +1,195 @@
+"""What is decided on held-out text before anything is measured: fitted weights, and the best of an arm's variants.
+
+The order: weights are fitted for every variant that asks for it, then the variants of one arm are scored on the same
+held-out texts, and the one with the fewest bits per byte (mean over the texts) becomes the arm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ensembles.errors import EnsembleError, ModelLoadError
+from server.compare.arms import Candidate, Entry, as_arm_model, identity, only
+from server.compare.documents import Documents
+from server.compare.listener import Listener
+from server.compare.plan import Plan
+from server.compare.provenance import COMPUTING, versions
+from server.compare.records import ArmRecord, Failure, Preparation, Records, inputs_hash
+from server.compare.results import Choice
+from server.compare.sources import sha256_of
+from server.compare.text_measure import NotScored, measure_text
+from server.config import Config
+from server.hosting import Hosting
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The variant that is the arm, ready to be hosted under the arm's name, and how that was decided."""
+
+    candidate: Candidate
+    preparation: Preparation
+
+
+async def prepare(
+    plan: Plan,
+    replicate: str | None,
+    candidates: Mapping[str, Sequence[Candidate]],
+    held_out: Mapping[str, Documents],
+    records: Records,
+    listener: Listener,
+) -> dict[str, Prepared | Failure]:
+    """Arm -> what it is. Decisions of an earlier run stand if nothing that they depend on has changed."""
+    decided: dict[str, Prepared | Failure] = {}
+    pending: dict[str, list[Candidate]] = {}
+    for arm, variants in candidates.items():
+        built = [candidate for candidate in variants if candidate.failure is None]
+        if not built:
+            decided[arm] = variants[0].failure or Failure(stage="build", message="it has no variant")
+            continue
+        try:
+            inputs = _inputs(plan, replicate, variants, held_out)
+        except EnsembleError as exc:
+            decided[arm] = Failure(stage="load", message=str(exc))
+            continue
+        known = records.get(arm, replicate).preparation
+        if known is not None and known.inputs == inputs:
+            decided[arm] = Prepared(_as_decided(variants[known.variant], known), known)
+        elif len(variants) == 1 and not variants[0].is_fitted:
+            decided[arm] = Prepared(variants[0], Preparation(inputs=inputs))
+        else:
+            pending[arm] = built
+    for arm, variants in pending.items():
+        listener.stage(f"{arm}: fitting and choosing on held-out text")
+        try:
+            prepared = await _decide(plan, replicate, variants, held_out, listener)
+        except EnsembleError as exc:
+            decided[arm] = Failure(stage="fit", message=str(exc))
+            continue
+        inputs = _inputs(plan, replicate, candidates[arm], held_out)
+        decided[arm] = replace(prepared, preparation=prepared.preparation.model_copy(update={"inputs": inputs}))
+        _save(records, arm, replicate, decided[arm])
+    return {arm: decided[arm] for arm in candidates}
+
+
+def _save(records: Records, arm: str, replicate: str | None, prepared: Prepared) -> None:
+    record: ArmRecord = records.get(arm, replicate)
+    record.preparation = prepared.preparation
+    records.save(record)
+
+
+def _as_decided(candidate: Candidate, preparation: Preparation) -> Candidate:
+    return candidate if preparation.weights is None else candidate.with_weights(preparation.weights)
+
+
+def _inputs(plan: Plan, replicate: str | None, variants: Sequence[Candidate], held_out: Mapping[str, Documents]) -> str:
+    entries = {candidate.model: candidate.entry for candidate in variants if candidate.entry is not None}
+    config = config_with(plan, replicate, entries)
+    parts: dict[str, Any] = {
+        "models": [
+            None if candidate.failure is not None else [identity(config, candidate.model), candidate.is_fitted]
+            for candidate in variants
+        ]
+    }
+    if len(variants) > 1 or variants[0].is_fitted:
+        parts |= {
+            "held_out": {name: sha256_of(documents) for name, documents in held_out.items()},
+            "window": [plan.file.window, plan.file.stride],
+            "versions": versions(COMPUTING),
+        }
+    return inputs_hash(parts)
+
+
+def config_with(plan: Plan, replicate: str | None, entries: Mapping[str, Entry]) -> Config:
+    """The config in which these models stand, too, with the replicate's members in place of the usual ones."""
+    replaced = plan.file.replicates[replicate] if replicate is not None else {}
+    return plan.extended({**replaced, **entries})
+
+
+async def _decide(
+    plan: Plan,
+    replicate: str | None,
+    variants: Sequence[Candidate],
+    held_out: Mapping[str, Documents],
+    listener: Listener,
+) -> Prepared:
+    entries = {candidate.model: candidate.entry for candidate in variants if candidate.entry is not None}
+    config = config_with(plan, replicate, entries)
+    fitted: list[Candidate] = []
+    weights: dict[int, dict[str, float]] = {}
+    async with AsyncExitStack() as stack:
+        if any(candidate.is_fitted for candidate in variants):
+            from server.compare.fitting import fit_weights
+
+            names = [candidate.model for candidate in variants if candidate.is_fitted]
+            hosting = await stack.enter_async_context(Hosting.open(only(config, names)))
+            for candidate in variants:
+                if candidate.is_fitted:
+                    found = await fit_weights(
+                        hosting,
+                        candidate.model,
+                        list(held_out.values()),
+                        window=plan.file.window,
+                        stride=plan.file.stride,
+                    )
+                    weights[candidate.index] = dict(found.weights)
+                    candidate = candidate.with_weights(weights[candidate.index])
+                fitted.append(candidate)
+        else:
+            fitted = list(variants)
+    if len(variants) == 1:
+        return Prepared(
+            fitted[0], Preparation(inputs="", variant=fitted[0].index, weights=weights.get(fitted[0].index))
+        )
+    scores = await _scores(plan, replicate, fitted, held_out, listener)
+    best = min(scores, key=lambda index: scores[index])
+    labels = {candidate.index: candidate.label for candidate in fitted}
+    choice = Choice(
+        name=labels[best],
+        candidates={labels[index]: score for index, score in scores.items()},
+        measure="bpb",
+    )
+    chosen = next(candidate for candidate in fitted if candidate.index == best)
+    return Prepared(chosen, Preparation(inputs="", variant=best, weights=weights.get(best), chosen=choice))
+
+
+async def _scores(
+    plan: Plan,
+    replicate: str | None,
+    variants: Sequence[Candidate],
+    held_out: Mapping[str, Documents],
+    listener: Listener,
+) -> dict[int, float]:
+    """Variant -> bits per byte on the held-out texts, each counted alike. Raises `ModelLoadError` if none has any."""
+    entries = {candidate.model: candidate.entry for candidate in variants if candidate.entry is not None}
+    config = config_with(plan, replicate, entries)
+    arms = {candidate.model: as_arm_model(candidate, config, replicate).model for candidate in variants}
+    per_text: dict[str, list[float]] = {model: [] for model in arms}
+    reasons: list[str] = []
+    async with Hosting.open(only(config, list(arms))) as hosting:
+        for name, documents in held_out.items():
+            scores = await measure_text(
+                hosting,
+                arms,
+                documents,
+                window=plan.file.window,
+                stride=plan.file.stride,
+                on_progress=listener.progress,
+            )
+            for model, found in scores.items():
+                if isinstance(found, NotScored):
+                    reasons.append(f"{name}: {found.reason}")
+                else:
+                    per_text[model].append(found.bits_per_byte)
+    complete = {
+        candidate.index: float(np.mean(per_text[candidate.model]))
+        for candidate in variants
+        if len(per_text[candidate.model]) == len(held_out)
+    }
+    if not complete:
+        raise ModelLoadError(f"no variant could be scored on the held-out text ({reasons[0]})")
+    return complete

@@ -1,0 +1,172 @@
+"""The whole comparison: build the arms, decide what is fitted, measure, compare, report. What is known is not redone.
+
+    merges → weights and variants on held-out text → texts, tasks, cost of every arm → cost-matched arms → replicates
+    → results.json, report.md, report.html
+
+Killed at any moment, it goes on where it was when it is run again with the same folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from ensembles.errors import ConfigError
+from server.compare.arms import ArmModel, Candidate, Entry, as_arm_model, build_candidates, groups
+from server.compare.blocks import Arm, PlanFile
+from server.compare.documents import Documents
+from server.compare.flips import flips
+from server.compare.listener import Listener
+from server.compare.matched import measure_matched
+from server.compare.measuring import measure_group
+from server.compare.plan import Plan
+from server.compare.preparation import config_with, prepare
+from server.compare.provenance import provenance
+from server.compare.records import Facts, Failure, Records
+from server.compare.results import Results
+from server.compare.sources import read_tasks, read_texts
+from server.compare.statistics import compute_results
+from server.compare.task_measure import Task
+from server.compare.work import Work, introduce
+
+RESULTS_FILE = "results.json"
+
+
+async def run_comparison(plan: Plan, folder: Path, listener: Listener, *, command: str | None = None) -> Results:
+    """Measure what is not measured yet and write `results.json`, `report.md` and `report.html` into `folder`.
+
+    Arms that fail are in the results with their error. Raises `ConfigError` if a text or a task cannot be read, or if
+    another process works in `folder`.
+    """
+    file = plan.file
+    with claimed(folder):
+        texts = read_texts(file.text, min_bytes=file.document_bytes)
+        held_out = read_texts(file.fit, min_bytes=file.document_bytes)
+        tasks = read_tasks(file.tasks)
+        records = Records(folder)
+        work = Work(plan, texts, tasks, records, listener)
+        arms, entries = await _measure(work, None, held_out)
+        matched = await measure_matched(work, entries, arms, folder / "held_out", free_memory())
+        for replicate in file.replicates:
+            only_texts = replace(work, tasks={}, is_speed_measured=False, with_harness=False)
+            await _measure(only_texts, replicate, held_out)
+        facts = provenance(
+            plan=plan.path,
+            config=plan.config.source,
+            weights={arm.arm: records.get(arm.arm).identity for arm in arms},
+            files=_files(file),
+            command=command,
+        )
+        Facts(added_arms=matched.arms, notes=matched.notes, provenance=facts).save(folder)
+        return write_results(plan, folder, texts, tasks)
+
+
+def report_again(plan: Plan, folder: Path) -> Results:
+    """Results and report once more from what is on disk; no model runs. Raises `ConfigError` if nothing is there."""
+    if not (folder / "arms").is_dir():
+        raise ConfigError(f"{folder} holds no measured arms; run the comparison without --report-only first")
+    with claimed(folder):
+        texts = read_texts(plan.file.text, min_bytes=plan.file.document_bytes)
+        return write_results(plan, folder, texts, read_tasks(plan.file.tasks))
+
+
+def write_results(plan: Plan, folder: Path, texts: Mapping[str, Documents], tasks: Mapping[str, Task]) -> Results:
+    """`results.json` and the report, from the records and facts in `folder`."""
+    from server.compare.report import write_report
+
+    records, facts = Records(folder), Facts.load(folder)
+    baseline = records.get(plan.file.baseline)
+    per_measure = plan.file.flips.per_arm
+    arms = [*plan.arms, *facts.added_arms]
+    results = compute_results(
+        plan.file,
+        arms,
+        records,
+        flips=[
+            flip for arm in arms for flip in flips(records.get(arm), baseline, texts, tasks, per_measure=per_measure)
+        ],
+        notes=facts.notes,
+        provenance=facts.provenance,
+    )
+    results.save(folder / RESULTS_FILE)
+    write_report(results, folder)
+    return results
+
+
+async def _measure(
+    work: Work, replicate: str | None, held_out: Mapping[str, Documents]
+) -> tuple[list[ArmModel], dict[str, Entry]]:
+    """All arms of the plan in one replicate. Returns those that could be built, and the entries made for them."""
+    plan = work.plan
+    members = config_with(plan, replicate, {})
+    candidates: dict[str, Sequence[Candidate]] = {}
+    for arm in _baseline_first(plan):
+        if arm.merge is not None or arm.choose:
+            work.listener.stage(f"{arm.name}: building")
+        candidates[arm.name] = await build_candidates(plan, members, arm, say=work.listener.stage)
+    prepared = await prepare(plan, replicate, candidates, held_out, work.records, work.listener)
+    entries: dict[str, Entry] = {}
+    chosen: dict[str, Candidate] = {}
+    for name, found in prepared.items():
+        if isinstance(found, Failure):
+            _note_failure(work, name, replicate, candidates[name][0], found)
+            continue
+        record = work.records.get(name, replicate)
+        record.preparation = found.preparation
+        chosen[name] = replace(found.candidate, model=name)
+        if found.candidate.entry is not None:
+            entries[name] = found.candidate.entry
+    config = config_with(plan, replicate, entries)
+    arms = introduce(work, config, [as_arm_model(candidate, config, replicate) for candidate in chosen.values()])
+    for group in groups(config, arms, free_bytes=free_memory()):
+        await measure_group(work, config, group)
+    return arms, entries
+
+
+def _baseline_first(plan: Plan) -> list[Arm]:
+    """So that every other arm finds it measured when its flips are looked for."""
+    return sorted(plan.file.arms, key=lambda arm: arm.name != plan.file.baseline)
+
+
+def _note_failure(work: Work, name: str, replicate: str | None, candidate: Candidate, failure: Failure) -> None:
+    record = work.records.get(name, replicate)
+    is_merge = candidate.variant is not None and candidate.variant.merge is not None
+    record.kind = "merge" if is_merge else record.kind
+    record.model, record.failure = name, failure
+    record.text, record.tasks, record.cost = {}, {}, None  # of something that cannot be built any more
+    work.records.save(record)
+    work.listener.stage(f"{name}: failed ({failure.stage}): {failure.message}")
+
+
+def free_memory() -> float:
+    import psutil
+
+    return float(psutil.virtual_memory().available)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Only one process at a time works in a folder. Raises `ConfigError` if another one does."""
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as exc:
+        raise ConfigError(f"{folder}: another comparison is writing there; wait for it, or give another --out") from exc
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _files(file: PlanFile) -> dict[str, Path]:
+    sources = {f"text {name}": source.path for name, source in file.text.items()}
+    sources |= {f"fit {name}": source.path for name, source in file.fit.items()}
+    sources |= {f"task {task.name}": task.data for task in file.tasks}
+    sources |= {f"held-out rows of {task.name}": task.dev for task in file.tasks}
+    sources |= {f"merge {arm.name}": arm.merge for arm in file.arms if isinstance(arm.merge, str)}
+    return {name: Path(path) for name, path in sources.items() if path is not None}

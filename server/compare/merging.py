@@ -28,7 +28,7 @@ from ensembles.errors import ConfigError, ModelLoadError
 from server.checkpoints import cache_folder, resolve_checkpoint
 from server.compare.content_cache import digest, folder_digest, is_whole
 from server.compare.recipes import Recipe, Reference, read_recipe
-from server.config import Config, HostedModel
+from server.config import Config, HostedModel, RemoteModel
 
 MERGE_VERSION = 1  # part of every key: raise it when the same recipe comes out otherwise
 OnStage = Callable[[str], None]
@@ -159,8 +159,9 @@ def _hosted(reference: Reference, config: Config | None) -> HostedModel | None:
     entry = models.get(reference.written, models.get(reference.path))
     if entry is not None and not isinstance(entry, HostedModel):
         raise ConfigError(
-            f"merge: {reference.path!r} is no model with weights of its own but a "
-            f"{'remote model' if hasattr(entry, 'url') else 'ensemble'}; name hosted models, folders or hub ids"
+            f"merge: {reference.path!r} is no model with weights of its own but "
+            f"{'a remote model' if isinstance(entry, RemoteModel) else 'an ensemble'}; "
+            "name hosted models, folders or hub ids"
         )
     return entry
 

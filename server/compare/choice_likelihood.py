@@ -1,0 +1,62 @@
+"""Multiple choice by likelihood: the option that the model finds most probable after the prompt.
+
+    score(option) = Σ log p(token | prompt, earlier tokens of the option)        over the option's tokens
+
+`per_byte` divides by the option's UTF-8 bytes, so that long options are not at a disadvantage. Needs a model that gives
+probabilities of a text that is given: a hosted member or a mixture of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ensembles.base import DistributionModel, GenerationRequest, Message, Sampling, collect
+from ensembles.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from server.hosting import Hosting
+
+
+async def option_logprobs(
+    hosting: Hosting,
+    model_name: str,
+    prompt: str | tuple[Message, ...],
+    options: tuple[str, ...],
+    *,
+    priority: int = 1,
+) -> list[float]:
+    """Nats of each option after `prompt`, raw text or messages.
+
+    After raw text that does not end in white space an option is preceded by a blank. Raises `UnsupportedError` if the
+    model cannot score text, or if its members see the messages differently.
+    """
+    model = hosting.models[model_name]
+    if not isinstance(model, DistributionModel):
+        raise UnsupportedError(f"model {model_name!r} gives text, not probabilities of options")
+    members = list(model.mixture.weights)
+    surface = hosting.surface(members[0])
+    if isinstance(prompt, str):
+        context = surface.encode(prompt)
+        blank = "" if prompt[-1:].isspace() else " "
+        texts = [option if option[:1].isspace() else blank + option for option in options]
+        sequences = [surface.encode(prompt + text) for text in texts]
+    else:
+        views = [hosting.surface(member).render(prompt) for member in members]
+        if any(view != views[0] for view in views):
+            raise UnsupportedError(
+                f"the members of {model_name!r} have different views of the conversation (system prompts or chat "
+                "templates), so no token sequence is common to them; ask with raw text"
+            )
+        context = views[0]
+        sequences = [context + surface.encode(option, add_special_tokens=False) for option in options]
+
+    async def nats(token_ids: list[int]) -> float:
+        request = GenerationRequest(
+            prompt=tuple(token_ids), prompt_logprobs=0, sampling=Sampling(max_tokens=0), priority=priority
+        )
+        answer = await collect(model, request)
+        # The option's first letters may have joined the prompt's last token: score from where the two part.
+        same = next((i for i, (a, b) in enumerate(zip(context, token_ids, strict=False)) if a != b), len(context))
+        return sum(token.logprob for token in answer.prompt.tokens[max(1, min(same, len(token_ids) - 1)) :])
+
+    return [await nats(token_ids) for token_ids in sequences]

@@ -25,8 +25,6 @@ def batch(
         Path,
         typer.Argument(
             metavar="INPUT",
-            exists=True,
-            allow_dash=True,
             help="JSONL of an OpenAI batch; with --template JSONL, CSV, TSV or Parquet of columns, or a folder of "
             "texts. - reads standard input.",
         ),
@@ -34,7 +32,7 @@ def batch(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", allow_dash=True, help="The answers; the job itself is kept beside it as OUTPUT.job."
+            "--output", "-o", help="The answers; the job itself is kept beside it as OUTPUT.job. - is standard output."
         ),
     ],
     config: Annotated[
@@ -157,11 +155,12 @@ def batch(
     )
     if seed is not None and seeds is not None:
         raise typer.BadParameter("--seeds gives every row its seed already", param_hint="--seed")
+    if source != STDIO and not source.exists():
+        raise typer.BadParameter(f"{str(source)!r} does not exist", param_hint="INPUT")
     if output != STDIO and output.exists() and source != STDIO and output.samefile(source):
         raise typer.BadParameter("would overwrite its own input", param_hint="--output")
 
     from server.batch.budget import parse_duration
-    from server.cli.batch_dry_run import dry_run_job
     from server.cli.batch_run import BatchRun, run_job
     from server.config import load_config
 
@@ -187,7 +186,12 @@ def batch(
                 restart=restart,
                 has_progress=not no_progress,
             )
-            code = dry_run_job(run, num_probes=probe) if dry_run else run_job(run)
+            if dry_run:
+                from server.cli.batch_dry_run import dry_run_job
+
+                code = dry_run_job(run, num_probes=probe)
+            else:
+                code = run_job(run)
         except KeyboardInterrupt:
             typer.echo("interrupted; the same command continues", err=True)
             code = INTERRUPTED

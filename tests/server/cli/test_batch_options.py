@@ -45,7 +45,7 @@ def test_settings_are_keys_with_json(text: str, setting: tuple[str, Any]) -> Non
 
 @pytest.mark.parametrize("text", ["seed", "=1", "a..b=1", "a=", "a=text", "a=NaN"])
 def test_what_is_no_setting_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="KEY=JSON|is not JSON"):
+    with pytest.raises(ValueError, match=r"KEY=JSON|is not JSON"):
         parse_setting(text)
 
 

@@ -34,9 +34,8 @@ def output_line(stored: StoredRow) -> bytes:
     row's place and `custom_id`.
     """
     row, result = stored.row, stored.result
-    digest = hashlib.blake2b(repr((row.index, row.custom_id)).encode(), digest_size=16)
     line: dict[str, Any] = {
-        "id": f"batch_req_{digest.hexdigest()}",
+        "id": line_id(row.index, row.custom_id),
         "custom_id": row.custom_id,
         "response": None,
         "error": None,
@@ -54,6 +53,11 @@ def output_line(stored: StoredRow) -> bytes:
         if not result.is_ok:
             line["error"] = result.body["error"]
     return orjson.dumps(line) + b"\n"
+
+
+def line_id(index: int, custom_id: str | None) -> str:
+    digest = hashlib.blake2b(repr((index, custom_id)).encode(), digest_size=16)
+    return f"batch_req_{digest.hexdigest()}"
 
 
 def write_output(store: JobStore, path: Path) -> None:

@@ -103,6 +103,22 @@ class JobStore:
             file.close()
             raise
 
+    @classmethod
+    def reopen(cls, path: Path) -> Self:
+        """The job at `path`, whichever it is. Raises as `open` does, and `ConfigError` if there is none."""
+        if not path.exists():
+            raise ConfigError(f"{path}: there is no such job")
+        file = JobFile(path, _SCHEMA)
+        try:
+            with file.reading() as db:
+                stored = _get(db, "identity")
+            if stored is None:
+                raise ConfigError(f"{path} holds no job yet")
+            return cls(file, Identity(**stored))
+        except BaseException:
+            file.close()
+            raise
+
     def close(self) -> None:
         self._file.close()
 
@@ -121,7 +137,7 @@ class JobStore:
             return _get(db, "is_complete") is not None
 
     def take_rows(self, rows: Iterable[Row | BadRow]) -> None:
-        """Take in the job's rows, in their order; reads `rows` as a stream. `index` must count from 0.
+        """Take in the job's rows, in their order; reads `rows` as a stream. `index` must go up: a shard has gaps in it.
 
         If the job has its rows already they are compared instead, and the first that differs is a `ConfigError`.
         """
@@ -132,8 +148,10 @@ class JobStore:
             db.execute("DELETE FROM rows")
             db.execute("DELETE FROM results")
         block: list[tuple[Any, ...]] = []
-        for place, row in enumerate(rows):
-            assert row.index == place, f"row {row.index} came in place {place}"
+        last = -1
+        for row in rows:
+            assert row.index > last, f"row {row.index} came after row {last}"
+            last = row.index
             block.append(row_columns(row))
             if len(block) == _BLOCK:
                 self._insert(block)
@@ -206,6 +224,11 @@ class JobStore:
         """The models that rows name; None stands for rows that name none."""
         with self._file.reading() as db:
             return {name for (name,) in db.execute("SELECT DISTINCT model FROM rows WHERE url IS NOT NULL")}
+
+    def models(self) -> dict[str, str]:
+        """The fingerprints that the job is held to, by the models' names."""
+        with self._file.reading() as db:
+            return _get(db, "models") or {}
 
     def bind_models(self, fingerprints: Mapping[str, str]) -> None:
         """Hold the job to these models. Raises `ConfigError` that names those that have changed since it began.

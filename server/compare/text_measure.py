@@ -21,7 +21,8 @@ import numpy as np
 
 from ensembles.base import DistributionModel, GenerationRequest, Mixture, MixtureHost, Model, Sampling, collect
 from ensembles.errors import ModelLoadError, UnsupportedError
-from ensembles.pooling import effective_weights, pool, posterior
+from ensembles.fitting.share import posterior_logprobs
+from ensembles.pooling import effective_weights, pool
 from server.compare.documents import Documents
 from server.compare.windows import Window, cut_windows
 
@@ -206,11 +207,9 @@ class _Reading:
 def mixture_logprobs(mixture: Mixture, of_members: np.ndarray) -> np.ndarray:
     """What an arithmetic or posterior mixture gives the tokens of one window. of_members: (K, T) nats -> (T,)."""
     prior = effective_weights(list(mixture.weights.values()))
-    weights = prior[:, None]
     if mixture.pool == "posterior" and len(prior) > 1:
-        weights = posterior.track(prior, of_members, prior, mixture.share)[:, :-1]
-    with np.errstate(divide="ignore"):  # log 0 is -inf, as it should be
-        return np.logaddexp.reduce(np.log(weights) + of_members, axis=0)
+        return posterior_logprobs(of_members, prior, mixture.share)
+    return np.logaddexp.reduce(np.log(prior)[:, None] + of_members, axis=0)
 
 
 def _by_document(windows: Sequence[Window], logprobs: Sequence[np.ndarray], num_documents: int) -> TextScores:

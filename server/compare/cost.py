@@ -67,13 +67,18 @@ async def measure_cost(
     settings: CostSettings,
     text: str,
     counter: ForwardCounter,
+    count_tokens: Callable[[str], int],
     *,
     is_chat: bool = True,
     remote: Sequence[str] = (),
     on_round: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Measured]:
-    """Arm -> figures. `text`: what prompts are cut from; `is_chat`: asked as a user's message, else as raw
-    text to be continued; `remote`: members whose forwards only their usage tells."""
+    """Arm -> figures.
+
+    `text`: what prompts are cut from. `counter`: hears every step of the engine. `count_tokens`: of an answer whose
+    model gives text alone. `is_chat`: asked as a user's message, else as raw text to be continued. `remote`: members
+    whose forwards only their usage tells.
+    """
     measured = {name: Measured() for name in models}
     prompts = Prompts(text, settings.prompt_tokens)
     num_rounds = settings.repeats + 1
@@ -87,7 +92,9 @@ async def measure_cost(
                         _request(prompts.next(), settings.max_tokens, seed, is_chat) for seed in range(concurrency)
                     ]
                     try:
-                        await _round(model, concurrency, settings, requests, figures, counter, remote, is_warm_up)
+                        await _round(
+                            model, concurrency, settings, requests, figures, counter, count_tokens, remote, is_warm_up
+                        )
                     except EnsembleError as exc:
                         figures.error = str(exc)
         on_round(number + 1, num_rounds)
@@ -101,6 +108,7 @@ async def _round(
     requests: Sequence[GenerationRequest],
     figures: Measured,
     counter: ForwardCounter,
+    count_tokens: Callable[[str], int],
     remote: Sequence[str],
     is_warm_up: bool,
 ) -> None:
@@ -108,19 +116,21 @@ async def _round(
     started = time.perf_counter()
     answers = await asyncio.gather(*(_timed(model, request) for request in requests))
     seconds = time.perf_counter() - started
-    num_tokens = sum(usage.completion_tokens for _, usage in answers)
+    num_tokens = sum(answer.num_tokens or min(count_tokens(answer.text), settings.max_tokens) for answer in answers)
     if is_warm_up or not num_tokens:
         return
     figures.tokens_per_s.setdefault(str(concurrency), []).append(num_tokens / seconds)
     if concurrency == min(settings.concurrency):
-        figures.ttft_s.append(float(np.mean([ttft for ttft, _ in answers])))
+        figures.ttft_s.append(float(np.mean([answer.ttft_s for answer in answers])))
     figures.seconds += seconds
     figures.answer_tokens += num_tokens
     figures.forward_tokens += counter.num_tokens - before
-    for _, usage in answers:
-        figures.spend += sum(member.cost for member in usage.members.values())
+    for answer in answers:
+        figures.spend += sum(member.cost for member in answer.usage.members.values())
         figures.forward_tokens += sum(
-            member.prompt_tokens + member.completion_tokens for name, member in usage.members.items() if name in remote
+            member.prompt_tokens + member.completion_tokens
+            for name, member in answer.usage.members.items()
+            if name in remote
         )
 
 
@@ -131,17 +141,27 @@ def _request(prompt: str, max_tokens: int, seed: int, is_chat: bool) -> Generati
     return GenerationRequest(messages=({"role": "user", "content": prompt},), sampling=sampling)
 
 
-async def _timed(model: Model, request: GenerationRequest) -> tuple[float, Usage]:
-    """Seconds to the first piece of the answer, and what the answer used."""
+@dataclass
+class _Answer:
+    """`num_tokens`: of the answer itself, where the model says them; a text-level ensemble gives text alone."""
+
+    ttft_s: float = 0.0
+    num_tokens: int = 0
+    text: str = ""
+    usage: Usage = field(default_factory=Usage)
+
+
+async def _timed(model: Model, request: GenerationRequest) -> _Answer:
     started = time.perf_counter()
-    ttft: float | None = None
-    usage = Usage()
+    answer = _Answer()
     async for event in model.generate(request):
-        if isinstance(event, Delta) and ttft is None:
-            ttft = time.perf_counter() - started
+        if isinstance(event, Delta):
+            answer.ttft_s = answer.ttft_s or time.perf_counter() - started
+            answer.num_tokens += len(event.token_ids)
+            answer.text += event.text
         elif isinstance(event, Done):
-            usage = event.usage
-    return (time.perf_counter() - started if ttft is None else ttft), usage
+            answer.usage = event.usage
+    return answer
 
 
 def as_record(figures: Measured, *, inputs: str, weights_bytes: int, kv_bytes: int, kv_tokens: int) -> CostRecord:

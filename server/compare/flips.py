@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ensembles.base import DistributionModel
+from ensembles.base import DistributionModel, Message
+from ensembles.pooling import effective_weights, posterior
 from server.compare.arms import ArmModel
 from server.compare.documents import Documents
 from server.compare.pairing import has_figures, same_items, same_texts, text_columns
 from server.compare.records import ArmRecord, ItemRecord, View, inputs_hash
 from server.compare.results import Flip, TokenView
-from server.compare.task_measure import Item, Task
+from server.compare.task_measure import Task
 
 if TYPE_CHECKING:
     import torch
@@ -32,13 +33,11 @@ MAX_TOKENS = 96  # whose members are shown
 
 @dataclass(frozen=True)
 class Flipped:
-    """A flip and what its tokens are: `prompt` (raw text or a question) and then `continuation`."""
+    """A flip and whose tokens are shown: those of `continuation`, after `prompt` (raw text or messages)."""
 
     flip: Flip
     key: str
-    question: Item | None
-    is_chat: bool
-    system_prompt: str | None
+    prompt: str | tuple[Message, ...]
     continuation: str
 
 
@@ -87,7 +86,7 @@ def _flipped_documents(
             baseline_score=float(their_costs[index]),
             arm_score=float(costs[index]),
         )
-        yield Flipped(flip, f"{flip.measure}: {flip.item}", None, False, None, flip.prompt)
+        yield Flipped(flip, f"{flip.measure}: {flip.item}", "", flip.prompt)
 
 
 def _flipped_answers(
@@ -118,7 +117,7 @@ def _flipped_answers(
             arm_score=mine.score,
         )
         continuation = mine.outputs[0] if mine.outputs else ""
-        yield Flipped(flip, f"{flip.measure}: {flip.item}", item, task.is_chat, task.system_prompt, continuation)
+        yield Flipped(flip, f"{flip.measure}: {flip.item}", task.prompt_of(item), continuation)
 
 
 def _output(item: ItemRecord) -> str:
@@ -168,14 +167,10 @@ async def _view(hosting: Hosting, name: str, model: DistributionModel, flipped: 
 
     surface = hosting.surface(name)
     assert surface is not None, "a mixture has hosted members"
-    if flipped.question is None:
-        before, ids = [], surface.encode(flipped.continuation)
-    else:
-        messages = [{"role": "system", "content": flipped.system_prompt}] if flipped.system_prompt else []
-        messages.append({"role": "user", "content": flipped.question.prompt})
-        before = surface.render(messages) if flipped.is_chat else surface.encode(flipped.question.prompt)
-        ids = surface.encode(flipped.continuation, add_special_tokens=False)
-    ids = [*before, *ids[:MAX_TOKENS]]
+    is_raw = isinstance(flipped.prompt, str)
+    before = surface.encode(flipped.prompt) if is_raw else surface.render(flipped.prompt)
+    shown = surface.encode(flipped.continuation, add_special_tokens=False)[:MAX_TOKENS]
+    ids = [*before, *shown]
     members = list(model.mixture.weights)
     parts: list[np.ndarray] = []
 
@@ -186,12 +181,18 @@ async def _view(hosting: Hosting, name: str, model: DistributionModel, flipped: 
     if not parts:
         return []
     of_members = np.concatenate(parts, axis=1)  # (K, T), the first token is not predicted
-    pooled = None if model.mixture.pool == "geometric" else mixture_logprobs(model.mixture, of_members)
+    mixture = model.mixture
+    pooled = None if mixture.pool == "geometric" else mixture_logprobs(mixture, of_members)
+    prior = effective_weights(list(mixture.weights.values()))
+    weights = np.broadcast_to(prior[:, None], of_members.shape)
+    if mixture.pool == "posterior":
+        weights = posterior.track(prior, of_members, prior, mixture.share)
     return [
         TokenView(
             text=surface.decode([ids[place + 1]]),
             logprob=None if pooled is None else _finite(pooled[place]),
             members={member: _finite(of_members[row, place]) for row, member in enumerate(members)},
+            weights={member: float(weights[row, place]) for row, member in enumerate(members)},
         )
         for place in range(max(len(before) - 1, 0), of_members.shape[1])
     ]

@@ -75,26 +75,25 @@ async def measure_matched(
             notes.append(f"{arm.arm}: its cost could not be measured, so no arm is matched to it.")
         else:
             matched.setdefault(min(max(round(cost / price), 1), settings.max_samples), []).append(arm.arm)
-    made = []
-    for num_samples, names in sorted(matched.items()):
-        for kind, tasks in kinds.items():
+    if 1 in matched and choice.name in work.plan.arms:
+        names = ", ".join(matched.pop(1))
+        notes.append(f"The cost of {names} buys one sample of {choice.name}, which is an arm already.")
+    made: list[str] = []
+    for kind, tasks in kinds.items():
+        arms_of_kind, entries_of_kind = [], dict(entries)
+        for num_samples, names in sorted(matched.items()):
             name = f"{choice.name}x{num_samples}" + (f"-{kind}" if len(kinds) > 1 else "")
             description = (
                 f"{choice.name}, the best single member on held-out rows, with {num_samples} samples: the cost of "
                 f"{', '.join(names)}"
             )
-            arm = ArmModel(name, None, name, "cost_matched", (choice.name,), description)
-            entry = _entry(choice.name, num_samples, kind, settings)
-            extended = config_with(work.plan, None, {**entries, name: entry})
-            part = replace(
-                work,
-                texts={},
-                tasks={task: work.tasks[task] for task in tasks if task in work.tasks},
-                with_harness=False,
-            )
-            work.record(arm).preparation = Preparation(inputs="", chosen=choice)
-            await measure_group(part, extended, introduce(part, extended, [arm]))
-            made.append(name)
+            arms_of_kind.append(ArmModel(name, None, name, "cost_matched", (choice.name,), description))
+            entries_of_kind[name] = _entry(choice.name, num_samples, kind, settings)
+            work.records.get(name).preparation = Preparation(inputs="", chosen=choice)
+        part = replace(work, texts={}, tasks={task: work.tasks[task] for task in tasks}, with_harness=False)
+        extended = config_with(work.plan, None, entries_of_kind)
+        await measure_group(part, extended, introduce(part, extended, arms_of_kind))
+        made += [arm.arm for arm in arms_of_kind]
     return Matched(tuple(made), tuple(notes))
 
 

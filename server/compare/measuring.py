@@ -6,12 +6,12 @@ are loaded in halves, until it is known which one is at fault.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 
 from ensembles.errors import EngineDeadError, UnsupportedError
 from server.compare.arms import ArmModel, clusters, footprint, only
-from server.compare.cost import ForwardCounter, as_record, measure_cost
+from server.compare.cost import CHARS_PER_TOKEN, ForwardCounter, as_record, measure_cost
 from server.compare.flips import collect_views
 from server.compare.records import ItemRecord, TaskRecord, TextRecord
 from server.compare.sources import sha256_of
@@ -176,6 +176,7 @@ async def _measure_cost(
         settings,
         _prompt_text(work),
         counter,
+        _token_counter(hosting, arms),
         is_chat=_all_chat(hosting, arms),
         remote=[name for name, entry in config.models.items() if isinstance(entry, RemoteModel)],
         on_round=work.listener.progress,
@@ -200,6 +201,14 @@ def _prompt_text(work: Work) -> str:
     if work.tasks:
         return "\n".join(item.prompt for item in next(iter(work.tasks.values())).items)
     return "The quick brown fox jumps over the lazy dog. " * 20
+
+
+def _token_counter(hosting: Hosting, arms: Sequence[ArmModel]) -> Callable[[str], int]:
+    """One tokenizer for all arms whose answers are texts alone: the first that there is."""
+    surface = next((found for arm in arms if (found := hosting.surface(arm.model)) is not None), None)
+    if surface is None:
+        return lambda text: -(-len(text) // CHARS_PER_TOKEN)
+    return lambda text: len(surface.encode(text, add_special_tokens=False))
 
 
 def _all_chat(hosting: Hosting, arms: Sequence[ArmModel]) -> bool:

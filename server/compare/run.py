@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ensembles.errors import ConfigError
-from server.compare.arms import ArmModel, Candidate, Entry, as_arm_model, build_candidates, groups
+from server.compare.arms import ArmModel, Candidate, Entry, as_arm_model, build_candidates, groups, kind_of
 from server.compare.blocks import Arm, PlanFile
 from server.compare.documents import Documents
 from server.compare.flips import flips
@@ -132,8 +132,10 @@ def _baseline_first(plan: Plan) -> list[Arm]:
 
 def _note_failure(work: Work, name: str, replicate: str | None, candidate: Candidate, failure: Failure) -> None:
     record = work.records.get(name, replicate)
-    is_merge = candidate.variant is not None and candidate.variant.merge is not None
-    record.kind = "merge" if is_merge else record.kind
+    if candidate.variant is not None:
+        record.kind = "merge" if candidate.variant.merge is not None else "ensemble"
+    else:
+        record.kind = kind_of(work.plan.config.models[name])
     record.model, record.failure = name, failure
     record.text, record.tasks, record.cost = {}, {}, None  # of something that cannot be built any more
     work.records.save(record)

@@ -51,17 +51,22 @@ def compare_right_wrong(
     num_resamples: int = NUM_RESAMPLES,
     level: float = 0.95,
 ) -> Comparison:
-    """Both (num_items,) of 0 and 1; failed and missing items count as 0. The difference is one of shares."""
+    """Both (num_items,) of 0 and 1; failed and missing items count as 0. The difference is one of shares.
+
+    The test is McNemar's; with `clusters`, whose items are not independent, the sign-flip test on clusters.
+    """
     model, baseline = _aligned(model, baseline)
     assert np.isin([model, baseline], (0.0, 1.0)).all(), "right or wrong: every figure must be 0 or 1"
     difference = bootstrap.mean(
         model - baseline, clusters=clusters, seed=seed, num_resamples=num_resamples, level=level
     )
     counts = mcnemar(model == 1, baseline == 1)
+    differences = model - baseline
+    is_clustered = clusters is not None  # McNemar's items are independent; items of one cluster are not
     return Comparison(
         difference,
-        "mcnemar",
-        counts.p_value,
+        "sign_flip" if is_clustered else "mcnemar",
+        sign_flip(_per_cluster(differences, clusters), seed=seed) if is_clustered else counts.p_value,
         cohens_h(float(model.mean()), float(baseline.mean())),
         "cohens_h",
         _detectable(difference, level),
@@ -128,7 +133,8 @@ def compare_bits_per_byte(
         num_resamples=num_resamples,
         level=level,
     )
-    per_document = bits / num_bytes - baseline_bits / baseline_num_bytes
+    scored = (num_bytes > 0) & (baseline_num_bytes > 0)  # a document of one token has nothing to predict
+    per_document = (bits[scored] / num_bytes[scored]) - (baseline_bits[scored] / baseline_num_bytes[scored])
     # Linearised, so that they add up to the difference of the two ratios.
     shares = bits / num_bytes.sum() - baseline_bits / baseline_num_bytes.sum()
     return Comparison(
@@ -140,7 +146,7 @@ def compare_bits_per_byte(
         _detectable(difference, level),
         int((per_document < 0).sum()),
         int((per_document > 0).sum()),
-        int((per_document == 0).sum()),
+        len(bits) - int((per_document != 0).sum()),
     )
 
 

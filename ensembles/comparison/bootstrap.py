@@ -77,7 +77,7 @@ def ratio(
     level: float = 0.95,
 ) -> Estimate:
     """Sum of `numerators` over sum of `denominators`, both (num_items,): bits over bytes, per document."""
-    columns = by_cluster(np.column_stack([numerators, denominators]), clusters)
+    columns = _with_length(by_cluster(np.column_stack([numerators, denominators]), clusters))
     return bootstrap([columns], _mean_of_ratios, seed=seed, num_resamples=num_resamples, level=level)
 
 
@@ -95,7 +95,7 @@ def ratio_difference(
     """`ratio` of a model less that of the baseline on the same items; their denominators may differ."""
     columns = np.column_stack([numerators, denominators, baseline_numerators, baseline_denominators])
     return bootstrap(
-        [by_cluster(columns, clusters)],
+        [_with_length(by_cluster(columns, clusters))],
         _mean_of_ratio_differences,
         seed=seed,
         num_resamples=num_resamples,
@@ -114,7 +114,7 @@ def macro_ratio(
 
     With denominators of one it is the mean of the domains' means.
     """
-    columns = [np.column_stack(pair) for pair in domains]
+    columns = [_with_length(np.column_stack(pair)) for pair in domains]
     return bootstrap(columns, _mean_of_ratios, seed=seed, num_resamples=num_resamples, level=level)
 
 
@@ -126,7 +126,7 @@ def macro_ratio_difference(
     level: float = 0.95,
 ) -> Estimate:
     """`macro_ratio` of a model less that of the baseline; per domain the four arrays of `ratio_difference`."""
-    columns = [np.column_stack(parts) for parts in domains]
+    columns = [_with_length(np.column_stack(parts)) for parts in domains]
     return bootstrap(columns, _mean_of_ratio_differences, seed=seed, num_resamples=num_resamples, level=level)
 
 
@@ -161,6 +161,11 @@ def by_cluster(columns: np.ndarray, clusters: Sequence[object] | None) -> np.nda
     summed = np.zeros((len(place), columns.shape[1]))
     np.add.at(summed, [place[cluster] for cluster in clusters], columns)
     return summed
+
+
+def _with_length(columns: np.ndarray) -> np.ndarray:
+    """Without units whose denominators (every other column) are zero: a sample of them alone would have no ratio."""
+    return columns[(columns[:, 1::2] > 0).all(axis=1)]
 
 
 # --- statistics --------------------------------------------------------------------------------------------------

@@ -55,6 +55,22 @@ def is_decided(votes: Sequence[Vote], weights: Sequence[float]) -> bool:
     )
 
 
+def num_to_decide(votes: Sequence[Vote], weights: Sequence[float]) -> int:
+    """How many of those PENDING, in their order, would decide the vote if all of them agreed with its leader.
+
+    ["a", PENDING, PENDING, PENDING] -> 1: after ["a", "a"] the other two could at most draw level, and "a" was first.
+    Fewer than that never decide it, so a vote that is asked for in such steps costs no answer too many.
+    """
+    pending = [place for place, vote in enumerate(votes) if vote is PENDING]
+    leader = plurality(votes, weights) or "".join(tally(votes, weights)) + "?"
+    supposed = list(votes)
+    for number, place in enumerate(pending):
+        if is_decided(supposed, weights):
+            return number
+        supposed[place] = leader
+    return len(pending)
+
+
 def agreement(sums: Mapping[str, float]) -> float:
     """The winner's share of all votes cast, 0 to 1; 0 if none was."""
     return max(sums.values()) / sum(sums.values()) if sums and sum(sums.values()) > 0 else 0.0

@@ -19,6 +19,7 @@ from server.api.errors import error_object
 from server.api.protocol import ChatBody, CompletionBody, ParameterCheck
 from server.api.request_log import RequestRecord
 from server.api.terms import Terms
+from server.batch.early_stop import STOP_WHEN_DECIDED, answer_until_decided
 from server.batch.identity import body_digest, ids_from
 from server.batch.rows import Row, RowResult
 from server.metrics import Metrics
@@ -62,6 +63,8 @@ async def answer(
 
 
 async def _answered(hosting: Hosting, row: Row, terms: Terms, metrics: Metrics) -> tuple[Mapping[str, Any], Usage]:
+    if STOP_WHEN_DECIDED in row.body:
+        return await answer_until_decided(row, terms, lambda one, of_one: _answered(hosting, one, of_one, metrics))
     record = RequestRecord(terms.request_id, "POST", row.url, "")
     match row.url:
         case "/v1/chat/completions":

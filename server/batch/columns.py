@@ -32,6 +32,7 @@ BODY_NAMES = (
     "label",
     "probabilities",
     "members",
+    "vote",
 )
 LINE_NAMES = ("response", "cell")
 ANSWER_KINDS: tuple[AnswerKind, ...] = get_args(AnswerKind)

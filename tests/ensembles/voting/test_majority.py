@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensembles.voting.majority import PENDING, agreement, is_decided, plurality, tally
+from ensembles.voting.majority import PENDING, agreement, is_decided, num_to_decide, plurality, tally
 
 
 def test_the_most_frequent_answer_wins() -> None:
@@ -68,3 +68,32 @@ def test_decided_exactly_if_no_completion_changes_the_winner(ballots: list[tuple
             complete[index] = vote
         winners.add(plurality(complete, weights))
     assert is_decided(votes, weights) == (len(winners) == 1)
+
+
+@pytest.mark.parametrize(
+    ("votes", "expected"),
+    [
+        ([PENDING] * 8, 4),  # four alike: the other four could draw level, but came later
+        ([PENDING] * 5, 3),
+        (["7", PENDING, PENDING, PENDING], 1),
+        (["7", "8", PENDING, PENDING, PENDING], 2),
+        ([None, PENDING, PENDING], 1),
+        (["7", "7", PENDING], 0),
+        (["7", "8"], 0),
+        ([PENDING], 1),
+    ],
+)
+def test_a_vote_needs_no_fewer_answers_than_would_decide_it(votes: list, expected: int) -> None:
+    assert num_to_decide(votes, [1.0] * len(votes)) == expected
+
+
+@given(st.lists(st.sampled_from(["7", "8", "9", None]), min_size=1, max_size=9))
+def test_asking_in_the_fewest_steps_elects_whom_all_answers_elect(answers: list) -> None:
+    votes = [PENDING] * len(answers)
+    weights = [1.0] * len(answers)
+    num_asked = 0
+    while size := num_to_decide(votes, weights):
+        assert not is_decided(votes, weights)
+        votes[num_asked : num_asked + size] = answers[num_asked : num_asked + size]
+        num_asked += size
+    assert plurality(votes, weights) == plurality(answers, weights)

@@ -13,6 +13,7 @@ from server.batch.identity import Identity
 from server.batch.inputs import Recipe, read_rows
 from server.batch.records import SourceKind, read_records
 from server.batch.rows import BadRow, Row
+from server.batch.shards import SHARD, Shard
 from server.batch.store import JobStore
 from server.batch.submission import SampleSubmission
 
@@ -30,17 +31,22 @@ class CheckedInput:
 
 @dataclass(frozen=True)
 class FileJob:
-    """`options`: what else makes the job what it is, each under the flag that said it. `seed`: the job's own."""
+    """`options`: what else makes the job what it is, each under the flag that said it. `seed`: the job's own.
+
+    `shard`: the part of the rows that this machine answers; None for all.
+    """
 
     source: Path
     kind: SourceKind
     recipe: Recipe
     options: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
+    shard: Shard | None = None
 
     def rows(self) -> Iterator[Row | BadRow]:
         """The job's rows in their order. Reads the source anew at every call."""
-        return read_rows(read_records(self.source, self.kind), self.recipe)
+        rows = read_rows(read_records(self.source, self.kind), self.recipe)
+        return rows if self.shard is None else self.shard.rows(rows, len(self.recipe.grid.cells))
 
     def check(self, sample: SampleSubmission | None) -> CheckedInput:
         """Read the whole input once. Raises `ConfigError` if it has no rows or not those of the sample submission."""
@@ -59,7 +65,8 @@ class FileJob:
         return CheckedInput(num_rows, num_bad, tuple(bad))
 
     def identity(self) -> Identity:
-        return Identity({"the input": _digest(self.source), **self.options}, self.seed)
+        shard = {} if self.shard is None else {SHARD: str(self.shard)}
+        return Identity({"the input": _digest(self.source), **self.options, **shard}, self.seed)
 
     def open_store(self, path: Path, *, restart: bool) -> JobStore:
         """The job's store at `path`, with all rows taken in. `restart` forgets what was there. Raises `ConfigError`."""

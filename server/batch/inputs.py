@@ -22,6 +22,7 @@ from server.findings import nearest
 
 GENERATION_URLS = ("/v1/chat/completions", "/v1/completions")
 PROMPT_KEYS: Mapping[Url, str] = {"/v1/completions": "prompt", "/v1/embeddings": "input", "/v1/classify": "input"}
+OTHER_DEFAULTS: Mapping[Url, tuple[str, ...]] = {"/v1/embeddings": ("model",), "/v1/classify": ("model", "labels")}
 LINE_KEYS = ("custom_id", "method", "url", "body")
 ID_COLUMNS = ("custom_id", "id")  # looked for in this order where no column is named
 
@@ -31,9 +32,9 @@ class Recipe:
     """How records become rows.
 
     `url`: of rows that name none. `template`, `system`: of the prompt and of its system message; without `template`
-    records are lines of an OpenAI batch file. `defaults`: keys of a body that its own values go before; of these only
-    `model` goes into bodies that generate nothing. `overrides`: dotted keys that are set in every body, whatever it
-    says. `grid`: sets its cells' values last.
+    records are lines of an OpenAI batch file. `defaults`: keys of a body that its own values go before; bodies that
+    generate nothing take only those of `OTHER_DEFAULTS`. `overrides`: dotted keys that are set in every body, whatever
+    it says. `grid`: sets its cells' values last.
     """
 
     url: Url | None = None
@@ -51,9 +52,8 @@ class Recipe:
     def request(self, record: Record) -> tuple[Url, dict[str, Any]]:
         """Address and body of a record, before cells. Raises `RequestError`."""
         url, body = self._from_template(record) if self.template is not None else self._from_line(record)
-        defaults = self.defaults
-        if url not in GENERATION_URLS:
-            defaults = {key: value for key, value in defaults.items() if key == "model"}
+        is_other = url in OTHER_DEFAULTS
+        defaults = {k: v for k, v in self.defaults.items() if (k in OTHER_DEFAULTS[url] if is_other else k != "labels")}
         body = {**defaults, **body}
         for path, value in self.overrides.items():
             _set(body, path, value)
@@ -165,7 +165,8 @@ class _FirstLines:
     """custom_id -> the line where it first stood. SQLite moves what does not fit into its cache to a temporary file."""
 
     def __enter__(self) -> _FirstLines:
-        self._database = sqlite3.connect("", isolation_level=None)
+        # Not tied to a thread: who gives rows up half way leaves them to the garbage collector, which runs in any.
+        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._database.execute("PRAGMA journal_mode = OFF")
         self._database.execute("CREATE TABLE ids (custom_id TEXT PRIMARY KEY, line INTEGER) WITHOUT ROWID")
         self._database.execute("BEGIN")

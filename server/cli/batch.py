@@ -78,6 +78,20 @@ def batch(
     stop: Annotated[
         list[str] | None, typer.Option(help="Ends an answer; may be given several times.", rich_help_panel=REQUESTS)
     ] = None,
+    stop_when_decided: Annotated[
+        Literal["number", "choice", "yes_no", "text"] | None,
+        typer.Option(
+            help="Take no more samples of a row once the vote on their answers is decided.", rich_help_panel=REQUESTS
+        ),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LABEL,...",
+            help="Classify: the probability of each label after the prompt. Implies --url /v1/classify.",
+            rich_help_panel=REQUESTS,
+        ),
+    ] = None,
     response_format: Annotated[
         str | None,
         typer.Option(help="json_object, or a JSON schema: a file or the text.", rich_help_panel=REQUESTS),
@@ -124,6 +138,23 @@ def batch(
         str | None,
         typer.Option(metavar="2h|1h30m|90s", help="Stop then, with the best so far written.", rich_help_panel=RUN),
     ] = None,
+    time_budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="4h45m",
+            help="Shared out among all rows; what one leaves over goes to the rest.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    per_row_max: Annotated[
+        str | None, typer.Option(metavar="90s", help="The most that one row may take.", rich_help_panel=RUN)
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N", help="Answer only part I of N, for N machines; `batch merge` joins.", rich_help_panel=RUN
+        ),
+    ] = None,
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="Run failed rows again.", rich_help_panel=RUN)
     ] = False,
@@ -151,8 +182,19 @@ def batch(
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: a batch never asks a hub
     requests = RequestOptions(
-        model, max_tokens, temperature, top_p, seeds, samples, tuple(stop or ()), response_format, tuple(set_ or ())
+        model=model,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seeds=seeds,
+        samples=samples,
+        stop=tuple(stop or ()),
+        stop_when_decided=stop_when_decided,
+        response_format=response_format,
+        labels=labels,
+        set=tuple(set_ or ()),
     )
+    url = "/v1/classify" if labels is not None and url is None else url
     if seed is not None and seeds is not None:
         raise typer.BadParameter("--seeds gives every row its seed already", param_hint="--seed")
     if source != STDIO and not source.exists():
@@ -164,15 +206,19 @@ def batch(
     from server.cli.batch_run import BatchRun, run_job
     from server.config import load_config
 
-    deadline_s = parsed("--deadline", parse_duration, deadline)
+    limits_s = {
+        "deadline_s": parsed("--deadline", parse_duration, deadline),
+        "time_budget_s": parsed("--time-budget", parse_duration, time_budget),
+        "per_row_max_s": parsed("--per-row-max", parse_duration, per_row_max),
+    }
     loaded = load_config(config)
     requests.check_models(loaded)
     with ExitStack() as stack:
         try:
-            inputs = InputOptions(source, input_format, template, system, id_column, url)
+            inputs = InputOptions(source, input_format, template, system, id_column, url, shard)
             file_job = inputs.file_job(requests, seed=seed or 0, stack=stack)
             outputs = OutputOptions(output, output_format, columns, zipped, sample_submission, fallback, job)
-            sample = outputs.sample(file_job.recipe.grid)
+            sample = outputs.sample(file_job)
             run = BatchRun(
                 config=loaded,
                 job=file_job,
@@ -181,7 +227,7 @@ def batch(
                 form=outputs.form(sample),
                 sample=sample,
                 concurrency=concurrency,
-                deadline_s=deadline_s,
+                **limits_s,
                 retry_errors=retry_errors,
                 restart=restart,
                 has_progress=not no_progress,

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from server.cli.batch_options import RequestOptions, summarised
+from server.cli.batch_options import RequestOptions, parsed, summarised
 
 if TYPE_CHECKING:
     from server.batch.file_job import FileJob
-    from server.batch.grid import Grid
     from server.batch.outputs import OutputForm, OutputFormat
     from server.batch.records import SourceKind
     from server.batch.rows import Url
@@ -34,12 +33,14 @@ class InputOptions:
     system: str | None
     id_column: str | None
     url: Url | None
+    shard: str | None
 
     def file_job(self, requests: RequestOptions, *, seed: int, stack: ExitStack) -> FileJob:
         """The job of this input. Standard input is read to its end into a file that goes when `stack` is closed."""
         from server.batch.file_job import FileJob
         from server.batch.inputs import Recipe
         from server.batch.records import kind_of_source
+        from server.batch.shards import Shard
         from server.batch.template import PromptTemplate
 
         kind = kind_of_source(self.source, self.format or ("jsonl" if self.source == STDIO else None))
@@ -68,7 +69,7 @@ class InputOptions:
             grid=requests.grid(),
         )
         source = _spooled(stack) if self.source == STDIO else self.source
-        return FileJob(source, kind, recipe, options, seed)
+        return FileJob(source, kind, recipe, options, seed, parsed("--shard", Shard.parse, self.shard))
 
 
 @dataclass(frozen=True)
@@ -103,17 +104,20 @@ class OutputOptions:
             return self.format
         return "csv" if ".csv" in self.output.suffixes[-2:] else "jsonl"
 
-    def sample(self, grid: Grid) -> SampleSubmission | None:
-        """The sample submission, if there is one and a job with this grid can be held against it."""
+    def sample(self, job: FileJob) -> SampleSubmission | None:
+        """The sample submission, if there is one and this job can be held against it."""
         if self.sample_submission is None:
             return None
         from server.batch.submission import SampleSubmission
 
-        if len(grid.cells) > 1:
+        hint = "--sample-submission"
+        if (num_cells := len(job.recipe.grid.cells)) > 1:
             raise typer.BadParameter(
-                f"a submission has one row for each id, this grid has {len(grid.cells)}; write JSONL, then vote",
-                param_hint="--sample-submission",
+                f"a submission has one row for each id, this grid has {num_cells}; write JSONL, then vote",
+                param_hint=hint,
             )
+        if job.shard is not None:
+            raise typer.BadParameter("a shard has part of the rows; check the merged job", param_hint=hint)
         return SampleSubmission.read(self.sample_submission)
 
     def form(self, sample: SampleSubmission | None) -> OutputForm:

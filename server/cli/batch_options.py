@@ -31,7 +31,9 @@ class RequestOptions:
     seeds: str | None = None
     samples: int | None = None
     stop: Sequence[str] = ()
+    stop_when_decided: str | None = None
     response_format: str | None = None
+    labels: str | None = None
     set: Sequence[str] = ()
 
     def check_models(self, config: Config) -> None:
@@ -71,6 +73,8 @@ class RequestOptions:
             "top_p": self.top_p,
             "n": self.samples,
             "stop": list(self.stop) or None,
+            "stop_when_decided": self.stop_when_decided,
+            "labels": parsed("--labels", parse_labels, self.labels),
             "response_format": parsed("--response-format", parse_response_format, self.response_format),
         }
         return single | {key: value for key, value in plain.items() if value is not None}
@@ -104,6 +108,16 @@ def parse_setting(text: str) -> tuple[str, Any]:
         return path, json.loads(value, parse_constant=_refuse)
     except ValueError as exc:
         raise ValueError(f"{path}: {value!r} is not JSON ({exc}); a text needs quotes: '{path}=\"...\"'") from exc
+
+
+def parse_labels(text: str) -> list[str]:
+    """ "good,bad" or, for labels with commas in them, '["yes, sir", "no"]' -> a list. Raises `ValueError`."""
+    if not text.lstrip().startswith("["):
+        return text.split(",")
+    labels = json.loads(text)
+    if not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"must be texts, got {text}")
+    return labels
 
 
 def parse_response_format(text: str) -> dict[str, Any]:

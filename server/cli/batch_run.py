@@ -4,33 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from ensembles.errors import EnsembleError
+from server.batch.budget import TimeBudget
 from server.batch.columns import Column
 from server.batch.file_job import CheckedInput, FileJob
+from server.batch.identity import model_fingerprints
 from server.batch.outputs import OutputForm, write_job
 from server.batch.progress import ProgressView, duration, spend
 from server.batch.store import Counts, JobStore
 from server.batch.submission import SampleSubmission
 from server.config import Config
-from server.fingerprints import fingerprint
 
 if TYPE_CHECKING:
     from server.batch.runner import Summary
+    from server.hosting import Hosting
 
 OK, SOME_ROWS_FAILED, INTERRUPTED = 0, 3, 130
 
 
 @dataclass(frozen=True)
 class BatchRun:
-    """One call of the command. `sample`: what the output's ids are held against."""
+    """One call of the command. `sample`: what the output's ids are held against.
+
+    `deadline_s`, `time_budget_s`: seconds from `began_s` (`time.monotonic`), so that loading models counts too. The
+    budget is shared out among the rows, of which none may take more than `per_row_max_s`.
+    """
 
     config: Config
     job: FileJob
@@ -40,9 +47,16 @@ class BatchRun:
     sample: SampleSubmission | None = None
     concurrency: int | None = None
     deadline_s: float | None = None
+    time_budget_s: float | None = None
+    per_row_max_s: float | None = None
+    began_s: float = field(default_factory=time.monotonic)
     retry_errors: bool = False
     restart: bool = False
     has_progress: bool = True
+
+    def left_s(self, limit_s: float | None) -> float | None:
+        """What is left of a limit; 0 if nothing is."""
+        return None if limit_s is None else max(0.0, self.began_s + limit_s - time.monotonic())
 
 
 def run_job(run: BatchRun) -> int:
@@ -81,13 +95,6 @@ def report_bad_rows(checked: CheckedInput, say: Callable[[str], None]) -> None:
             say(f"  and {checked.num_bad - len(checked.bad)} more")
 
 
-def model_fingerprints(names: list[str | None], config: Config) -> dict[str, str]:
-    """Those of the models that the rows name, as far as the config has them; a row may name none if one is listed."""
-    listed = [name for name, entry in config.models.items() if entry.listed]
-    asked = {name if name is not None or len(listed) != 1 else listed[0] for name in names}
-    return {name: fingerprint(name, config) for name in config.models if name in asked}
-
-
 async def _answer(run: BatchRun, store: JobStore, console: Console) -> Summary:
     from server.batch.runner import run as run_rows
     from server.hosting import Hosting
@@ -95,14 +102,28 @@ async def _answer(run: BatchRun, store: JobStore, console: Console) -> Summary:
     stop = asyncio.Event()
     with ProgressView(console, is_shown=run.has_progress) as view, _stopping(stop, view.say):
         async with Hosting.open(run.config) as hosting:
+            limits = [left for limit in (run.deadline_s, run.time_budget_s) if (left := run.left_s(limit)) is not None]
             return await run_rows(
                 store,
                 hosting,
                 concurrency=run.concurrency,
-                deadline_s=run.deadline_s,
+                deadline_s=min(limits, default=None),
+                budget=_budget(run, store, hosting),
                 stop=stop,
                 on_progress=view.update,
             )
+
+
+def _budget(run: BatchRun, store: JobStore, hosting: Hosting) -> TimeBudget | None:
+    """How the rows share the time; None if nothing limits them one by one."""
+    from server.batch.room import num_sequences, sequences_of
+
+    if run.time_budget_s is None and run.per_row_max_s is None:
+        return None
+    first = next(iter(store.pending(limit=1, has_cut=True)), None)
+    num_places = 1 if first is None else sequences_of(first, hosting)
+    at_once = run.concurrency or max(1, num_sequences(hosting) // num_places)
+    return TimeBudget(run.left_s(run.time_budget_s), at_once=at_once, per_row_max_s=run.per_row_max_s)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -122,6 +123,10 @@ def test_defaults_fill_what_a_body_lacks_and_overrides_replace_what_it_has() -> 
     assert body["ensemble"] == {"weights": {"b": 1}}, "the record's own objects must not change"
     [row] = rows_of(line(url="/v1/embeddings", body={"input": "x"}), recipe=Recipe(defaults=recipe.defaults))
     assert row.body == {"model": "mix", "input": "x"}
+    labelled = Recipe(defaults={**recipe.defaults, "labels": ["a", "b"]})
+    [chat, classified] = rows_of(line(), line("b", url="/v1/classify", body={"prompt": "x"}), recipe=labelled)
+    assert "labels" not in chat.body
+    assert classified.body == {"model": "mix", "labels": ["a", "b"], "prompt": "x"}
 
 
 def test_each_record_is_a_row_in_every_cell_and_a_bad_one_an_error_in_every_cell() -> None:
@@ -142,3 +147,10 @@ def test_a_system_prompt_needs_a_chat_that_a_template_makes() -> None:
     for recipe in ({}, {"template": system, "url": "/v1/completions"}):
         with pytest.raises(ConfigError, match="--system goes into chats"):
             Recipe(system=system, **recipe)
+
+
+def test_rows_may_be_given_up_half_way_in_another_thread() -> None:
+    rows = read_rows([Record(1, line("a")), Record(2, line("b"))], Recipe())
+    next(rows)
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(rows.close).result()

@@ -229,6 +229,20 @@ def test_a_folder_of_texts_is_answered(batch: Ensemble, tmp_path: Path) -> None:
     assert [answer["custom_id"] for answer in read_lines(tmp_path / "out.jsonl")] == ["a", "b"]
 
 
+def test_rows_are_classified_by_labels(batch: Ensemble, tmp_path: Path) -> None:
+    source = tmp_path / "in.csv"
+    source.write_text("id,review\n1,Nice\n2,Awful\n", encoding="utf-8")
+    options = ["--template", "Review: {{ review }}\nSentiment:", "--labels", "good,bad", "--model", "mix"]
+    columns = "id=custom_id,label=label,good=probabilities.good,bad=probabilities.bad"
+    run = batch(source, tmp_path / "out.csv", *options, "--columns", columns)
+    assert run.code == 0, run.err
+    table = list(csv.DictReader(io.StringIO((tmp_path / "out.csv").read_text(encoding="utf-8"))))
+    assert [row["id"] for row in table] == ["1", "2"]
+    for row in table:
+        assert float(row["good"]) + float(row["bad"]) == pytest.approx(1)
+        assert row["label"] == ("good" if float(row["good"]) >= float(row["bad"]) else "bad")
+
+
 def test_a_grid_keeps_its_cells_apart_and_a_vote_reads_it(batch: Ensemble, ensemble: Ensemble, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", [line("x"), line("y")])
     options = ["--model", "a,mix", "--temperature", "0.2,1", "--seeds", "0-1", "--samples", 2, "--max-tokens", 3]
@@ -377,3 +391,36 @@ def test_no_hub_is_ever_asked(batch: Ensemble, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     batch(write_lines(tmp_path / "in.jsonl", []), tmp_path / "out.jsonl")
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+# --- part of a job, and part of the time --------------------------------------------------------------------------
+
+
+def test_shards_hold_all_rows_of_the_job_between_them(batch: Ensemble, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [line(str(n), model="a") for n in range(5)])
+    for shard in ("1/2", "2/2"):
+        assert batch(source, tmp_path / f"{shard[0]}.jsonl", "--shard", shard, "--seeds", "0-1").code == 0
+    ids = [[answer["custom_id"] for answer in read_lines(tmp_path / f"{shard}.jsonl")] for shard in (1, 2)]
+    assert ids == [["0", "0", "2", "2", "4", "4"], ["1", "1", "3", "3"]]
+    assert batch(source, tmp_path / "1.jsonl", "--shard", "3/2").code == 2
+
+
+def test_no_row_takes_more_time_than_one_may(batch: Ensemble, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [line(str(n), model="a", max_tokens=40, n=8) for n in range(6)])
+    options = ["--per-row-max", "0.001s", "--concurrency", 1]
+    batch(source, tmp_path / "out.jsonl", *options)
+    reasons = [
+        choice["stop_reason"]
+        for answer in read_lines(tmp_path / "out.jsonl")
+        if answer["error"] is None
+        for choice in answer["response"]["body"]["choices"]
+    ]
+    errors = [answer["error"]["code"] for answer in read_lines(tmp_path / "out.jsonl") if answer["error"]]
+    assert set(reasons) | set(errors) <= {"deadline", "deadline_exceeded", None, 2}
+    assert "deadline" in reasons or "deadline_exceeded" in errors
+
+
+def test_a_time_budget_is_shared_by_all_rows(batch: Ensemble, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [line(str(n), model="a") for n in range(6)])
+    run = batch(source, tmp_path / "out.jsonl", "--time-budget", "1h", "--per-row-max", "1m")
+    assert run.code == 0, run.err

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import typer
 
-from server.cli.batch_options import RequestOptions, parse_response_format, parse_setting, summarised
+from server.cli.batch_options import RequestOptions, parse_labels, parse_response_format, parse_setting, summarised
 
 
 def test_single_values_fill_bodies_and_several_span_the_grid() -> None:
@@ -75,6 +75,14 @@ def test_a_wrong_value_names_its_flag(options: RequestOptions, flag: str) -> Non
     with pytest.raises(typer.BadParameter) as caught:
         options.grid()
     assert caught.value.param_hint == flag
+
+
+def test_labels_are_words_with_commas_or_a_json_array() -> None:
+    assert parse_labels("A,B,tie") == ["A", "B", "tie"]
+    assert parse_labels('["yes, sir", " no"]') == ["yes, sir", " no"]
+    for text in ("[1, 2]", "[broken"):
+        with pytest.raises(ValueError):
+            parse_labels(text)
 
 
 def test_long_texts_are_shown_by_their_hash() -> None:

@@ -146,7 +146,7 @@ def batch_object(batch: Batch) -> BatchObject:
         "cancelling_at": batch.reached.get("cancelling"),
         "cancelled_at": batch.reached.get("cancelled"),
         "request_counts": {"total": batch.total, "completed": batch.completed, "failed": batch.failed},
-        "usage": None if batch.is_live or batch.status == "failed" else _usage(batch),
+        "usage": None if batch.is_live else _usage(batch),
         "metadata": None if batch.metadata is None else dict(batch.metadata),
     }
 

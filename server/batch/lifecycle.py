@@ -1,6 +1,6 @@
 """The life of one batch, from validating to its end; every step can be cut off anywhere and taken up again.
 
-    validating ──> in_progress ──> finalizing ──> completed | expired
+    validating ──> in_progress ──> finalizing ──> completed | expired | failed
         │  └──────────────┴──────> cancelling ──> cancelled
         └──> failed
 
@@ -37,6 +37,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RETRY_S = 60.0  # until a batch that met a full disk is tried again
+MODEL_CHANGED = LineError(
+    "model_changed",
+    "the server was restarted with other models than this batch began with; rows that had been answered are in the"
+    " output file, send the others again",
+)
+ROWS_GONE = LineError("server_error", "the server has lost the rows of this batch; send it again")
 
 
 class LiveBatch:
@@ -79,8 +85,9 @@ class LiveBatch:
                 await self._next_steps()
                 return
             except EngineDeadError as exc:
-                logger.error("batch %s waits for a restart of the server: %s", self.batch.id, exc)
-                return
+                if self.batch.status == "in_progress":
+                    logger.error("batch %s waits for a restart of the server: %s", self.batch.id, exc)
+                    return
             except (StorageError, ConfigError) as exc:
                 if time.time() > self.batch.expires_at:
                     await self._give_up(exc)
@@ -88,6 +95,7 @@ class LiveBatch:
                 logger.error("batch %s is tried again in %g s: %s", self.batch.id, RETRY_S, exc)
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._stop.wait(), RETRY_S)
+                self._stop.clear()  # a cancelled batch tries at once, and then waits like others
             except Exception as exc:
                 await self._give_up(exc)
                 return
@@ -99,13 +107,20 @@ class LiveBatch:
             return
         job = await asyncio.to_thread(self._open_job)
         try:
-            self.counts = await asyncio.to_thread(job.counts)
+            self.counts = job.counts()
             self._on_change()
-            if self.batch.status == "in_progress":
-                await self._run(job)
-            if self._is_paused and self.batch.status == "in_progress":
+            errors: tuple[LineError, ...] = ()
+            if not job.is_complete:
+                errors = (ROWS_GONE,)
+            elif self.batch.status == "in_progress":
+                try:
+                    await self._run(job)
+                except ConfigError as exc:
+                    logger.error("batch %s cannot go on: %s", self.batch.id, exc)
+                    errors = (MODEL_CHANGED,)
+            if self._is_paused and self.batch.status == "in_progress" and not errors:
                 return
-            await self._finish(job)
+            await self._finish(job, errors)
         finally:
             await asyncio.to_thread(job.close)
         await asyncio.to_thread(self._folder.delete_job, self.batch.id)
@@ -166,15 +181,18 @@ class LiveBatch:
         self.counts = progress.counts
         self._on_change()
 
-    async def _finish(self, job: JobStore) -> None:
-        """Write the result files and end the batch."""
-        await self._change(_finalizing)
-        if not job.is_complete:  # it was cancelled before its rows had been taken in
-            await self._change(partial(_ended, end="cancelled"))
-            return
-        written = await asyncio.to_thread(write_result_files, job, self._folder, self.batch)
-        self.counts = await asyncio.to_thread(job.counts)
-        end = "cancelled" if self.batch.status == "cancelling" else "expired" if self.counts.pending else "completed"
+    async def _finish(self, job: JobStore, errors: tuple[LineError, ...]) -> None:
+        """Write the result files and end the batch. `errors`: why it cannot go on, if that is how it ends."""
+        await self._change(partial(_finalizing, errors=errors))
+        counts = job.counts()
+        end: Status = "completed"
+        if self.batch.status == "cancelling":
+            end = "cancelled"
+        elif self.batch.errors:
+            end = "failed"
+        elif counts.pending or counts.cut:
+            end = "expired"
+        written = await asyncio.to_thread(write_result_files, job, self._folder, self.batch, end)
         await self._change(partial(_ended, end=end, written=written), new_files=written.files)
 
     async def _give_up(self, exc: Exception) -> None:
@@ -209,17 +227,15 @@ def _begun(batch: Batch, found: Findings) -> Batch:
     return batch.moved(status, total=found.num_rows, model=found.model)
 
 
-def _finalizing(batch: Batch) -> Batch:
-    return batch if batch.status in ("cancelling", "finalizing") else batch.moved("finalizing")
+def _finalizing(batch: Batch, errors: tuple[LineError, ...]) -> Batch:
+    return batch if batch.status in ("cancelling", "finalizing") else batch.moved("finalizing", errors=errors)
 
 
 def _failed(batch: Batch, errors: tuple[LineError, ...]) -> Batch:
     return batch.moved("failed", errors=errors)
 
 
-def _ended(batch: Batch, end: Status, written: ResultFiles | None = None) -> Batch:
-    if written is None:
-        return batch.moved(end)
+def _ended(batch: Batch, end: Status, written: ResultFiles) -> Batch:
     return batch.moved(
         end,
         completed=written.completed,

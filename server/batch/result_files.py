@@ -5,24 +5,24 @@ Every row of the input has its line in one of them, in the input's order. A file
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
 import orjson
 
-from server.batch.catalogue import Batch, StoredFile
+from server.batch.catalogue import Batch, Status, StoredFile
 from server.batch.folder import BatchFolder, NewFile
 from server.batch.output_line import output_line
-from server.batch.rows import Row
+from server.batch.rows import BadRow
 from server.batch.store import JobStore, StoredRow
 
 BUFFER_BYTES = 1024**2
-CANCELLED = {
-    "code": "batch_cancelled",
-    "message": "the batch was cancelled before this row was answered",
-    "type": "invalid_request_error",
-    "param": None,
+NOT_ANSWERED: Mapping[Status, str] = {
+    "cancelled": "the batch was cancelled before this row was answered",
+    "expired": "the batch's completion_window was over before this row was answered",
+    "failed": "the batch failed before this row was answered",
 }
 
 
@@ -42,8 +42,11 @@ class ResultFiles:
         return [file for file in (self.output, self.errors) if file is not None]
 
 
-def write_result_files(job: JobStore, folder: BatchFolder, batch: Batch) -> ResultFiles:
-    """Write what became of every row. Raises `StorageError`, and then leaves nothing behind."""
+def write_result_files(job: JobStore, folder: BatchFolder, batch: Batch, end: Status) -> ResultFiles:
+    """Write what became of every row, now that the batch comes to this end.
+
+    Raises `StorageError`, and then leaves nothing behind.
+    """
     with ExitStack() as undo:
         output, errors = _Lines(folder, undo), _Lines(folder, undo)
         input_tokens = output_tokens = 0
@@ -54,7 +57,7 @@ def write_result_files(job: JobStore, folder: BatchFolder, batch: Batch) -> Resu
                 input_tokens += usage.get("prompt_tokens", 0)
                 output_tokens += usage.get("completion_tokens", 0)
             else:
-                errors.add(_error_line(row, is_cancelled=batch.status == "cancelling"))
+                errors.add(_error_line(row, end))
         written = ResultFiles(
             output.finished(batch, "output"),
             errors.finished(batch, "error"),
@@ -67,11 +70,12 @@ def write_result_files(job: JobStore, folder: BatchFolder, batch: Batch) -> Resu
         return written
 
 
-def _error_line(row: StoredRow, *, is_cancelled: bool) -> bytes:
+def _error_line(row: StoredRow, end: Status) -> bytes:
     line = output_line(row)
-    if is_cancelled and row.result is None and isinstance(row.row, Row):
-        return orjson.dumps(orjson.loads(line) | {"error": CANCELLED}) + b"\n"
-    return line
+    if row.result is not None or isinstance(row.row, BadRow):
+        return line
+    reason = {"message": NOT_ANSWERED[end], "type": "invalid_request_error", "param": None, "code": f"batch_{end}"}
+    return orjson.dumps(orjson.loads(line) | {"error": reason}) + b"\n"
 
 
 class _Lines:

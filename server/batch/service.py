@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, BinaryIO
 
-from ensembles.errors import NotFoundError, OverloadedError, StorageError
+from ensembles.errors import NotFoundError, OverloadedError, RequestError, StorageError
 from server.batch.catalogue import LIVE, Batch, Order, StoredFile, new_id
 from server.batch.folder import DAY_S, BatchFolder, NewFile, disk_heeded
 from server.batch.lifecycle import LiveBatch, cancelled
@@ -135,9 +135,11 @@ class BatchService:
     ) -> Batch:
         """Begin a batch. Raises `OverloadedError` if the owner has `batch.max_live` of them already."""
         try:
-            await self.file(input_file_id, owner)
+            file = await self.file(input_file_id, owner)
         except NotFoundError as exc:
             raise NotFoundError(str(exc), param="input_file_id") from exc
+        if file.purpose != "batch":
+            raise RequestError(f"the input must be a file of purpose batch, got {file.purpose}", param="input_file_id")
         folder = await self._open_folder()
         now = int(time.time())
         batch = Batch(
@@ -181,7 +183,7 @@ class BatchService:
         if (live := self._live.get(batch_id)) is None:
             return cancelled(batch)  # it has ended
         batch = await live.cancel()
-        if batch_id not in self._tasks and batch.is_live:  # it waits for a new engine; ending it takes none
+        if self._tasks[batch_id].done() and batch.is_live:  # it waits for a new engine; ending it takes none
             self._see_through(live)
         return self._with_counts(batch)
 
@@ -207,9 +209,9 @@ class BatchService:
         self._report()
 
     def _rest(self, live: LiveBatch) -> None:
-        del self._tasks[live.batch.id]
         if not live.batch.is_live:
-            del self._live[live.batch.id]
+            self._live.pop(live.batch.id, None)
+            self._tasks.pop(live.batch.id, None)
         self._report()
 
     def _report(self) -> None:

@@ -1,4 +1,4 @@
-"""`ensemble vote`: the crowd vote over answers that are there already, in files.
+"""`ensemble vote`: the crowd vote, or the majority, over answers that are there already, in files.
 
 Exit codes: 0 all rows voted, 1 failed, 2 called wrongly, 3 some rows could not be voted on (their output rows say why).
 """
@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
 import typer
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ensembles.base import Embedder
+    from ensembles.voting.answer_extraction import AnswerKind
     from server.vote_files import CandidateRow, Row
 
 NUM_ROWS_AT_ONCE = 64  # rows whose texts are embedded together
@@ -49,6 +50,10 @@ def vote(
             "reference and one for each similarity.",
         ),
     ] = None,
+    answer: Annotated[
+        Literal["number", "choice", "yes_no", "text"] | None,
+        typer.Option(help="Count the answers found in the texts instead of comparing texts: the majority wins."),
+    ] = None,
     prune: Annotated[
         float | None, typer.Option(min=0, max=1, help="Leave out answers below this share of the median score.")
     ] = None,
@@ -60,6 +65,8 @@ def vote(
     """Elect, in each row, the answer that is most like all the others.
 
     Writes {"id", "winner", "text", "system", "scores", "margin", "ties"} for each row, or {"id", "line", "error"}.
+    With --answer: {"id", "winner", "text", "system", "answer", "votes", "agreement"}; the text is the first with the
+    answer that was given most often, or the first of all if none has one.
     """
     from pydantic import TypeAdapter, ValidationError
 
@@ -69,6 +76,10 @@ def vote(
     files = files or []
     if bool(files) == (scores is not None):
         raise typer.BadParameter("give either files of answers or --scores", param_hint="FILES")
+    if answer is not None and (scores is not None or explain or prune is not None):
+        raise typer.BadParameter(
+            "counts answers; there are no scores to replay, prune or explain", param_hint="--answer"
+        )
     if len(files) > 1 and not systems:
         raise typer.BadParameter("several files are one per system: add --systems", param_hint="FILES")
     if output is not None and any(path.exists() and output.exists() and output.samefile(path) for path in files):
@@ -92,12 +103,15 @@ def vote(
             rows = read_candidates(source)
         sink = sys.stdout.buffer if output is None else stack.enter_context(output.open("wb"))
         embedder = None
-        if "embedding" in blend and scores is None:
+        if "embedding" in blend and scores is None and answer is None:
             from server.embeddings import SentenceEmbedder
 
             embedder = SentenceEmbedder(embedding)
             stack.callback(embedder.close)
-        reports = vote_on_rows(rows, blend, embedder=embedder, prune=prune, explain=explain)
+        if answer is None:
+            reports = vote_on_rows(rows, blend, embedder=embedder, prune=prune, explain=explain)
+        else:
+            reports = count_answers(rows, answer)
         num_rows, num_failed = asyncio.run(_write(reports, sink))
     typer.echo(f"{num_rows - num_failed} rows voted, {num_failed} failed", err=True)
     if num_failed:
@@ -161,6 +175,27 @@ async def vote_on_rows(
                 yield {"id": row.id, "line": row.line, "error": row.error}
             else:
                 yield await _vote(row, similarity, known, prune, explain)
+
+
+async def count_answers(rows: Iterable[Row], kind: AnswerKind) -> AsyncIterator[dict[str, Any]]:
+    """The report of each row's majority, in the rows' order; of a bad row, what is wrong with it."""
+    from ensembles.voting.answer_extraction import extract
+    from ensembles.voting.majority import agreement, plurality, tally
+    from server.vote_files import BadRow
+
+    for row in rows:
+        if isinstance(row, BadRow):
+            yield {"id": row.id, "line": row.line, "error": row.error}
+            continue
+        assert row.texts is not None, "only scores to replay come without texts"
+        votes = [extract(text, kind) for text in row.texts]
+        answer = plurality(votes, row.weights)
+        winner = votes.index(answer) if answer is not None else 0
+        report: dict[str, Any] = {"id": row.id, "winner": winner, "text": row.texts[winner]}
+        if row.systems[winner] is not None:
+            report["system"] = row.systems[winner]
+        sums = tally(votes, row.weights)
+        yield report | {"answer": answer, "votes": sums, "agreement": agreement(sums)}
 
 
 def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:

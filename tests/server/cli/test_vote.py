@@ -273,3 +273,29 @@ def test_the_output_of_a_batch_is_voted_on_by_custom_id(ensemble: Callable, tmp_
     assert first["system"] == "mix temperature=0.7"
     assert (second["id"], second["text"]) == ("b", "x")
     assert third == {"id": "c", "line": 4, "error": "over-long prompt"}
+
+
+def test_answers_are_counted_on_request(ensemble: Callable, tmp_path: Path) -> None:
+    rows = [
+        {"id": 1, "candidates": ["No idea", "So 17", {"text": "It is $18.00", "system": "b"}, "\\boxed{18}"]},
+        {"id": 2, "candidates": [{"text": "x", "weight": 2}, "y"]},
+        {"id": 3, "candidates": [{"text": "17", "weight": 3}, "18", "18"]},
+        {"id": 4},
+    ]
+    file = write_lines(tmp_path / "in.jsonl", rows)
+    run = ensemble("vote", file, "-o", tmp_path / "out.jsonl", "--answer", "number")
+    assert (run.code, run.err) == (3, "3 rows voted, 1 failed\n")
+    first, second, third, bad = read_lines(tmp_path / "out.jsonl")
+    assert first == {
+        "id": 1,
+        "winner": 2,
+        "text": "It is $18.00",
+        "system": "b",
+        "answer": "18",
+        "votes": {"17": 1.0, "18": 2.0},
+        "agreement": 2 / 3,
+    }
+    assert second == {"id": 2, "winner": 0, "text": "x", "answer": None, "votes": {}, "agreement": 0.0}
+    assert (third["answer"], third["votes"]) == ("17", {"17": 3.0, "18": 2.0})
+    assert "candidates" in bad["error"]
+    assert ensemble("vote", file, "--answer", "number", "--explain").code == 2

@@ -1,0 +1,72 @@
+"""`ensemble batch submission`: a table from results that are there already, of a batch or of a vote on one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+SOME_ROWS_FAILED = 3
+
+
+def submission(
+    results: Annotated[
+        Path,
+        typer.Argument(
+            exists=True, dir_okay=False, metavar="RESULTS", help="JSONL that `batch`, `batch merge` or `vote` wrote."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The CSV; .zip at its end zips it.")],
+    columns: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME=SOURCE,...",
+            help="As of `ensemble batch`; of votes: id, text, answer, system, scores.0, text|number, ...",
+        ),
+    ],
+    sample_submission: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="CSV whose columns, ids, order and count it must have."),
+    ] = None,
+    fallback: Annotated[str, typer.Option(metavar="TEXT", help="What stands where there is no answer.")] = "",
+) -> None:
+    """Write a submission from results, without running anything.
+
+    Exit codes: 0 every row has an answer, 1 failed, 2 called wrongly, 3 some rows took the fallback.
+    """
+    from server.batch.columns import Column, parse_columns
+    from server.batch.outputs import OutputForm, write_lines
+    from server.batch.submission import SampleSubmission
+
+    chosen = parse_columns(columns)
+    if sample_submission is not None:
+        sample = SampleSubmission.read(sample_submission)
+        sample.check_columns(chosen)
+        key = Column("id", chosen[0].source)
+        sample.check_ids(lambda: (_id(key.value(line, 0)) for line in _lines(results)))
+    form = OutputForm("csv", chosen, fallback, is_zipped=output.suffix == ".zip")
+    report = write_lines(_lines(results), output, form)
+    typer.echo(f"{report.num_rows} rows; wrote {output}", err=True)
+    for column in report.absent:
+        typer.echo(f"warning: column {column.name!r}: no row has {column.source!r}", err=True)
+    if report.num_filled:
+        filled = f"took the fallback {fallback!r}" if fallback else "are blank"
+        typer.echo(f"warning: {report.num_filled} rows have no answer and {filled}", err=True)
+        raise typer.Exit(SOME_ROWS_FAILED)
+
+
+def _lines(results: Path) -> Iterator[Mapping[str, Any]]:
+    """The lines of a file of results. Raises `ConfigError` at one that is none."""
+    from ensembles.errors import ConfigError
+    from server.batch.records import Record, read_records
+
+    for record in read_records(results, "jsonl"):
+        if not isinstance(record, Record):
+            raise ConfigError(f"{results}, line {record.line}: {record.error}")
+        yield record.values
+
+
+def _id(value: Any) -> str | None:
+    return str(value) if isinstance(value, str | int) else None

@@ -4,9 +4,10 @@ Rows go straight to `hosting.models`: the engine's continuous batching sees them
 Answers are written in small groups, so that a killed process loses at most the rows that were in flight.
 
 A row is asked with the same seed whenever it is asked, so a job that was interrupted gives the same answers as one that
-was not. Three things can still differ between two runs, interrupted or not: tokens at a numerical tie (which rows share
-a step changes the last bits of a sum, and two tokens may be that close), what answers depend on time (time limits, a
-remote server's own sampling, the trace of an exchange), and the usage of calls that an ensemble cancelled on the way.
+was not. Some things can still differ between two runs, interrupted or not. Which rows share a step changes the last
+bits of a sum: so the last digits of logprobs, if they were asked for, and tokens where two were that close. What an
+answer has from a clock or from others: time limits, a remote server's own sampling, the trace of an exchange, and the
+usage of calls that an ensemble cancelled on the way.
 """
 
 from __future__ import annotations

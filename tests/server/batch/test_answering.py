@@ -36,12 +36,21 @@ async def hosting(tiny_config: dict[str, Any]) -> AsyncIterator[Hosting]:
         yield hosting
 
 
-def timeless(body: dict[str, Any]) -> dict[str, Any]:
-    """`body` without what is made anew for every answer."""
-    for choice in body.get("choices", ()):
-        for call in choice.get("message", {}).get("tool_calls", ()):
-            del call["id"]
-    return {key: value for key, value in body.items() if key not in ("id", "created")}
+def timeless(value: Any) -> Any:
+    """`value` without what is made anew for every answer, and numbers as exact as batches of other sizes give them."""
+    match value:
+        case dict():
+            is_call = value.get("type") == "function"
+            return {
+                key: timeless(item)
+                for key, item in value.items()
+                if key != "created" and not (key == "id" and (is_call or "object" in value))
+            }
+        case list():
+            return [timeless(item) for item in value]
+        case float():
+            return round(value, 4)
+    return value
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}

@@ -80,7 +80,9 @@ class Hosting:
             partial(CrossEncoderReranker, relative_to=config.source.parent),
             max_calls=config.server.max_calls,
         )
-        hosting = cls(config, _compose(config, singles | remotes, services), members, engine, embedder)
+        methods = {name: entry for name, entry in config.models.items() if isinstance(entry, MethodConfig)}
+        composed = compose(methods, singles | remotes, services)
+        hosting = cls(config, {name: composed[name] for name in config.models}, members, engine, embedder)
         if engine is not None:
             engine.start()
         try:
@@ -121,13 +123,12 @@ def _engine(config: Config, members: Mapping[str, Member], on_step: Callable[[St
     )
 
 
-def _compose(config: Config, parts: Mapping[str, Model], services: Services) -> dict[str, Model]:
-    """All models in the config's order, every ensemble built after those that it refers to."""
+def compose(methods: Mapping[str, MethodConfig], parts: Mapping[str, Model], services: Services) -> dict[str, Model]:
+    """`parts`, and every ensemble of `methods`, built after those that it refers to."""
     models: dict[str, Model] = dict(parts)
-    methods = {name: entry for name, entry in config.models.items() if isinstance(entry, MethodConfig)}
     for name in TopologicalSorter({name: entry.references() for name, entry in methods.items()}).static_order():
         if name in methods:
             entry = methods[name]
             cls: type[Method] = method_class(entry.method)
             models[name] = cls(name, entry, {part: models[part] for part in entry.references()}, services)
-    return {name: models[name] for name in config.models}
+    return models

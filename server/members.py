@@ -132,15 +132,7 @@ def _device(device: str) -> str:
 
 
 def _member(name: str, model: HostedModel, models: Mapping[str, HostedModel], root: Root, max_context: int) -> Member:
-    parent = models[model.base] if model.path is None else model
-    try:
-        surface = Surface(
-            root.tokenizer,
-            chat_template=model.chat_template or parent.chat_template,
-            system_prompt=model.system_prompt if model.system_prompt is not None else parent.system_prompt,
-        )
-    except ModelLoadError as exc:
-        raise ModelLoadError(f"model {name!r}: {exc}") from exc
+    surface = member_surface(name, models, root.tokenizer)
     return Member(
         name=name,
         backbone=root.backbone,
@@ -149,6 +141,20 @@ def _member(name: str, model: HostedModel, models: Mapping[str, HostedModel], ro
         eos_ids=root.backbone.eos_ids | _ids(root.tokenizer.eos_token_id),
         max_model_len=min(max_context, root.backbone.max_positions or max_context),
     )
+
+
+def member_surface(name: str, models: Mapping[str, HostedModel], tokenizer: PreTrainedTokenizerBase) -> Surface:
+    """How member `name` sees text, with the tokenizer of the weights that it stands on. Raises `ModelLoadError`."""
+    model = models[name]
+    parent = models[model.base] if model.path is None else model
+    try:
+        return Surface(
+            tokenizer,
+            chat_template=model.chat_template or parent.chat_template,
+            system_prompt=model.system_prompt if model.system_prompt is not None else parent.system_prompt,
+        )
+    except ModelLoadError as exc:
+        raise ModelLoadError(f"model {name!r}: {exc}") from exc
 
 
 def _ids(value: int | list[int] | None) -> frozenset[int]:

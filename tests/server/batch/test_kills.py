@@ -1,0 +1,126 @@
+"""kill -9 at any moment, then the same command: the bytes of an uninterrupted run, and no row done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from server.batch import run_batch
+from server.batch.identity import Identity
+from server.batch.store import JobStore, job_path
+
+CHAT = "/v1/chat/completions"
+
+
+def lines(num_rows: int) -> Iterator[str]:
+    """Greedy rows and drawn ones, of every model; rows that are equal, wrong, or no JSON."""
+    models = ("base", "red", "mix", "crowd")
+    for number in range(num_rows):
+        body: dict[str, Any] = {
+            "model": models[number % 4],
+            "messages": [{"role": "user", "content": f"To be, {number % 29}?"}],
+            "max_tokens": 4 + number % 17,
+            "ignore_eos": True,
+            "temperature": 0 if number % 3 == 0 else 1,
+        }
+        if number % 10 == 7:
+            body["temperature"] = 7
+        line = {"custom_id": f"row {number}", "method": "POST", "url": CHAT, "body": body}
+        yield "{torn" if number % 25 == 24 else json.dumps(line)
+
+
+@pytest.fixture
+def job(tmp_path: Path, tiny_config: dict[str, Any]) -> tuple[Path, Path]:
+    config, rows = tmp_path / "config.yaml", tmp_path / "rows.jsonl"
+    config.write_text(yaml.safe_dump(tiny_config))
+    rows.write_text("\n".join(lines(80)) + "\n")
+    return config, rows
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "tests.server.batch.killed_job", *map(str, arguments)]
+
+
+def spent(output: Path) -> dict[str, Any]:
+    """What the members did for the job, from its file; to be called when the job is done."""
+    with closing(sqlite3.connect(job_path(output))) as db:
+        identity = Identity(**json.loads(db.execute("SELECT value FROM job WHERE name = 'identity'").fetchone()[0]))
+    with JobStore.open(job_path(output), identity) as store:
+        assert not store.counts().pending
+        return store.spent()
+
+
+def test_a_job_that_was_killed_writes_what_an_uninterrupted_one_writes(job: tuple[Path, Path], tmp_path: Path) -> None:
+    run_batch(*job, whole := tmp_path / "whole.jsonl", seed=3)
+    ended = subprocess.run(
+        command(*job, output := tmp_path / "killed.jsonl", "--kills", 5, "--longest", 0.5),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert ended.stdout.count("killed") >= 3, ended.stdout
+    assert output.read_bytes() == whole.read_bytes()
+    assert spent(output) == spent(whole), "a row that was recorded twice would count twice"
+    assert not list(tmp_path.glob(".*.part"))
+
+
+@contextmanager
+def process(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, text=True) as running:
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
+@pytest.mark.slow
+def test_twenty_processes_killed_at_random_moments_lose_nothing(job: tuple[Path, Path], tmp_path: Path) -> None:
+    began = time.monotonic()
+    run_batch(*job, whole := tmp_path / "whole.jsonl", seed=3)
+    duration_s = time.monotonic() - began
+    moments = random.Random(7)
+    num_kills = num_jobs = 0
+    while num_kills < 20:
+        num_jobs += 1
+        output = tmp_path / f"killed-{num_jobs}.jsonl"
+        while not output.exists():
+            with process(*job, output) as running:
+                if num_kills % 5:  # every fifth is killed while it loads or takes its rows in
+                    assert running.stdout.readline() == "running\n"
+                    time.sleep(moments.uniform(0, duration_s / 4))
+                else:
+                    time.sleep(moments.uniform(0, 4))
+                os.kill(running.pid, signal.SIGKILL)
+                num_kills += running.wait() == -signal.SIGKILL
+        assert output.read_bytes() == whole.read_bytes()
+        assert spent(output) == spent(whole)
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_is_done(job: tuple[Path, Path], tmp_path: Path) -> None:
+    run_batch(*job, whole := tmp_path / "whole.jsonl", seed=3)
+    output = tmp_path / "interrupted.jsonl"
+    with process(*job, output) as running:
+        assert running.stdout.readline() == "running\n"
+        time.sleep(0.3)
+        running.send_signal(signal.SIGINT)
+        assert running.wait(30) != 0
+    assert not output.exists()
+    with process(*job, output) as running:
+        assert running.stdout.read() == "running\nfinished\n"
+    assert output.read_bytes() == whole.read_bytes()
+    assert spent(output) == spent(whole)

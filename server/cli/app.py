@@ -25,6 +25,7 @@ COMMANDS: dict[str, str] = {
     "batch submission": "server.cli.batch_submission:submission",
     "vote": "server.cli.vote:vote",
     "replay": "server.cli.replay:replay",
+    "fit": "server.cli.fit:fit",
     "compare": "server.cli.compare:compare",
     "merge": "server.cli.merge:merge",
     "export": "server.cli.export:export",

@@ -112,7 +112,9 @@ async def measure_text(
             scores[arms_or_arm] = await _score_by_prompts(others[arms_or_arm], windows, len(documents), progress)
         else:
             host = mixtures[next(iter(arms_or_arm))].host
-            scores |= await _score_mixtures(host, arms_or_arm, windows, len(documents), priority, progress)
+            scores |= await score_mixtures(
+                host, arms_or_arm, windows, len(documents), priority=priority, on_window=progress.advance
+            )
     return {arm: scores[arm] for arm in arms}
 
 
@@ -151,14 +153,16 @@ def _share_vocabulary(host: MixtureHost, *mixtures: Mixture) -> bool:
 # --- mixtures: one pass of the members -------------------------------------------------------------------------------
 
 
-async def _score_mixtures(
+async def score_mixtures(
     host: MixtureHost,
     mixtures: Mapping[str, Mixture],
     windows: Sequence[Window],
     num_documents: int,
-    priority: int,
-    progress: _Progress,
+    *,
+    priority: int = 1,
+    on_window: Callable[[], None] | None = None,
 ) -> dict[str, TextScores]:
+    """`measure_text` for mixtures over members of one vocabulary, in one pass. `on_window` hears of every window."""
     members = list(dict.fromkeys(member for mixture in mixtures.values() for member in mixture.weights))
     place = {member: row for row, member in enumerate(members)}
     geometric = {arm: mixture for arm, mixture in mixtures.items() if mixture.pool == "geometric"}
@@ -173,8 +177,9 @@ async def _score_mixtures(
                 rows = [place[member] for member in mixture.weights]
                 of_window = mixture_logprobs(mixture, reading.of_members[rows])
             logprobs[arm].append(of_window[window.first_scored - 1 :])
-        progress.advance()
-    return {arm: _by_document(windows, parts, num_documents) for arm, parts in logprobs.items()}
+        if on_window is not None:
+            on_window()
+    return {arm: by_document(windows, parts, num_documents) for arm, parts in logprobs.items()}
 
 
 class _Reading:
@@ -212,7 +217,8 @@ def mixture_logprobs(mixture: Mixture, of_members: np.ndarray) -> np.ndarray:
     return np.logaddexp.reduce(np.log(prior)[:, None] + of_members, axis=0)
 
 
-def _by_document(windows: Sequence[Window], logprobs: Sequence[np.ndarray], num_documents: int) -> TextScores:
+def by_document(windows: Sequence[Window], logprobs: Sequence[np.ndarray], num_documents: int) -> TextScores:
+    """`logprobs`: what the scored tokens of each window were given, (num_scored,) nats each."""
     documents = np.concatenate([window.documents for window in windows]) if windows else np.empty(0, dtype=np.int64)
     num_bytes = np.concatenate([window.num_bytes for window in windows]) if windows else np.empty(0)
     nats = -np.concatenate(logprobs) if windows else np.empty(0)
@@ -244,4 +250,4 @@ async def _score_by_prompts(
             return NotScored(f"model {model.name!r} gave no probabilities of its prompt")
         logprobs.append(np.array([token.logprob for token in answer.prompt.tokens[window.first_scored :]]))
         progress.advance()
-    return _by_document(windows, logprobs, num_documents)
+    return by_document(windows, logprobs, num_documents)

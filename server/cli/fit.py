@@ -1,0 +1,166 @@
+"""`ensemble fit`: weights of a probability average that make development text most likely.
+
+Every second document of each file is held back: weights are fitted to the others, and what they gain is measured on the
+held-back half. Exit codes: 0 done, 1 failed, 2 called wrongly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ensembles.probability_averaging import ProbabilityAverage
+    from server.compare.documents import Documents
+    from server.compare.held_back import JudgedFit
+    from server.config import Config
+
+MARGIN_BITS_PER_BYTE = 0.01  # the smallest difference that the verdict takes for one that matters
+
+
+def fit(
+    config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The YAML file.", metavar="CONFIG")],
+    name: Annotated[str, typer.Argument(help="A probability_average of it.")],
+    more: Annotated[
+        list[Path] | None,
+        typer.Argument(exists=True, dir_okay=False, metavar="[TEXT]...", help="More files, as in --text A B C."),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, dir_okay=False, help="Development text: plain, or .jsonl with {text} in each line."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Write the config with the weights here, beside CONFIG.")
+    ] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Write the weights into CONFIG itself.")] = False,
+    window: Annotated[int, typer.Option(min=2, help="Tokens that are read in one go.")] = 512,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens between windows; default: window - 1, no overlap.")
+    ] = None,
+    document_bytes: Annotated[
+        int, typer.Option(min=1, help="Least length of the documents into which plain text is cut.")
+    ] = 2000,
+    free: Annotated[
+        bool, typer.Option("--free", help="Geometric pool: allow negative weights, which are taken as written.")
+    ] = False,
+    sample_mb: Annotated[
+        int, typer.Option(min=1, help="Geometric pool: memory (MiB) for the sample of positions that is fitted to.")
+    ] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Of that sample, and of the interval.")] = 0,
+) -> None:
+    """Fit the weights of a probability average to development text, and say what they gain on text held back.
+
+    Prints them; --out and --in-place also write them into a config, whose comments stay. Of a posterior pool the share
+    is fitted. Never fit to text that you will measure on.
+    """
+    from server.compare.documents import read_documents
+    from server.compare.fitting import check_fittable
+    from server.config import load_config
+
+    files = [*(text or ()), *(more or ())]
+    if not files:
+        raise typer.BadParameter("give at least one file of development text", param_hint="--text")
+    if out is not None and in_place:
+        raise typer.BadParameter("give one of --out and --in-place", param_hint="--out")
+    if out is not None and out.absolute().parent != config.absolute().parent:
+        raise typer.BadParameter(
+            f"must be in the folder of {config}, because relative paths in it start there", param_hint="--out"
+        )
+    loaded = load_config(config)
+    check_fittable(loaded, name)
+    entry: ProbabilityAverage.Config = loaded.models[name]
+    if free and entry.pool != "geometric":
+        raise typer.BadParameter(
+            f"{name!r} is {entry.pool}; only a geometric pool takes free weights", param_hint="--free"
+        )
+    texts = [read_documents(path, min_bytes=document_bytes) for path in files]
+    settings = {
+        "window": window,
+        "stride": stride,
+        "constraint": "free" if free else "simplex",
+        "sample_bytes": sample_mb * 2**20,
+        "seed": seed,
+    }
+    judged = asyncio.run(_fit(loaded, name, texts, settings))
+    for line in report_lines(name, entry, judged):
+        typer.echo(line)
+    if free and min(judged.fitted.weights.values()) >= 0:
+        typer.echo("no weight is negative, so the pool would scale these to sum to one: fit without --free", err=True)
+        raise typer.Exit(1)
+    target = config if in_place else out
+    if target is not None:
+        _write(config, target, name, judged)
+        typer.echo(f"wrote {target}")
+
+
+async def _fit(config: Config, name: str, texts: Sequence[Documents], settings: dict[str, Any]) -> JudgedFit:
+    from server.compare.arms import only
+    from server.compare.held_back import fit_and_judge
+    from server.hosting import Hosting
+
+    async with Hosting.open(only(config, [name])) as hosting:
+        with _progress() as on_progress:
+            return await fit_and_judge(hosting, name, texts, on_progress=on_progress, **settings)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """Windows that the members have read, on a terminal; a line now and then where there is none."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield (
+            lambda done, total: (
+                typer.echo(f"read {done} of {total} windows", err=True)
+                if done in (1, total) or done % 50 == 0
+                else None
+            )
+        )
+        return
+    columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("windows", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def report_lines(name: str, entry: ProbabilityAverage.Config, judged: JudgedFit) -> Iterator[str]:
+    """The weights before and after, each member alone, and the gain with its interval and a verdict."""
+    from ensembles.comparison.verdict import verdict
+
+    fitted, difference = judged.fitted, judged.difference.difference
+    yield f"{name} ({fitted.pool}), fitted to {fitted.num_tokens} tokens of {judged.num_fitted} documents"
+    yield ""
+    width = max(len("member"), *(len(member) for member in entry.members))
+    yield f"{'member':<{width}}  {'weight':>8}  {'fitted':>8}  alone, bits per byte"
+    for member, weight in entry.members.items():
+        alone = judged.alone[member].bits_per_byte
+        yield f"{member:<{width}}  {weight:>8.4g}  {fitted.weights[member]:>8.4f}  {alone:.4f}"
+    if fitted.share is not None:
+        yield f"share: {entry.share:g}, fitted {fitted.share:g}"
+    yield ""
+    yield f"on {judged.num_held_back} documents held back, bits per byte:"
+    yield f"  as configured  {judged.before.bits_per_byte:.4f}"
+    yield f"  fitted         {judged.after.bits_per_byte:.4f}"
+    interval = "too few documents for an interval"
+    if difference.interval is not None:
+        interval = f"95% interval {difference.interval.low:+.4f} to {difference.interval.high:+.4f}"
+    said = verdict(difference.interval, margin=MARGIN_BITS_PER_BYTE, higher_is_better=False)
+    yield f"  difference     {difference.value:+.4f} ({interval}): {said}"
+
+
+def _write(config: Path, target: Path, name: str, judged: JudgedFit) -> None:
+    from server.config_edit import with_share, with_weights, write_config
+
+    source = config.read_bytes().decode("utf-8")  # not read_text, which would change line ends
+    fitted = judged.fitted
+    if fitted.share is not None:
+        write_config(target, with_share(source, name, fitted.share))
+    else:
+        write_config(target, with_weights(source, name, fitted.weights))

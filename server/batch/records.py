@@ -87,7 +87,7 @@ def jsonl_records(lines: Iterable[bytes]) -> Iterator[Record | BadRecord]:
         if not line.strip():
             continue
         try:
-            value = from_json(line, allow_inf_nan=False, cache_strings="none")
+            value = from_json(line.strip(), allow_inf_nan=False, cache_strings="none")
         except ValueError as exc:
             torn = "" if line.endswith(b"\n") else "; the file ends in the middle of it"
             yield BadRecord(number, f"is not JSON: {exc}{torn}")

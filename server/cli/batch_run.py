@@ -66,7 +66,9 @@ def run_job(run: BatchRun) -> int:
     """
     console = Console(stderr=True)
     say = _sayer(console)
-    report_bad_rows(run.job.check(run.sample), say)
+    checked = run.job.check(run.sample)
+    report_bad_rows(checked, say)
+    is_continued = run.job_file.exists() and not run.restart
     with run.job.open_store(run.job_file, restart=run.restart) as store:
         store.bind_models(model_fingerprints(store.model_names(), run.config))
         if run.retry_errors:
@@ -74,8 +76,8 @@ def run_job(run: BatchRun) -> int:
         counts = store.counts()
         if not counts.pending and not counts.cut:
             say(f"this job is finished: {run.job_file}")
-            return _write(run, store, "finished", say)
-        if counts.ok + counts.failed:
+            return _write(run, store, checked, "finished", say)
+        if is_continued:
             say(f"continues {run.job_file}: {counts.ok + counts.failed} of {counts.total} rows are done")
         try:
             summary = asyncio.run(_answer(run, store, console))
@@ -83,7 +85,7 @@ def run_job(run: BatchRun) -> int:
             write_job(store, run.job.recipe.grid, run.output, run.form)  # the best so far; the error says the rest
             raise
         say(_speed(summary))
-        return _write(run, store, summary.ended, say)
+        return _write(run, store, checked, summary.ended, say)
 
 
 def report_bad_rows(checked: CheckedInput, say: Callable[[str], None]) -> None:
@@ -149,7 +151,7 @@ def _stopping(stop: asyncio.Event, say: Callable[[str], None]) -> Iterator[None]
             loop.remove_signal_handler(number)
 
 
-def _write(run: BatchRun, store: JobStore, ended: str, say: Callable[[str], None]) -> int:
+def _write(run: BatchRun, store: JobStore, checked: CheckedInput, ended: str, say: Callable[[str], None]) -> int:
     """Write the output, say what is in it, and return the exit code."""
     if run.sample is not None:
         run.sample.check_ids(lambda: (stored.row.custom_id for stored in store.rows()))
@@ -168,7 +170,7 @@ def _write(run: BatchRun, store: JobStore, ended: str, say: Callable[[str], None
         return INTERRUPTED
     if counts.pending or counts.cut:
         say("the deadline passed; the same command continues")
-    if counts.failed:
+    if counts.failed > checked.num_bad:
         say("--retry-errors runs the failed rows again")
     return SOME_ROWS_FAILED if counts.failed or counts.pending else OK
 
@@ -181,11 +183,9 @@ def _described(counts: Counts) -> str:
 
 
 def _speed(summary: Summary) -> str:
-    rate = summary.completion_tokens / summary.elapsed_s if summary.elapsed_s > 0 else 0.0
-    return (
-        f"read {summary.prompt_tokens:,} tokens and wrote {summary.completion_tokens:,} in "
-        f"{duration(summary.elapsed_s)} ({rate:,.0f} tokens/s)"
-    )
+    num_written = summary.completion_tokens
+    rate = f" ({num_written / summary.elapsed_s:,.0f} tokens/s)" if num_written and summary.elapsed_s > 0 else ""
+    return f"read {summary.prompt_tokens:,} tokens and wrote {num_written:,} in {duration(summary.elapsed_s)}{rate}"
 
 
 def _absence(column: Column) -> str:

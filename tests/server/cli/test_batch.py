@@ -144,6 +144,7 @@ def test_bad_rows_are_errors_in_their_places_and_the_exit_code_says_so(batch: En
     assert run.code == 3, run.err
     assert "9 rows: 2 ok, 7 failed" in run.err
     assert "5 of 9 rows cannot be run" in run.err
+    assert "continues" not in run.err
     answers = read_lines(tmp_path / "out.jsonl")
     assert [answer["custom_id"] for answer in answers] == [
         "good",

@@ -1,0 +1,319 @@
+"""What the report says, as text in tables: the same for HTML and Markdown. Nothing here is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from server.compare.report import words
+from server.compare.report.families import Family, Quality, families
+from server.compare.results import ArmResult, Flip, Results, Timing
+
+
+@dataclass(frozen=True)
+class Table:
+    """A row that is shorter than `columns` ends in a cell that takes their place. A cell may have several lines.
+
+    `head`: the place of the column that names the row.
+    """
+
+    title: str
+    explanation: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    head: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """`summary`: paragraphs; `quality`, `details`: tables of results and of how they came to be; `flips`: by arm."""
+
+    title: str
+    baseline: str
+    summary: Sequence[str]
+    quality: Sequence[Table]
+    cost: Table | None
+    details: Sequence[Table]
+    failures: Sequence[tuple[str, str]]
+    notes: Sequence[str]
+    flips: Mapping[str, Sequence[Flip]]
+    command: str | None
+    reading: Sequence[str]
+
+
+def contents(results: Results) -> Report:
+    kinds = families(results)
+    command = results.provenance.get("command")
+    flips: dict[str, list[Flip]] = {}
+    for flip in results.flips:
+        flips.setdefault(flip.arm, []).append(flip)
+    return Report(
+        title=results.title or f"Comparison with {results.baseline}",
+        baseline=results.baseline,
+        summary=[" ".join(_summary(results, family)) for family in kinds],
+        quality=[table for family in kinds for table in (_ranking(results, family), _by_measure(results, family))],
+        cost=_cost(results),
+        details=[
+            table
+            for table in (
+                _choices(results),
+                _replicates(results),
+                _null_checks(results),
+                _identities(results),
+                _provenance(results),
+            )
+            if table.rows
+        ],
+        failures=[(name, arm.error) for name, arm in results.arms.items() if arm.error is not None],
+        notes=results.notes,
+        flips=flips,
+        command=command if isinstance(command, str) else None,
+        reading=_reading(results),
+    )
+
+
+# --- in words ----------------------------------------------------------------------------------------------------
+
+
+def _summary(results: Results, family: Family) -> Iterator[str]:
+    ranked = [name for name in family.ranked(results) if family.mean(results.arms[name]) is not None]
+    if not ranked:
+        yield f"{family.title}: no arm has a figure."
+        return
+    best = family.mean(results.arms[ranked[0]])
+    assert best is not None, "only arms with a mean are ranked"
+    yield (
+        f"{family.title}: {ranked[0]} has the best mean, {words.number(best.value)} {family.unit} "
+        f"({words.interval(best.ci)})."
+    )
+    by_verdict: dict[str, list[str]] = {}
+    for name in ranked:
+        found = family.mean(results.arms[name])
+        if found is not None and found.against_baseline is not None:
+            by_verdict.setdefault(found.against_baseline.verdict, []).append(name)
+    for verdict, sentence in (
+        ("better", "Better than {baseline}: {arms}."),
+        ("worse", "Worse than {baseline}: {arms}."),
+        ("no difference shown", "No difference from {baseline} shown: {arms}."),
+        ("inconclusive", "Inconclusive, more items would tell: {arms}."),
+    ):
+        if arms := by_verdict.get(verdict):
+            yield sentence.format(baseline=results.baseline, arms=words.joined(arms))
+
+
+def _reading(results: Results) -> list[str]:
+    used = results.statistics
+    return [
+        f"A range is the {100 * (1 - used.alpha):g}% interval of {used.num_resamples:,} bootstrap resamples of the "
+        f"items (seed {used.seed}); differences are paired by item. p is Holm-adjusted over the arms of a measure.",
+        f"Better or worse: the interval of the difference leaves out zero, and p is at most {used.alpha:g}. "
+        f"No difference shown: the interval stays within {used.margin_bpb:g} bits per byte or {used.margin_score:g} of "
+        "score around zero. Inconclusive: neither, so both nothing and a difference that matters are possible.",
+        "Bits per byte are better low, scores better high. Answers that failed or are missing count as wrong.",
+    ]
+
+
+# --- quality -----------------------------------------------------------------------------------------------------
+
+
+def _ranking(results: Results, family: Family) -> Table:
+    rows = []
+    place = 0
+    for name in family.ranked(results):
+        arm = results.arms[name]
+        mean = family.mean(arm)
+        head = [name, words.KINDS[arm.kind]]
+        if mean is None:
+            rows.append([words.NOTHING, *head, _absence(arm, family)])
+            continue
+        place += 1
+        found = mean.against_baseline
+        if name == results.baseline or found is None:
+            against = ["baseline" if name == results.baseline else words.NOTHING, "", "", ""]
+        else:
+            against = [
+                words.signed(found.difference),
+                words.interval(found.ci, is_signed=True),
+                words.p_value(found.p_holm),
+                words.with_sign(found.verdict),
+            ]
+        failed = " (not all measures: failed)" if arm.error is not None else ""
+        rows.append([str(place), *head, words.number(mean.value), words.interval(mean.ci), *against])
+        rows[-1][1] += failed
+    better = "higher is better" if family.higher_is_better else "lower is better"
+    return Table(
+        f"{family.title}, best first",
+        f"Mean {family.unit} over {_counted(family)}; {better}. Differences are from {results.baseline}.",
+        ["place", "arm", "kind", f"mean {family.unit}", "interval", "difference", "its interval", "p", "verdict"],
+        rows,
+        head=1,
+    )
+
+
+def _counted(family: Family) -> str:
+    return f"{len(family.measures)} {family.name}s" if len(family.measures) > 1 else f"1 {family.name}"
+
+
+def _absence(arm: ArmResult, family: Family) -> str:
+    if arm.error is not None:
+        return f"failed: {arm.error}"
+    reasons = [arm.skipped[key] for measure in family.measures if (key := f"{family.name} {measure}") in arm.skipped]
+    return f"not measured: {'; '.join(dict.fromkeys(reasons)) or 'no figure'}"
+
+
+def _by_measure(results: Results, family: Family) -> Table:
+    rows = []
+    for name in family.ranked(results):
+        arm = results.arms[name]
+        rows.append([name, *(_cell(family.quality(arm, measure), arm, family, measure) for measure in family.measures)])
+    return Table(
+        f"{family.title}, one by one",
+        f"{family.unit.capitalize()} with its interval, and what the difference from {results.baseline} allows to say.",
+        ["arm", *family.measures],
+        rows,
+    )
+
+
+def _cell(quality: Quality | None, arm: ArmResult, family: Family, measure: str) -> str:
+    if quality is None:
+        return arm.skipped.get(f"{family.name} {measure}", words.NOTHING)
+    parts = [f"{words.number(quality.value)} ({words.interval(quality.ci)})"]
+    if found := quality.against_baseline:
+        parts.append(f"{words.with_sign(found.verdict)}, {words.signed(found.difference)}")
+    return "\n".join([*parts, *quality.notes])
+
+
+# --- cost --------------------------------------------------------------------------------------------------------
+
+
+def _cost(results: Results) -> Table | None:
+    streams = sorted({key for arm in results.arms.values() for key in arm.cost.tokens_per_s}, key=_as_int)
+    has_spend = any(arm.cost.spend for arm in results.arms.values())
+    rows = []
+    for name, arm in results.arms.items():
+        cost = arm.cost
+        row = [
+            name,
+            *(_timing(cost.tokens_per_s.get(key), 1) for key in streams),
+            _timing(cost.ttft_s, 3),
+            words.size(cost.weights_bytes),
+            words.size(cost.kv_bytes) + (f" per {cost.kv_tokens:,} tokens" if cost.kv_bytes and cost.kv_tokens else ""),
+            words.number(cost.forward_tokens_per_answer_token, 2),
+        ]
+        if any(cell != words.NOTHING for cell in row[1:]):
+            rows.append([*row, *([words.number(cost.spend, 6)] if has_spend else [])])
+    if not rows:
+        return None
+    return Table(
+        "Cost",
+        "Measured in turns on one machine; medians over the rounds, with their intervals. Weights that several members "
+        "share count once. Forwards: of one token through one member, prompt included.",
+        [
+            "arm",
+            *(f"tokens/s at {key}" for key in streams),
+            "first token (s)",
+            "weights",
+            "KV cache",
+            "forwards per answer token",
+            *(["spend"] if has_spend else []),
+        ],
+        rows,
+    )
+
+
+def _as_int(key: str) -> int:
+    return int(key) if key.isdigit() else 0
+
+
+def _timing(timing: Timing | None, digits: int) -> str:
+    if timing is None:
+        return words.NOTHING
+    return f"{words.number(timing.median, digits)} ({words.interval(timing.ci, digits)})"
+
+
+# --- how it came to be -------------------------------------------------------------------------------------------
+
+
+def _choices(results: Results) -> Table:
+    rows = []
+    for name, arm in results.arms.items():
+        if arm.weights is not None:
+            weights = ", ".join(f"{member} {weight:.3f}" for member, weight in arm.weights.items())
+            rows.append([name, "fitted weights", weights])
+        if arm.chosen is not None:
+            tried = ", ".join(f"{other} {figure:.3f}" for other, figure in arm.chosen.candidates.items())
+            rows.append([name, f"chose {arm.chosen.name}", f"{arm.chosen.measure} on the held-out split: {tried}"])
+    return Table("Chosen on the held-out split", "Nothing here saw the items above.", ["arm", "what", "found"], rows)
+
+
+def _replicates(results: Results) -> Table:
+    rows = []
+    for name, arm in results.arms.items():
+        for text, spread in arm.replicates.items():
+            values = ", ".join(f"{replicate} {value:.3f}" for replicate, value in spread.values.items())
+            rows.append(
+                [
+                    name,
+                    text,
+                    values,
+                    f"{words.signed(spread.mean)} ({words.interval(spread.ci, is_signed=True)})",
+                    words.number(spread.spread),
+                ]
+            )
+    return Table(
+        "Members trained with other seeds",
+        f"Bits per byte of each replicate; mean difference from {results.baseline} over replicates and documents, and "
+        "its standard deviation over replicates.",
+        ["arm", "text", "replicates", "difference", "spread"],
+        rows,
+    )
+
+
+def _null_checks(results: Results) -> Table:
+    rows = [
+        [
+            check.measure,
+            check.method,
+            f"{check.num_significant} of {check.num_trials} at p < {check.alpha:g}",
+            words.number(check.largest_difference),
+            "passed" if check.has_passed else "FAILED: do not trust this measure's verdicts",
+        ]
+        for check in results.null_checks
+    ]
+    return Table(
+        "The baseline against itself",
+        "Where there is nothing to find, the test must find something about as often as its alpha says, and no more.",
+        ["measure", "method", "found something", "largest difference", "result"],
+        rows,
+    )
+
+
+def _identities(results: Results) -> Table:
+    rows = [
+        [f"{kind} {name}", str(found.num_items), found.metric, found.source, found.sha256]
+        for kind, measures in (("text", results.texts), ("task", results.tasks))
+        for name, found in measures.items()
+    ]
+    return Table(
+        "What every arm was given",
+        "The SHA-256 covers all items, and prompts, in order: the same for every arm with a figure.",
+        ["measure", "items", "metric", "source", "SHA-256"],
+        rows,
+    )
+
+
+def _provenance(results: Results) -> Table:
+    rows = [[key, value] for key, value in _flat(results.provenance, "") if key != "command"]
+    return Table("Versions, machine, hashes", "To repeat it elsewhere.", ["what", "value"], rows)
+
+
+def _flat(value: Any, at: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flat(item, f"{at} {key}".strip())
+    elif isinstance(value, list | tuple):
+        if value:
+            yield at, ", ".join(map(str, value))
+    elif value is not None:
+        yield at, str(value)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,14 @@ def live(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Ite
     folder = tmp_path_factory.mktemp("live")
     config = folder / "config.yaml"
     config.write_text(CONFIG.format(**tiny))
-    log = folder / "server.log"
+    with server_of(config) as server:
+        yield server
+
+
+@contextmanager
+def server_of(config: Path) -> Iterator[LiveServer]:
+    """A server in a process of its own; its log lies beside the config. It is stopped in an orderly way."""
+    log = config.with_suffix(".log")
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     with log.open("w") as output:
         command = [sys.executable, "-m", "server", "serve", str(config)]

@@ -32,7 +32,7 @@ def lines(num_rows: int) -> Iterator[str]:
         body: dict[str, Any] = {
             "model": models[number % 4],
             "messages": [{"role": "user", "content": f"To be, {number % 29}?"}],
-            "max_tokens": 4 + number % 17,
+            "max_tokens": 2 + number % 9,
             "ignore_eos": True,
             "temperature": 0 if number % 3 == 0 else 1,
         }
@@ -46,7 +46,7 @@ def lines(num_rows: int) -> Iterator[str]:
 def job(tmp_path: Path, tiny_config: dict[str, Any]) -> tuple[Path, Path]:
     config, rows = tmp_path / "config.yaml", tmp_path / "rows.jsonl"
     config.write_text(yaml.safe_dump(tiny_config))
-    rows.write_text("\n".join(lines(80)) + "\n")
+    rows.write_text("\n".join(lines(60)) + "\n")
     return config, rows
 
 

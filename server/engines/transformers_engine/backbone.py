@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ensembles.errors import ModelLoadError
 from server.engines.transformers_engine.adapters import AdapterRows, stack_adapters
-from server.engines.transformers_engine.attention import IMPLEMENTATION, Span
+from server.engines.transformers_engine.attention import IMPLEMENTATION, Rows, Span
 from server.engines.transformers_engine.kv_cache import RowCache
 from server.engines.transformers_engine.packed_linear import pack_linears
 
@@ -101,7 +101,7 @@ class Backbone:
             position_ids=positions,
             use_cache=False,
             logits_to_keep=torch.tensor(keep, dtype=torch.long, device=self.device),
-            spans=spans,
+            rows=Rows(spans, self.device),
         ).logits[0]
         for span in spans:
             span.cache.commit(len(span.token_ids))
@@ -127,6 +127,7 @@ class Backbone:
                 piece = text[begin:end].tolist()
                 spans = [Span(neighbour, piece[:1], 0), Span(cache, piece, len(piece))]
                 pieces.append(self.forward(spans)[1])
+                cache = cache.fork() if begin == 0 else cache  # the rest sees the beginning as a shared one
         except Exception as exc:
             name = type(self.model).__name__
             raise ModelLoadError(f"{folder}: {name} does not run in the transformers engine ({exc})") from exc

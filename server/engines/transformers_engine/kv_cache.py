@@ -1,6 +1,8 @@
 """The KV cache of one row: what one member remembers of one request.
 
-One row, one growing buffer per layer: nothing is padded to the longest request, and freeing a row is dropping it.
+One row, one growing buffer per layer: nothing is padded to the longest request, and freeing a row is dropping it. What
+rows have in common, the beginning of a prompt or the prompt of several choices, stands in front of that in `Segment`s,
+which are in memory once.
 Layers are allocated at their first use, from the keys they are given, so layers of different shapes need no
 description. Sliding-window layers keep all their keys too; only the attention looks back less far.
 """
@@ -8,6 +10,7 @@ description. Sliding-window layers keep all their keys too; only the attention l
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -16,55 +19,87 @@ LayerSlices = Mapping[int, tuple[torch.Tensor, torch.Tensor]]  # layer -> keys, 
 GROWTH = 128  # tokens by which a buffer grows at least; growing copies, so it is worth doing rarely
 
 
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Consecutive tokens that rows share, `length` of them. Never written to."""
+
+    length: int
+    layers: LayerSlices
+
+
 class RowCache:
-    def __init__(self) -> None:
-        self.length = 0  # tokens whose keys are in every layer
+    """`length`: tokens whose keys are in every layer, shared ones (`num_shared`) included."""
+
+    def __init__(self, shared: tuple[Segment, ...] = ()) -> None:
+        self.shared = shared
+        self.num_shared = sum(segment.length for segment in shared)
+        self.length = self.num_shared
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def extend(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write n new tokens behind the `length` known ones; returns views of all keys and values of the layer.
+        """Write n new tokens behind the known ones; returns views of the keys and values of all that is the row's own.
 
-        keys, values: (num_kv_heads, n, head_dim) -> (num_kv_heads, length + n, head_dim). `length` does not move
-        until `commit`: a forward that fails half-way can be repeated.
+        keys, values: (num_kv_heads, n, head_dim) -> (num_kv_heads, length - num_shared + n, head_dim). `length` does
+        not move until `commit`: a forward that fails half-way can be repeated.
         """
-        end = self.length + keys.shape[1]
+        begin = self.length - self.num_shared
+        end = begin + keys.shape[1]
         if layer not in self._layers or self._layers[layer][0].shape[1] < end:
             self._grow(layer, end, keys, values)
         all_keys, all_values = self._layers[layer]
-        all_keys[:, self.length : end] = keys
-        all_values[:, self.length : end] = values
+        all_keys[:, begin:end] = keys
+        all_values[:, begin:end] = values
         return all_keys[:, :end], all_values[:, :end]
+
+    def with_shared(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, num_last: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The row's own `keys` and `values` behind those that it shares: a copy, of `num_last` tokens if they do."""
+        parts, num_tokens = [(keys, values)], keys.shape[1]
+        for segment in reversed(self.shared):
+            lacking = segment.length if num_last is None else min(num_last - num_tokens, segment.length)
+            if lacking <= 0:
+                break
+            parts.insert(0, tuple(whole[:, segment.length - lacking :] for whole in segment.layers[layer]))
+            num_tokens += lacking
+        return parts[0] if len(parts) == 1 else tuple(torch.cat(pieces, dim=1) for pieces in zip(*parts, strict=True))
 
     def commit(self, num_tokens: int) -> None:
         """The last forward succeeded: its tokens are now part of the row."""
         self.length += num_tokens
 
     def fork(self) -> RowCache:
-        """A copy that continues on its own: choices of one request share the prefill of their prompt."""
-        copy = RowCache()
-        copy.length = self.length
-        copy._layers = {layer: (keys.clone(), values.clone()) for layer, (keys, values) in self._layers.items()}
-        return copy
+        """Another row that continues from here: choices of one request share the prefill of their prompt.
+
+        What this row has read becomes a segment of both.
+        """
+        num_own = self.length - self.num_shared
+        if num_own:
+            own = {layer: (keys[:, :num_own], values[:, :num_own]) for layer, (keys, values) in self._layers.items()}
+            self.shared, self.num_shared, self._layers = (*self.shared, Segment(num_own, own)), self.length, {}
+        return RowCache(self.shared)
 
     def append(self, pieces: Sequence[LayerSlices], end: int) -> None:
         """Continue with what another row has read. `pieces`, one behind the other, hold the tokens from the first on;
         those up to place `end` that are not known yet are copied."""
-        for layer in pieces[0]:
-            keys, values = (torch.cat([piece[layer][i] for piece in pieces], dim=1) for i in (0, 1))
-            self.extend(layer, keys[:, self.length : end], values[:, self.length : end])
+        for layer, (keys, values) in joined(pieces, end).layers.items():
+            self.extend(layer, keys[:, self.length :], values[:, self.length :])
         self.commit(end - self.length)
 
     def copy_of(self, begin: int, end: int) -> LayerSlices:
         """Keys and values of the tokens in places `begin` to `end`, per layer, in memory of their own."""
         assert end <= self.length, f"only {self.length} tokens are known, not {end}"
-        return {
-            layer: (keys[:, begin:end].clone(), values[:, begin:end].clone())
-            for layer, (keys, values) in self._layers.items()
-        }
+        copies = {}
+        for layer, own in self._layers.items():
+            first = self.num_shared
+            if begin < first:
+                own, first = self.with_shared(layer, *own), 0
+            copies[layer] = tuple(whole[:, begin - first : end - first].clone() for whole in own)
+        return copies
 
     @property
     def num_layers(self) -> int:
-        """How many layers have left keys here."""
+        """How many layers have left keys of the row's own here."""
         return len(self._layers)
 
     @property
@@ -76,5 +111,14 @@ class RowCache:
         grown = tuple(new.new_empty(new.shape[0], capacity, new.shape[2]) for new in (keys, values))
         if layer in self._layers:
             for old, new in zip(self._layers[layer], grown, strict=True):
-                new[:, : self.length] = old[:, : self.length]
+                new[:, : old.shape[1]] = old
         self._layers[layer] = grown
+
+
+def joined(pieces: Sequence[LayerSlices], end: int) -> Segment:
+    """The first `end` tokens of `pieces`, which stand one behind the other, in memory of their own."""
+    whole = {
+        layer: tuple(torch.cat([piece[layer][i] for piece in pieces], dim=1)[:, :end] for i in (0, 1))
+        for layer in pieces[0]
+    }
+    return Segment(end, whole)

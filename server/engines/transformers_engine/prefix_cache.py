@@ -3,8 +3,8 @@
 A prefix is kept in blocks of `BLOCK` tokens. A block's key is a digest of all tokens up to its end, so prompts that
 share a system prompt or a few-shot head share the blocks of it, and each further block is a branch. The least
 recently used block goes first when the bytes run out; a block is always used after those behind it, so no branch
-loses its root before its leaves. The scheme is that of vLLM's automatic prefix caching; what differs is that rows
-here copy the blocks into caches of their own, since nothing else is paged.
+loses its root before its leaves. The scheme is that of vLLM's automatic prefix caching; what differs is that rows do
+not look at blocks: those that continue from the same ones at the same time share one copy in one piece.
 
 Kept with the keys and values is what the member gave each token of the block, if that was computed: the evidence that
 moves posterior weights is then exact without running the prefix again.
@@ -16,10 +16,11 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from weakref import WeakValueDictionary
 
 import numpy as np
 
-from server.engines.transformers_engine.kv_cache import LayerSlices
+from server.engines.transformers_engine.kv_cache import LayerSlices, Segment, joined
 from server.members import Member
 
 BLOCK = 32  # tokens; what is shared less than a whole block is read again
@@ -47,6 +48,7 @@ class PrefixCache:
         self.max_bytes = max_bytes
         self.num_bytes = 0
         self._blocks: OrderedDict[BlockKey, Block] = OrderedDict()  # least recently used first
+        self._segments: WeakValueDictionary[tuple[BlockKey, int], Segment] = WeakValueDictionary()  # those in use
         self._hits: Counter[str] = Counter()
 
     def find(self, keys: Sequence[BlockKey], *, with_evidence: bool) -> list[Block]:
@@ -73,6 +75,16 @@ class PrefixCache:
         self._touch(keys)
         while self.num_bytes > self.max_bytes:
             self._forget(next(iter(self._blocks)))
+
+    def segment(self, keys: Sequence[BlockKey], blocks: Sequence[Block], end: int) -> Segment:
+        """The first `end` tokens of `blocks`, which `keys` lead to, in one piece: the same one for all who ask while
+        somebody holds it."""
+        key = (keys[len(blocks) - 1], end)
+        segment = self._segments.get(key)
+        if segment is None:
+            segment = joined([block.layers for block in blocks], end)
+            self._segments[key] = segment
+        return segment
 
     def count_hit(self, member: str, num_tokens: int) -> None:
         """A prompt continued from here."""

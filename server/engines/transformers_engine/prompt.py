@@ -143,7 +143,10 @@ class Prompt:
                 end = min(len(blocks) * BLOCK, num_tokens) - 1
             if end <= begin:
                 continue
-            cache.append([block.layers for block in blocks], end)
+            if begin:
+                cache.append([block.layers for block in blocks], end)
+            else:
+                self.caches[index] = RowCache((self._prefixes.segment(self._keys[index], blocks, end),))
             self._prefixes.count_hit(self.members[index].name, end - begin)
             if self._follows_evidence:
                 judged = np.concatenate([block.evidence for block in blocks])[begin + 1 : end + 1]

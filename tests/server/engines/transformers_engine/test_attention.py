@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.engines.transformers_engine.attention import Span
+from server.engines.transformers_engine.attention import Span, partial_attention
 from server.engines.transformers_engine.kv_cache import RowCache
 from server.members import Member
 from tests.reference import plain_model
@@ -91,6 +91,56 @@ def test_a_fork_goes_its_own_way(tiny: dict[str, Path], members: dict[str, Membe
     first, second = backbone.forward([Span(cache, one, 5), Span(fork, two, 5)])
     assert_same(first, plain(tiny["gemma"], prompt + one)[-5:])
     assert_same(second, plain(tiny["gemma"], prompt + two)[-5:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", range(2))
+def test_rows_that_share_their_beginnings_equal_each_row_alone(
+    tiny: dict[str, Path], members: dict[str, Member], family: str, seed: int
+) -> None:
+    """A tree: two rows share one more piece than the third, a fourth shares nothing; chunks and single tokens mixed."""
+    backbone, numbers = members[family].backbone, random.Random(seed)
+    root, branch, *tails, alone = texts(seed, 40, 9, 6, 7, 5, 12)
+    trunk = RowCache()
+    backbone.forward([Span(trunk, root, 0)])
+    limb = trunk.fork()
+    backbone.forward([Span(limb, branch, 0)])
+    rows = [root + branch + tails[0], root + branch + tails[1], root + tails[2], alone]
+    caches, parts = [limb, limb.fork(), trunk, RowCache()], [[] for _ in rows]
+    while open_rows := [i for i, row in enumerate(rows) if caches[i].length < len(row)]:
+        spans = []
+        for i in open_rows:
+            begin = caches[i].length
+            chunk = rows[i][begin : begin + numbers.choice([1, 1, 3])]
+            spans.append(Span(caches[i], chunk, len(chunk)))
+        for i, logprobs in zip(open_rows, backbone.forward(spans), strict=True):
+            parts[i].append(logprobs)
+    for row, logprobs in zip(rows, parts, strict=True):
+        new = torch.cat(logprobs)
+        assert_same(new, plain(tiny[family], row)[-len(new) :])
+
+
+@pytest.mark.parametrize("kernel", ["of the CPU", "of other devices"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_parts_joins_to_attention_of_the_whole(kernel: str, masked: bool) -> None:
+    """softmax over two parts, by hand: each part's mean weighted with its sum of exponentials."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(6, 4, 8, generator=generator)
+    keys, values = (torch.randn(2, 11, 8, generator=generator) for _ in range(2))
+    mask = torch.ones(4, 5, dtype=torch.bool).tril(1) if masked else None
+    if kernel != "of the CPU":  # values of another size take the other one
+        values = torch.cat([values, values[..., :2]], dim=-1)
+    whole_mask = torch.cat([torch.ones(4, 6, dtype=torch.bool), mask], dim=1) if masked else None
+    parts = [
+        partial_attention(query, keys[:, :6], values[:, :6], None, None),
+        partial_attention(query, keys[:, 6:], values[:, 6:], mask, None),
+    ]
+    weights = torch.softmax(torch.stack([log_sum for _, log_sum in parts]), dim=0)
+    joined = sum(weight[..., None] * output for weight, (output, _) in zip(weights, parts, strict=True))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query[None], keys[None], values[None], attn_mask=whole_mask, enable_gqa=True
+    )
+    torch.testing.assert_close(joined, expected[0], atol=1e-5, rtol=0)
 
 
 def test_a_failed_forward_can_be_repeated(

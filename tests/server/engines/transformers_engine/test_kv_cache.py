@@ -52,14 +52,45 @@ def test_memory_grows_by_whole_steps() -> None:
     assert cache.num_bytes == 2 * size
 
 
-def test_a_fork_and_its_origin_do_not_share_memory() -> None:
+def test_a_fork_and_its_origin_share_the_past_and_nothing_else() -> None:
     cache = RowCache()
     cache.extend(0, *tokens(3))
     cache.commit(3)
     fork = cache.fork()
-    assert fork.length == 3
-    cache.extend(0, *tokens(1, start=500))
-    forked, _ = fork.extend(0, *tokens(1, start=900))
-    assert torch.equal(forked, torch.cat([tokens(3)[0], tokens(1, start=900)[0]], dim=1))
+    assert fork.length == cache.length == 3
+    assert fork.shared == cache.shared
+    assert cache.num_bytes == fork.num_bytes == 0, "what is shared is nobody's own"
+    own, _ = cache.extend(0, *tokens(1, start=500))
+    forked, values = fork.extend(0, *tokens(1, start=900))
+    assert torch.equal(own, tokens(1, start=500)[0]) and torch.equal(forked, tokens(1, start=900)[0])
+    whole, _ = fork.with_shared(0, forked, values)
+    assert torch.equal(whole, torch.cat([tokens(3)[0], tokens(1, start=900)[0]], dim=1))
     fork.commit(1)
     assert (cache.length, fork.length) == (3, 4)
+
+
+def test_no_more_of_the_past_is_copied_than_is_asked_for() -> None:
+    cache = RowCache()
+    for start in (0, 100, 200):
+        cache.extend(0, *tokens(3, start=start))
+        cache.commit(3)
+        cache = cache.fork()
+    own = cache.extend(0, *tokens(2, start=300))
+    everything = torch.cat([tokens(3, start=start)[0] for start in (0, 100, 200)] + [tokens(2, start=300)[0]], dim=1)
+    for num_last in (2, 4, 6, 11):
+        keys, values = cache.with_shared(0, *own, num_last)
+        assert torch.equal(keys, everything[:, -num_last:]) and torch.equal(values, -keys)
+    assert torch.equal(cache.with_shared(0, *own)[0], everything)
+
+
+def test_copies_reach_into_what_is_shared() -> None:
+    cache = RowCache()
+    cache.extend(0, *tokens(6))
+    cache.commit(6)
+    fork = cache.fork()
+    fork.extend(0, *tokens(2, start=50))
+    fork.commit(2)
+    keys, _ = fork.copy_of(4, 7)[0]
+    assert torch.equal(keys, torch.cat([tokens(6)[0][:, 4:], tokens(2, start=50)[0][:, :1]], dim=1))
+    keys, _ = fork.copy_of(6, 8)[0]
+    assert torch.equal(keys, tokens(2, start=50)[0])

@@ -26,6 +26,7 @@ from ensembles.probability_averaging import ProbabilityAverage
 from server.compare.documents import Documents
 from server.compare.windows import Window, cut_windows
 from server.findings import nearest
+from server.torch_threads import in_own_thread
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +131,7 @@ async def fit_weights(
         seed=seed,
         on_progress=on_progress,
     )
-    return await asyncio.to_thread(fit.solve, constraint)
+    return await in_own_thread(fit.solve, constraint)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ to the other where the text is continuous, for the fitted pool and for the one t
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from ensembles.probability_averaging import mixture_of
 from server.compare.documents import Documents
 from server.compare.fitting import SAMPLE_BYTES, FittedWeights, WeightFit
 from server.compare.text_measure import TextScores, by_document, mixture_logprobs, score_mixtures
+from server.torch_threads import in_own_thread
 
 if TYPE_CHECKING:
     from ensembles.fitting.log_linear import Constraint
@@ -76,7 +76,7 @@ async def fit_and_judge(
         seed=seed,
         on_progress=on_progress,
     )
-    fitted = await asyncio.to_thread(fit.solve, constraint)
+    fitted = await in_own_thread(fit.solve, constraint)
     mixture = fit.model.mixture
     pools = {
         "before": mixture,

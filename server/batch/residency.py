@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ensembles.base import Answer, Embedder, Model, collect
-from ensembles.errors import ConfigError, EngineDeadError, EnsembleError, OverloadedError
+from ensembles.errors import ConfigError, DeadlineError, EngineDeadError, EnsembleError, OverloadedError
 from ensembles.exchange_of_thought import ExchangeOfThought
 from ensembles.method import MethodConfig, Services
 from ensembles.probability_averaging import ProbabilityAverage
@@ -37,6 +38,7 @@ from server.batch.call_log import Call, CallLog, NotRecordedError, RecordedDistr
 from server.batch.identity import model_fingerprints, seeded
 from server.batch.room import num_sequences
 from server.batch.rows import Row, RowResult
+from server.batch.runner import Summary
 from server.batch.store import JobStore
 from server.config import Config, HostedModel, RemoteModel
 from server.fingerprints import fingerprint
@@ -191,21 +193,35 @@ async def run_sequential(
     *,
     concurrency: int | None = None,
     stop: asyncio.Event | None = None,
+    is_over: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda text: None,
-) -> None:
+) -> Summary:
     """Answer every pending row of `store`, with one phase of the models in memory at a time.
 
-    Returns when no row is pending or `stop` is set; errors of rows are results. Raises `ConfigError` if a model that
-    rows name cannot run this way, and what loading a model raises. Continue with the same call.
+    Errors of rows are results. `stop`: set it to end soon. `is_over`: whether a deadline has passed; then no more calls
+    begin, members that were not asked count as silent, and what comes of that is kept as cut: it runs again when the
+    job is continued. `say` is told of every phase. Raises `ConfigError` if a model that rows name cannot run this way,
+    and what loading a model raises. Continue with the same call.
     """
+    began = time.monotonic()
     names = tuple(model_fingerprints(store.model_names(), config))
     for name in names:
         check_can_be_sequential(config, name)
     await asyncio.to_thread(store.bind_models, model_fingerprints(store.model_names(), config))
     await asyncio.to_thread(log.forget_errors)
-    run = _SequentialRun(store, config, log, names, concurrency, stop or asyncio.Event(), say)
+    run = _SequentialRun(store, config, log, names, concurrency, stop or asyncio.Event(), is_over, say)
     while await run.next_round():
         pass
+    counts = store.counts()
+    is_done = not counts.pending and not counts.cut
+    return Summary(
+        "finished" if is_done else "deadline" if is_over() else "stopped",
+        counts,
+        run.prompt_tokens,
+        run.completion_tokens,
+        store.spent(),
+        time.monotonic() - began,
+    )
 
 
 class _SequentialRun:
@@ -217,6 +233,7 @@ class _SequentialRun:
         names: Sequence[str],
         concurrency: int | None,
         stop: asyncio.Event,
+        is_over: Callable[[], bool],
         say: Callable[[str], None],
     ) -> None:
         self._store = store
@@ -225,15 +242,31 @@ class _SequentialRun:
         self._phases = phases(config, names)
         self._concurrency = concurrency
         self._stop = stop
+        self._is_over = is_over
         self._say = say
-        self._replayed = _replayed(config, names, log)
+        self._is_late = False  # rows get the best that the log has
+        self._replayed = _replayed(config, names, log, self._note)
+        self.prompt_tokens = 0  # of the rows that were answered
+        self.completion_tokens = 0
 
     async def next_round(self) -> bool:
         """Answer the calls that are noted, then run the rows over the log. Returns whether there is more to do."""
         for phase in self._phases:
-            if not self._stop.is_set():
+            if not self._must_end:
                 await self._load_and_answer(phase)
-        return not self._stop.is_set() and await self._replay() > 0
+        if self._stop.is_set():
+            return False
+        self._is_late = self._is_over()
+        return await self._replay() > 0 and not self._is_late
+
+    @property
+    def _must_end(self) -> bool:
+        return self._stop.is_set() or self._is_over()
+
+    def _note(self, call: Call) -> None:
+        _noted.get().append(call)
+        if self._is_late:
+            raise DeadlineError(f"member {call.model!r} was not asked before the deadline")
 
     # --- phases: models answer calls ---
 
@@ -244,7 +277,7 @@ class _SequentialRun:
         self._say(f"loading {', '.join(phase.models)} for {num_open} calls")
         async with Hosting.open(_excerpt(self._config, phase.models)) as hosting:
             page_size = 2 * (self._concurrency or num_sequences(hosting))
-            while not self._stop.is_set():
+            while not self._must_end:
                 calls = await asyncio.to_thread(self._log.open_calls, phase.models, limit=page_size)
                 if not calls:
                     break
@@ -261,12 +294,13 @@ class _SequentialRun:
         """Answer the pending rows that can be answered; note what the others want. Returns how many calls are new."""
         num_noted, after = 0, -1
         with _quiet_about_missing_calls():
-            while rows := await asyncio.to_thread(self._store.pending, after, limit=ROWS_AT_ONCE):
+            while rows := await asyncio.to_thread(self._store.pending, after, limit=ROWS_AT_ONCE, has_cut=True):
                 outcomes = await asyncio.gather(*(self._over_the_log(row) for row in rows))
                 noted = {call.key: call for _, calls in outcomes for call in calls}
                 await asyncio.to_thread(self._log.note, noted.values())
                 results = [(row.index, result) for row, (result, _) in zip(rows, outcomes, strict=True) if result]
                 await asyncio.to_thread(self._store.record, results)
+                self._count(result for _, result in results)
                 num_noted += len(noted)
                 after = rows[-1].index
         counts = self._store.counts()
@@ -285,7 +319,15 @@ class _SequentialRun:
                 return None
 
         result = await asyncio.create_task(answered())
+        if self._is_late and noted and result is not None and result.is_ok:
+            return replace(result, is_cut=True), noted
         return (None, noted) if noted else (result, [])
+
+    def _count(self, results: Iterable[RowResult]) -> None:
+        for result in results:
+            usage = result.body.get("usage", {})
+            self.prompt_tokens += usage.get("prompt_tokens", 0)
+            self.completion_tokens += usage.get("completion_tokens", 0)
 
 
 async def _answered(hosting: Hosting, call: Call) -> tuple[bytes, Answer | EnsembleError]:
@@ -351,7 +393,7 @@ class _ReplayedHosting(Hosting):
         return self._surfaces[name]
 
 
-def _replayed(config: Config, names: Sequence[str], log: CallLog) -> Hosting:
+def _replayed(config: Config, names: Sequence[str], log: CallLog, note: Callable[[Call], None]) -> Hosting:
     from server.embeddings import SentenceEmbedder
     from server.reranking import CrossEncoderReranker
 
@@ -364,7 +406,7 @@ def _replayed(config: Config, names: Sequence[str], log: CallLog) -> Hosting:
             name,
             log,
             fingerprint=fingerprint(name, config),
-            note=lambda call: _noted.get().append(call),
+            note=note,
             members=members,
         )
     embedder = SentenceEmbedder(config.embedding.path, batch_size=config.embedding.batch_size)

@@ -167,6 +167,26 @@ async def test_a_run_that_was_stopped_goes_on(config: Config, tmp_path: Path) ->
     assert [line for line in again if line.startswith("loading")] == ["loading deep for 6 calls"]
 
 
+async def test_when_the_deadline_passes_members_that_were_not_asked_are_silent(config: Config, tmp_path: Path) -> None:
+    rows = rows_of(["major", "crowd"], 2)  # of the crowd both members must answer
+    with JobStore.open(tmp_path / "a.job", Identity()) as store, CallLog.open(tmp_path / "a.calls") as log:
+        store.take_rows(rows)
+        passed = False
+
+        def say(text: str) -> None:
+            nonlocal passed
+            passed = passed or text.startswith("loading deep")
+
+        summary = await run_sequential(store, config, log, is_over=lambda: passed, say=say)
+        assert summary.ended == "deadline"
+        results = {stored.row.index: stored.result for stored in store.rows()}
+    assert [results[index] is not None for index in range(4)] == [True, False, True, False]
+    assert results[0].is_cut
+    assert results[0].body["ensemble"]["turnout"] == 2
+    whole = await sequential(config, rows, tmp_path)
+    assert [whole[index].body["ensemble"]["turnout"] for index in range(4)] == [3, 2, 3, 2]
+
+
 # --- what can run this way, and what it takes ---
 
 
@@ -242,7 +262,7 @@ def test_killed_at_random_moments_it_ends_with_the_bytes_of_an_undisturbed_run(
     undisturbed_s = time.monotonic() - began
     moments = random.Random(0)
     num_killed = 0
-    for _ in range(6):
+    for _ in range(4):
         process = start(folders[1])
         try:
             process.wait(timeout=moments.uniform(0.4, 0.95) * undisturbed_s)

@@ -224,7 +224,7 @@ def _differences(results: Results, family: Family, measure: str, place: int) -> 
     }
     if not found or level is None:
         return None
-    canvas = _canvas(4.2, 0.75 + 0.27 * len(found))
+    canvas = _canvas(4.2, 0.9 + 0.27 * len(found))
     axes = canvas.subplots()
     for row, difference in enumerate(found.values()):
         is_open = difference.verdict in ("inconclusive", "no difference shown")
@@ -245,7 +245,7 @@ def _differences(results: Results, family: Family, measure: str, place: int) -> 
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.locator_params(axis="x", nbins=4)
-    axes.set_xlabel(f"difference in {family.unit} (right is better)")
+    axes.set_xlabel(f"difference in {family.unit}\n(right is better)")
     if not family.higher_is_better:
         axes.invert_xaxis()
     listed = "; ".join(

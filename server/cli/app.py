@@ -22,6 +22,7 @@ COMMANDS: dict[str, str] = {
     "chat": "server.cli.chat:chat",
     "models": "server.cli.models:models",
     "batch": "server.cli.batch:batch",
+    "batch merge": "server.cli.batch_merge:merge",
     "batch submission": "server.cli.batch_submission:submission",
     "vote": "server.cli.vote:vote",
     "replay": "server.cli.replay:replay",

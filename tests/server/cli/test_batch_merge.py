@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import orjson
+import pytest
+
+from server.batch.identity import Identity
+from server.batch.output_line import write_output
+from server.batch.rows import Row, RowResult
+from server.batch.shards import SHARD, Shard
+from server.batch.store import JobStore, job_path
+from tests.server.cli.conftest import Run
+
+Ensemble = Callable[..., Run]
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> list[Path]:
+    """Two shards of a job of five rows, the last of which failed."""
+    rows = [Row(index, f"row {index}", "/v1/completions", {"prompt": str(index)}) for index in range(5)]
+    outputs = []
+    for text in ("1/2", "2/2"):
+        output = tmp_path / f"out{text[0]}.jsonl"
+        with JobStore.open(job_path(output), Identity({"the input": "x", SHARD: text})) as store:
+            store.take_rows(Shard.parse(text).rows(rows))
+            error = {"message": "no", "type": "server_error", "param": None, "code": "member_failed"}
+            store.record(
+                [
+                    (row.index, RowResult(500, "r", {"error": error}) if row.index == 4 else RowResult(200, "r", {}))
+                    for row in store.pending()
+                ]
+            )
+            write_output(store, output)
+        outputs.append(output)
+    return outputs
+
+
+def test_shards_are_joined_in_the_inputs_order_and_failed_rows_give_3(
+    ensemble: Ensemble, shards: list[Path], tmp_path: Path
+) -> None:
+    run = ensemble("batch", "merge", *shards[::-1], "-o", tmp_path / "all.jsonl")
+    assert run.code == 3, run.err
+    assert "5 rows: 4 ok, 1 failed, 0 without an answer" in run.err
+    lines = [orjson.loads(line) for line in (tmp_path / "all.jsonl").read_bytes().splitlines()]
+    assert [line["custom_id"] for line in lines] == [f"row {index}" for index in range(5)]
+
+
+def test_job_files_are_joined_too(ensemble: Ensemble, shards: list[Path], tmp_path: Path) -> None:
+    run = ensemble("batch", "merge", *map(job_path, shards), "-o", tmp_path / "all.jsonl.job")
+    assert run.code == 3, run.err
+    with JobStore.open(tmp_path / "all.jsonl.job", Identity({"the input": "x"})) as store:
+        assert store.counts().total == 5
+
+
+def test_outputs_alone_leave_a_doubt_that_is_told(ensemble: Ensemble, shards: list[Path], tmp_path: Path) -> None:
+    for shard in shards:
+        job_path(shard).unlink()
+    run = ensemble("batch", "merge", *shards, "-o", tmp_path / "all.jsonl")
+    assert "could not be checked" in run.err
+
+
+@pytest.mark.parametrize("case", ["one is missing", "mixed", "its own input"])
+def test_what_cannot_be_joined_writes_nothing(
+    ensemble: Ensemble, shards: list[Path], tmp_path: Path, case: str
+) -> None:
+    output = shards[0] if case == "its own input" else tmp_path / "all.jsonl"
+    given = {"one is missing": shards[:1], "mixed": [shards[0], job_path(shards[1])]}.get(case, shards)
+    before = shards[0].read_bytes()
+    run = ensemble("batch", "merge", *given, "-o", output)
+    assert run.code == (1 if case == "one is missing" else 2), run.err
+    assert shards[0].read_bytes() == before
+    assert not (tmp_path / "all.jsonl").exists()

@@ -81,7 +81,9 @@ def serve_plain(questions: Connection, num_members: int, num_tokens: int) -> Non
     """A process: for each list of prompts that comes, generate for all of them, once per member; answers rows/s."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     folder = resolve_checkpoint(PLAIN_MODEL, relative_to=Path())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
@@ -134,13 +136,9 @@ async def measure_speed(options: argparse.Namespace) -> dict[str, Any]:
                 "http": lambda salt: asyncio.to_thread(http_rows_per_s, client.base_url, bodies(salt)),
                 "plain": lambda salt: asyncio.to_thread(plain_rows_per_s, prompts(options.plain_rows, salt)),
             }
-            for warm_up in ("batch", "http"):
-                short = [chat_body(options.model, "Hello.", 2)]
-                await (
-                    batch_rows_per_s(hosting, short)
-                    if warm_up == "batch"
-                    else asyncio.to_thread(http_rows_per_s, client.base_url, short)
-                )
+            warm_up = [chat_body(options.model, "Hello.", 2)]
+            await batch_rows_per_s(hosting, warm_up)
+            await asyncio.to_thread(http_rows_per_s, client.base_url, warm_up)
             await asyncio.to_thread(plain_rows_per_s, ["Hello."])
             for repeat in range(options.repeats):
                 for arm in random.sample(list(arms), len(arms)):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
@@ -28,6 +29,14 @@ def test_a_step_is_counted_member_by_member():
     assert value(metrics, "batch_size_bucket", le="4.0") == 0
     assert value(metrics, "num_requests_running") == 1
     assert value(metrics, "num_requests_waiting") == 0
+
+
+def test_what_the_prefix_cache_spares_is_counted():
+    metrics = Metrics()
+    for num_bytes in (100, 250):
+        metrics.observe_step(replace(step(), num_cached_tokens={"base": 32}, prefix_cache_bytes=num_bytes))
+    assert value(metrics, "prefix_cache_hits_total", member="base") == 64
+    assert value(metrics, "prefix_cache_bytes") == 250
 
 
 def test_the_gauges_fall_to_zero_when_the_last_request_ends():

@@ -149,6 +149,13 @@ def batch(
     per_row_max: Annotated[
         str | None, typer.Option(metavar="90s", help="The most that one row may take.", rich_help_panel=RUN)
     ] = None,
+    residency: Annotated[
+        Literal["resident", "sequential"],
+        typer.Option(
+            help="sequential: load one member, run all rows, free it, load the next (ensembles of texts only).",
+            rich_help_panel=RUN,
+        ),
+    ] = "resident",
     shard: Annotated[
         str | None,
         typer.Option(
@@ -197,13 +204,16 @@ def batch(
     url = "/v1/classify" if labels is not None and url is None else url
     if seed is not None and seeds is not None:
         raise typer.BadParameter("--seeds gives every row its seed already", param_hint="--seed")
+    if residency == "sequential" and (time_budget is not None or per_row_max is not None):
+        raise typer.BadParameter("one member after the other, rows cannot be limited one by one; use --deadline")
     if source != STDIO and not source.exists():
         raise typer.BadParameter(f"{str(source)!r} does not exist", param_hint="INPUT")
     if output != STDIO and output.exists() and source != STDIO and output.samefile(source):
         raise typer.BadParameter("would overwrite its own input", param_hint="--output")
 
     from server.batch.budget import parse_duration
-    from server.cli.batch_run import BatchRun, run_job
+    from server.cli.batch_answer import BatchRun
+    from server.cli.batch_run import run_job
     from server.config import load_config
 
     limits_s = {
@@ -231,6 +241,7 @@ def batch(
                 retry_errors=retry_errors,
                 restart=restart,
                 has_progress=not no_progress,
+                is_sequential=residency == "sequential",
             )
             if dry_run:
                 from server.cli.batch_dry_run import dry_run_job

@@ -10,7 +10,8 @@ from server.batch.estimate import Estimate, Probe, PromptCount, evenly_chosen, p
 from server.batch.file_job import CheckedInput
 from server.batch.progress import duration, spend
 from server.batch.rows import Row
-from server.cli.batch_run import BatchRun, report_bad_rows
+from server.cli.batch_answer import BatchRun
+from server.cli.batch_run import report_bad_rows
 from server.hosting import Hosting
 
 OK, SOMETHING_IS_WRONG = 0, 1

@@ -69,6 +69,7 @@ def batch(ensemble: Ensemble, config: Path) -> Ensemble:
         (["--set", "n"], "must be KEY=JSON"),
         (["--columns", "content"], "belongs to --format csv"),
         (["--id-column", "x"], "rows without --template name themselves"),
+        (["--residency", "sequential", "--per-row-max", "1s"], "rows cannot be limited one by one; use --deadline"),
         (["--temperature", "0,0"], "a value stands there twice"),
     ],
 )
@@ -327,14 +328,16 @@ def interrupted(config: Path, source: Path, output: Path, *, times: int) -> subp
     journal = output.with_name(f"{output.name}.job-wal")
     begun_s = time.monotonic()
     sizes: set[int] = set()
-    while len(sizes) < 4 and process.poll() is None and time.monotonic() - begun_s < 120:
+    while (
+        len(sizes) < 4 and process.poll() is None and time.monotonic() - begun_s < 400
+    ):  # loading takes its time on a busy machine
         if journal.exists():
             sizes.add(journal.stat().st_size)  # grows with every group of answers
         time.sleep(0.02)
     for _ in range(times):
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=400)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
@@ -425,3 +428,33 @@ def test_a_time_budget_is_shared_by_all_rows(batch: Ensemble, tmp_path: Path) ->
     source = write_lines(tmp_path / "in.jsonl", [line(str(n), model="a") for n in range(6)])
     run = batch(source, tmp_path / "out.jsonl", "--time-budget", "1h", "--per-row-max", "1m")
     assert run.code == 0, run.err
+
+
+def test_one_member_is_in_memory_at_a_time_on_request(
+    batch: Ensemble, config: Path, tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    models = f"  c: {{path: {tiny['qwen']}}}\n  major: {{method: majority, members: [a, c], samples: 1}}\n"
+    text = config.read_text(encoding="utf-8").replace("engine:", f"{models}engine:")
+    config.write_text(
+        text.replace("engine:", "  wide: {method: probability_average, members: [a, c]}\nengine:"), "utf-8"
+    )
+    source = write_lines(tmp_path / "in.jsonl", [line(str(n)) for n in range(3)])
+    run = batch(source, tmp_path / "one.jsonl", "--model", "major", "--residency", "sequential")
+    assert run.code == 0, run.err
+    assert "MB of weights at a time instead of" in run.err
+    assert batch(source, tmp_path / "all.jsonl", "--model", "major").code == 0
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "all.jsonl").read_bytes()
+    run = batch(source, tmp_path / "mix.jsonl", "--model", "wide", "--residency", "sequential")
+    assert run.code == 1
+    assert "all of them must be in memory at the same time" in run.err
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_stops_at_once_and_loses_nothing(batch: Ensemble, config: Path, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [line(str(n), f"Say {n}", max_tokens=30) for n in range(60)])
+    run = interrupted(config, source, tmp_path / "out.jsonl", times=2)
+    assert run.returncode in (130, -signal.SIGINT), run.stderr  # the latter if it was at the door already
+    assert "the same command continues" in run.stderr
+    assert "Traceback" not in run.stderr
+    again = batch(source, tmp_path / "out.jsonl", "--model", "a", "--concurrency", 2)
+    assert again.code == 0, again.err

@@ -8,6 +8,11 @@ The interval is BCa (bias-corrected and accelerated: Efron 1987; the acceleratio
 Hinkley 1997, section 5.4) where it can be had, else the percentile interval. It cannot be had with fewer than
 MIN_UNITS_FOR_BCA units, or if all resamples lie on one side of the figure or the items do not differ.
 
+A resample varies less than a sample does, by (n - 1) / n, and tails of few items are those of Student's t: without a
+correction intervals of 20 items at 95% hold the truth in about 90% of cases. So the tails are those of a level that is
+higher by as much (Hesterberg 2015, https://doi.org/10.1080/00031305.2015.1089789, "expanded" intervals); with n = 200
+that is 95.2% in place of 95%.
+
 Same data and seed give the same numbers, to the last bit.
 """
 
@@ -16,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.special import ndtr, ndtri
+from scipy.special import ndtr, ndtri, stdtrit
 
 from ensembles.comparison.intervals import Estimate, Interval, IntervalMethod
 
@@ -141,7 +146,7 @@ def quantile(
     rng = np.random.default_rng(seed)
     parts = [np.quantile(values[drawn], q, axis=1) for drawn in _draws(rng, len(values), num_resamples)]
     resampled = np.concatenate(parts)
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(resampled, _tails(level, len(values)))
     interval = Interval(float(low), float(high), level, "percentile")
     return Estimate(value, interval, float(resampled.std(ddof=1)), len(values))
 
@@ -201,6 +206,13 @@ def _resampled_sums(columns: np.ndarray, rng: np.random.Generator, num_resamples
     return np.concatenate(parts)
 
 
+def _tails(level: float, num_units: int, num_domains: int = 1) -> np.ndarray:
+    """Shares of the resamples below the two ends: 2.5% and 97.5% for very many items, further out for few."""
+    freedom = num_units - num_domains
+    z = stdtrit(freedom, (1 + level) / 2) * np.sqrt(num_units / freedom)
+    return ndtr(np.array([-z, z]))
+
+
 def _ends(
     domains: Sequence[np.ndarray],
     totals: Sequence[np.ndarray],
@@ -209,7 +221,7 @@ def _ends(
     value: float,
     level: float,
 ) -> tuple[float, float, IntervalMethod]:
-    tails = np.array([(1 - level) / 2, (1 + level) / 2])
+    tails = _tails(level, sum(len(columns) for columns in domains), len(domains))
     method: IntervalMethod = "percentile"
     acceleration = _acceleration(domains, totals, statistic, value)
     # Half of the ties count as below, so that a coarse statistic (right or wrong) is not taken for a biased one.

@@ -296,7 +296,7 @@ def _counted_with(db: sqlite3.Connection, counts: Counts, place: int, result: Ro
     """`counts` once the row in this place and those that share its answer have this result."""
     [was_cut] = db.execute("SELECT is_cut FROM results WHERE place = ?", (place,)).fetchone() or [None]
     assert was_cut is None or was_cut, f"row {place} has a result already"
-    [num_followers] = db.execute("SELECT count(*) FROM rows WHERE leader = ?1 AND place <> ?1", (place,)).fetchone()
+    [num_followers] = db.execute("SELECT count(*) FROM rows WHERE leader = ? AND leader <> place", (place,)).fetchone()
     num_rows = 1 + num_followers
     if was_cut:
         counts = replace(counts, ok=counts.ok - num_rows, cut=counts.cut - num_rows)

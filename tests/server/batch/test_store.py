@@ -18,6 +18,7 @@ import pytest
 from ensembles.base import MemberUsage
 from ensembles.errors import ConfigError, StorageError
 from server.batch.identity import Identity
+from server.batch.row_columns import row_columns
 from server.batch.rows import BadRow, Row, RowResult
 from server.batch.store import Counts, JobStore, job_path
 
@@ -316,6 +317,23 @@ def test_a_damaged_file_is_told(path: Path) -> None:
 
 
 # --- size ---
+
+
+def test_no_step_of_a_run_reads_the_whole_table(path: Path) -> None:
+    with JobStore.open(path, Identity()) as store:
+        store.take_rows(row(index, temperature=0, prompt=index % 7) for index in range(20))
+        statements: list[str] = []
+        with store._file.reading() as db:
+            db.set_trace_callback(statements.append)
+        store.record([(store.pending(after=2, limit=3)[0].index, ok("a"))])
+        store._insert([row_columns(row(20, temperature=0, prompt=3))])
+        next(store.rows())
+        with store._file.reading() as db:
+            db.set_trace_callback(None)
+            queries = [sql for sql in statements if sql.startswith(("SELECT", "INSERT"))]
+            plans = {sql: [step[3] for step in db.execute(f"EXPLAIN QUERY PLAN {sql}")] for sql in queries}
+    assert len(plans) >= 6
+    assert not [(sql, plan) for sql, plan in plans.items() if any("SCAN" in step for step in plan)]
 
 
 def test_memory_does_not_grow_with_the_rows(path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,12 @@ class Candidate:
     def variant(self) -> Variant | None:
         return self.arm.variants[self.index] if self.arm.variants else None
 
-    def with_weights(self, weights: Mapping[str, float]) -> Candidate:
+    def fitted(self, weights: Mapping[str, float] | None, share: float | None) -> Candidate:
+        """With what was fitted in its place."""
         assert self.entry is not None, "only what could be built is fitted"
-        return Candidate(self.arm, self.index, self.label, self.model, {**self.entry, "members": dict(weights)})
+        found = {} if weights is None else {"members": dict(weights)}
+        found |= {} if share is None else {"share": share}
+        return replace(self, entry={**self.entry, **found})
 
 
 async def build_candidates(
@@ -137,7 +140,7 @@ def _described(candidate: Candidate, entry: ModelEntry) -> str:
         pool = getattr(entry, "pool", None)
         share = getattr(entry, "share", 0)
         settings = [*([pool] if pool else []), *([f"share {share:g}"] if share or pool == "posterior" else [])]
-        settings += ["fitted weights"] if candidate.is_fitted else []
+        settings += ["fitted"] if candidate.is_fitted else []
         return f"{entry.method} of {', '.join(entry.members)}" + (f" ({', '.join(settings)})" if settings else "")
     if candidate.variant is not None and isinstance(recipe := candidate.variant.merge, dict):
         return f"merge: {recipe.get('merge_method', 'moe')}"

@@ -6,20 +6,26 @@ are loaded in halves, until it is known which one is at fault.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ensembles.errors import EngineDeadError, UnsupportedError
 from server.compare.arms import ArmModel, clusters, footprint, only
 from server.compare.cost import CHARS_PER_TOKEN, ForwardCounter, as_record, measure_cost
 from server.compare.flips import collect_views
-from server.compare.records import ItemRecord, TaskRecord, TextRecord
+from server.compare.records import ItemRecord, TaskRecord, TextRecord, inputs_hash
 from server.compare.sources import sha256_of
 from server.compare.task_measure import ItemScore, measure_task
 from server.compare.text_measure import NotScored, TextScores, measure_text
 from server.compare.work import Work, task_sha256
 from server.config import Config, RemoteModel
 from server.hosting import Hosting
+
+if TYPE_CHECKING:
+    from server.compare.harness import HarnessTask
 
 
 async def measure_group(work: Work, config: Config, arms: Sequence[ArmModel]) -> None:
@@ -163,7 +169,53 @@ def _item_record(item: ItemScore) -> ItemRecord:
 
 
 async def _measure_harness(work: Work, hosting: Hosting, arm: ArmModel) -> None:
-    raise NotImplementedError
+    from server.compare.harness import run_harness
+
+    spec = work.plan.file.lm_eval
+    assert spec is not None, "only asked where there are such tasks"
+    record, inputs = work.record(arm), work.harness_inputs(arm)
+    work.listener.stage(f"lm_eval {', '.join(spec.tasks)}: {arm.arm}")
+    try:
+        found = await run_harness(
+            hosting,
+            arm.model,
+            spec.tasks,
+            include_path=None if spec.include_path is None else Path(spec.include_path),
+            limit=spec.limit,
+            num_fewshot=spec.num_fewshot,
+            seed=work.seed,
+            on_progress=work.listener.progress,
+        )
+    except UnsupportedError as exc:
+        for name in spec.tasks:
+            record.tasks[name] = TaskRecord(inputs=inputs, items_sha256="", metric="", skipped=str(exc))
+    except EngineDeadError as exc:
+        work.fail([arm], "lm_eval", exc)
+        raise
+    except Exception as exc:
+        work.fail([arm], "lm_eval", exc)
+        return
+    else:
+        for name, task in found.items():
+            record.tasks[name] = _harness_record(task, inputs)
+    work.records.save(record)
+
+
+def _harness_record(task: HarnessTask, inputs: str) -> TaskRecord:
+    """The items are those of the harness; their hash is that of what they asked."""
+    skipped = None
+    if not task.items:
+        skipped = f"the harness gives one figure for all items together: {json.dumps(dict(task.metrics))}"
+    elif not task.higher_is_better and any(item.error is not None for item in task.items):
+        skipped = f"{task.metric} is better low, so that failed items cannot count as wrong"
+    return TaskRecord(
+        inputs=inputs,
+        items_sha256=inputs_hash({"items": [[item.id, item.prompt_sha256, item.reference] for item in task.items]}),
+        metric=task.metric,
+        higher_is_better=task.higher_is_better,
+        items=[] if skipped is not None else [_item_record(item) for item in task.items],
+        skipped=skipped,
+    )
 
 
 async def _measure_cost(

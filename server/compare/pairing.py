@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -112,7 +112,7 @@ def comparisons(
         if ours is None or theirs is None or ours.skipped or theirs.skipped or not same_items(ours, theirs):
             continue
         compared = compare_task(ours, theirs, rules)
-        found.append((f"task {task}", Unadjusted(compared, rules.margin_score, higher_is_better=True)))
+        found.append((f"task {task}", Unadjusted(compared, rules.margin_score, ours.higher_is_better)))
         ones = np.ones(len(ours.items))
         task_columns.append((scores_of(ours), ones, scores_of(theirs), ones))
     if len(tasks) > 1 and len(task_columns) == len(tasks):
@@ -140,6 +140,9 @@ def _compare_text(
 
 def compare_task(ours: TaskRecord, theirs: TaskRecord, rules: Rules) -> Comparison:
     scores, their_scores = scores_of(ours), scores_of(theirs)
+    if not ours.higher_is_better:
+        compared = compare_scores(scores, their_scores, **rules.sampling)
+        return replace(compared, wins=compared.losses, losses=compared.wins)
     if is_right_or_wrong(scores) and is_right_or_wrong(their_scores):
         return compare_right_wrong(scores, their_scores, **rules.sampling)
     return compare_scores(scores, their_scores, **rules.sampling)

@@ -36,6 +36,7 @@ from server.findings import findings, nearest
 from server.strict_yaml import expand_variables, read_yaml
 
 FITTED = "fitted"
+FITTABLE = ("weights", "share")  # keys of a probability average whose value may be `fitted`
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,13 @@ def _report(path: Path, problems: list[str]) -> str:
 
 
 def is_fitted(entry: Mapping[str, Any]) -> bool:
-    return entry.get("weights") == FITTED
+    """Whether weights or the share of this model entry are to be fitted."""
+    return any(entry.get(key) == FITTED for key in FITTABLE)
 
 
 def without_fit(entry: Mapping[str, Any]) -> dict[str, Any]:
     """The entry as the config knows it, its weights not fitted yet."""
-    return {key: value for key, value in entry.items() if key != "weights" or value != FITTED}
+    return {key: value for key, value in entry.items() if key not in FITTABLE or value != FITTED}
 
 
 def _file_problems(file: PlanFile) -> Iterator[str]:
@@ -206,8 +208,13 @@ def _recipe_problems(recipe: str | Mapping[str, Any], folder: Path, at: str) -> 
 
 
 def _entry_problems(plan: Plan, name: str, entry: Mapping[str, Any], at: str) -> Iterator[str]:
+    is_posterior = entry.get("pool") == "posterior"
     if is_fitted(entry) and entry.get("method") != "probability_average":
-        yield f"{at}.weights: only those of a probability_average can be fitted"
+        yield f"{at}: only weights and share of a probability_average can be fitted"
+    elif entry.get("weights") == FITTED and is_posterior:
+        yield f"{at}.weights: of a posterior pool the share is fitted, not the weights; write share: {FITTED}"
+    elif entry.get("share") == FITTED and not is_posterior:
+        yield f"{at}.share: belongs to the posterior pool; of others the weights are fitted"
     yield from _entries_problems(plan, {name: without_fit(entry)}, at)
 
 

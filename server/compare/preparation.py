@@ -7,7 +7,6 @@ held-out texts, and the one with the fewest bits per byte (mean over the texts) 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from ensembles.errors import EnsembleError, ModelLoadError
 from server.compare.arms import Candidate, Entry, as_arm_model, identity, only
 from server.compare.documents import Documents
+from server.compare.fitting import FittedWeights, fit_weights
 from server.compare.listener import Listener
 from server.compare.plan import Plan
 from server.compare.provenance import COMPUTING, versions
@@ -23,6 +23,7 @@ from server.compare.records import ArmRecord, Failure, Preparation, Records, inp
 from server.compare.results import Choice
 from server.compare.sources import sha256_of
 from server.compare.text_measure import NotScored, measure_text
+from server.compare.work import described
 from server.config import Config
 from server.hosting import Hosting
 
@@ -67,8 +68,8 @@ async def prepare(
         listener.stage(f"{arm}: fitting and choosing on held-out text")
         try:
             prepared = await _decide(plan, replicate, variants, held_out, listener)
-        except EnsembleError as exc:
-            decided[arm] = Failure(stage="fit", message=str(exc))
+        except Exception as exc:  # whatever loading and reading may raise ends this arm alone
+            decided[arm] = Failure(stage="fit", message=described(exc))
             continue
         inputs = _inputs(plan, replicate, candidates[arm], held_out)
         decided[arm] = replace(prepared, preparation=prepared.preparation.model_copy(update={"inputs": inputs}))
@@ -83,7 +84,7 @@ def _save(records: Records, arm: str, replicate: str | None, prepared: Prepared)
 
 
 def _as_decided(candidate: Candidate, preparation: Preparation) -> Candidate:
-    return candidate if preparation.weights is None else candidate.with_weights(preparation.weights)
+    return candidate.fitted(preparation.weights, preparation.share) if candidate.is_fitted else candidate
 
 
 def _inputs(plan: Plan, replicate: str | None, variants: Sequence[Candidate], held_out: Mapping[str, Documents]) -> str:
@@ -117,44 +118,47 @@ async def _decide(
     held_out: Mapping[str, Documents],
     listener: Listener,
 ) -> Prepared:
-    entries = {candidate.model: candidate.entry for candidate in variants if candidate.entry is not None}
-    config = config_with(plan, replicate, entries)
-    fitted: list[Candidate] = []
-    weights: dict[int, dict[str, float]] = {}
-    async with AsyncExitStack() as stack:
-        if any(candidate.is_fitted for candidate in variants):
-            from server.compare.fitting import fit_weights
+    """The best of the variants, each fitted first if it asks for that. `inputs` is left empty."""
+    fits = await _fits(plan, replicate, [one for one in variants if one.is_fitted], held_out, listener)
+    ready = [one.fitted(*_found(fits[one.index])) if one.index in fits else one for one in variants]
+    best, choice = ready[0], None
+    if len(ready) > 1:
+        scores = await _scores(plan, replicate, ready, held_out, listener)
+        best = min((one for one in ready if one.index in scores), key=lambda one: scores[one.index])
+        candidates = {one.label: scores[one.index] for one in ready if one.index in scores}
+        choice = Choice(name=best.label, candidates=candidates, measure="bpb")
+    weights, share = _found(fits[best.index]) if best.index in fits else (None, None)
+    return Prepared(best, Preparation(inputs="", variant=best.index, weights=weights, share=share, chosen=choice))
 
-            names = [candidate.model for candidate in variants if candidate.is_fitted]
-            hosting = await stack.enter_async_context(Hosting.open(only(config, names)))
-            for candidate in variants:
-                if candidate.is_fitted:
-                    found = await fit_weights(
-                        hosting,
-                        candidate.model,
-                        list(held_out.values()),
-                        window=plan.file.window,
-                        stride=plan.file.stride,
-                    )
-                    weights[candidate.index] = dict(found.weights)
-                    candidate = candidate.with_weights(weights[candidate.index])
-                fitted.append(candidate)
-        else:
-            fitted = list(variants)
-    if len(variants) == 1:
-        return Prepared(
-            fitted[0], Preparation(inputs="", variant=fitted[0].index, weights=weights.get(fitted[0].index))
-        )
-    scores = await _scores(plan, replicate, fitted, held_out, listener)
-    best = min(scores, key=lambda index: scores[index])
-    labels = {candidate.index: candidate.label for candidate in fitted}
-    choice = Choice(
-        name=labels[best],
-        candidates={labels[index]: score for index, score in scores.items()},
-        measure="bpb",
-    )
-    chosen = next(candidate for candidate in fitted if candidate.index == best)
-    return Prepared(chosen, Preparation(inputs="", variant=best, weights=weights.get(best), chosen=choice))
+
+def _found(fit: FittedWeights) -> tuple[dict[str, float] | None, float | None]:
+    """Weights or, of a posterior pool, the share."""
+    return (dict(fit.weights), None) if fit.share is None else (None, fit.share)
+
+
+async def _fits(
+    plan: Plan,
+    replicate: str | None,
+    variants: Sequence[Candidate],
+    held_out: Mapping[str, Documents],
+    listener: Listener,
+) -> dict[int, FittedWeights]:
+    if not variants:
+        return {}
+    config = config_with(plan, replicate, {one.model: one.entry for one in variants if one.entry is not None})
+    async with Hosting.open(only(config, [one.model for one in variants])) as hosting:
+        return {
+            one.index: await fit_weights(
+                hosting,
+                one.model,
+                list(held_out.values()),
+                window=plan.file.window,
+                stride=plan.file.stride,
+                seed=plan.file.statistics.seed,
+                on_progress=listener.progress,
+            )
+            for one in variants
+        }
 
 
 async def _scores(

@@ -53,6 +53,7 @@ class TaskRecord(Stored):
     inputs: str
     items_sha256: str
     metric: str
+    higher_is_better: bool = True
     items: list[ItemRecord] = Field(default_factory=list)
     skipped: str | None = None
 
@@ -73,11 +74,13 @@ class CostRecord(Stored):
 
 
 class Preparation(Stored):
-    """How an arm came to be: fitted weights and what the held-out split chose. `variant`: its place in the plan."""
+    """How an arm came to be: fitted weights and what the held-out split chose. `variant`: its place in
+    the plan."""
 
     inputs: str
     variant: int = 0
     weights: dict[str, float] | None = None
+    share: float | None = None
     chosen: Choice | None = None
 
 

@@ -76,6 +76,7 @@ class TaskResult(Part):
     """
 
     metric: str
+    higher_is_better: bool = True
     score: float
     ci: Interval | None
     num_items: int
@@ -136,7 +137,7 @@ class Choice(Part):
 class ArmResult(Part):
     """One arm. With an `error` the arm could not be built or run; what was measured before still stands.
 
-    `weights`: of the members, where they were fitted; `chosen`: the variant that the held-out split chose, and what
+    `weights`, `share`: of a pool, where they were fitted; `chosen`: the variant that the held-out split chose, and what
     every variant scored there. `skipped`: measures that this kind of model cannot have, with the reason.
     """
 
@@ -150,6 +151,7 @@ class ArmResult(Part):
     mean_tasks: Figure | None = None
     cost: Cost = Cost()
     weights: Mapping[str, float] | None = None
+    share: float | None = None
     chosen: Choice | None = None
     replicates: Mapping[str, ReplicateSpread] = Field(default_factory=dict)
     skipped: Mapping[str, str] = Field(default_factory=dict)

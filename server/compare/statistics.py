@@ -97,6 +97,7 @@ def compute_results(
             mean_tasks=_mean_tasks(record, tasks, rules, difference("mean task", name)),
             cost=summarise_cost(record.cost, seed=rules.seed, level=rules.level),
             weights=record.preparation and record.preparation.weights,
+            share=record.preparation and record.preparation.share,
             chosen=record.preparation and record.preparation.chosen,
             replicates=_replicates(file, name, records, texts, rules),
             skipped=_skipped(record, texts, tasks),
@@ -156,6 +157,7 @@ def _task_result(
     ks = next((task.pass_at for task in file.tasks if task.name == name), ())
     return TaskResult(
         metric=record.metric,
+        higher_is_better=record.higher_is_better,
         score=float(scores.mean()),
         ci=ci,
         num_items=len(scores),

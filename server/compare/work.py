@@ -48,9 +48,7 @@ class Work:
         return self.records.get(arm.arm, arm.replicate)
 
     def fail(self, arms: Sequence[ArmModel], stage: str, exc: BaseException) -> None:
-        message = str(exc) if isinstance(exc, EnsembleError) else f"{type(exc).__name__}: {exc}"
-        if not isinstance(exc, EnsembleError):
-            logger.error("%s failed", stage, exc_info=exc)
+        message = described(exc)
         for arm in arms:
             record = self.record(arm)
             record.failure = Failure(stage=stage, message=message)
@@ -124,6 +122,14 @@ class Work:
             or self.is_harness_pending(arm)
             or self.is_cost_pending(arm)
         )
+
+
+def described(exc: BaseException) -> str:
+    """One line for the arm's row; what is no error of ours is logged with its traceback, too."""
+    if isinstance(exc, EnsembleError):
+        return str(exc)
+    logger.error("an arm failed", exc_info=exc)
+    return f"{type(exc).__name__}: {exc}"
 
 
 def task_sha256(task: Task) -> str:

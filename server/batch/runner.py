@@ -201,11 +201,11 @@ class _Run:
 
     async def _answer_one(self, row: Row, num_places: int) -> None:
         self._running += 1
+        self._num_left -= 1
         try:
             result = await self._result(seeded(row, self._store.identity.seed))
         finally:
             self._running -= 1
-            self._num_left -= 1
             self._room.give_back(num_places)
         if result is not None:
             self._answered.append((row.index, result))
@@ -217,7 +217,7 @@ class _Run:
         while not self._is_time_up():
             began = self._clock()
             left_s = None if self._deadline is None else self._deadline - began
-            allowed_s = self._budget.allowance_s(self._num_left) if self._budget else None
+            allowed_s = self._budget.allowance_s(self._num_left + 1) if self._budget else None
             limits = [limit for limit in (left_s, allowed_s) if limit is not None]
             try:
                 result = await self._answer(

@@ -373,11 +373,11 @@ async def test_a_budget_gives_each_row_its_time_and_hears_what_it_took(store: Jo
     store.take_rows(rows(3))
     hosting = scripted()
     budget: RowBudget = Shares(5.0, None, 7.0)
-    await run(store, hosting, concurrency=1, budget=budget, deadline_s=6)
+    await run(store, hosting, concurrency=2, budget=budget, deadline_s=6)
     limits = [request.deadline_s for request in hosting.models["m"].requests]
-    assert limits == [5.0, pytest.approx(6, abs=0.9), pytest.approx(6, abs=0.9)]
+    assert limits == [5.0, pytest.approx(6, abs=0.9), pytest.approx(6, abs=0.9)]  # never more than the job has
     assert budget.left == [3, 2, 1]
-    assert budget.used == [(5.0, True), (None, True), (7.0, True)]
+    assert set(budget.used) == {(5.0, True), (None, True), (7.0, True)}
 
 
 async def test_a_row_that_used_up_its_own_time_is_done(store: JobStore, tiny_config: dict[str, Any]) -> None:

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 Body = TypeVar("Body", bound=BaseModel)
 
+# Unlike a client, which sees the header that lists ignored parameters, nobody watches thousands of rows.
+_PARAMETERS = ParameterCheck(is_strict=True)
+
 
 async def answer(
     hosting: Hosting,
@@ -68,14 +71,14 @@ async def _answered(hosting: Hosting, row: Row, terms: Terms, metrics: Metrics) 
     record = RequestRecord(terms.request_id, "POST", row.url, "")
     match row.url:
         case "/v1/chat/completions":
-            chat = Chat.of(checked_body(ChatBody, row, hosting), hosting, metrics, record, terms)
+            chat = Chat.of(checked_body(ChatBody, row), hosting, metrics, record, terms)
             return await chat.answer(), chat.generations.total
         case "/v1/completions":
-            completion_body = checked_body(CompletionBody, row, hosting)
+            completion_body = checked_body(CompletionBody, row)
             completion = await TextCompletion.of(completion_body, hosting, metrics, record, terms)
             return await completion.answer(), completion.generations.total
         case "/v1/embeddings":
-            vectors = await embedded(checked_body(EmbeddingBody, row, hosting), hosting.embedder)
+            vectors = await embedded(checked_body(EmbeddingBody, row), hosting.embedder)
             num_tokens = vectors["usage"]["prompt_tokens"]
             return vectors, Usage(num_tokens, 0, {vectors["model"]: MemberUsage(num_tokens)})
         case "/v1/classify":
@@ -87,22 +90,17 @@ async def _answered(hosting: Hosting, row: Row, terms: Terms, metrics: Metrics) 
             return classified.shown(), classified.usage
 
 
-def checked_body(kind: type[Body], row: Row, hosting: Hosting) -> Body:
-    """The row's body as FastAPI would have read it. Raises what the routes answer with an error."""
+def checked_body(kind: type[Body], row: Row) -> Body:
+    """The row's body as FastAPI would have read it, under `strict_params`. Raises what the routes answer with an error."""
     try:
         body = kind.model_validate(row.body)
     except ValidationError as exc:
         found = [{**finding, "loc": ("body", *finding["loc"])} for finding in exc.errors()]
         raise RequestValidationError(found, body=row.body) from exc
-    _parameters(hosting.config.server.strict_params).ignored(body)
+    _PARAMETERS.ignored(body)
     if getattr(body, "stream", False):
         raise UnsupportedError("a row of a batch is answered as a whole; leave stream out", param="stream")
     return body
-
-
-@cache
-def _parameters(is_strict: bool) -> ParameterCheck:
-    return ParameterCheck(is_strict=is_strict)
 
 
 @cache

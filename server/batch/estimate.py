@@ -67,12 +67,12 @@ def num_prompt_tokens(row: Row, hosting: Hosting) -> int | None:
     terms = Terms("", 0, lambda: "")
     match row.url:
         case "/v1/chat/completions":
-            chat = checked_body(ChatBody, row, hosting)
+            chat = checked_body(ChatBody, row)
             model = requested_model(hosting, chat.model)
             tools = tool_use(chat, hosting.surface(model.name), model.name)
             requests = [chat_request(chat, hosting, model_name=model.name, tools=tools, terms=terms)]
         case "/v1/completions":
-            completion = checked_body(CompletionBody, row, hosting)
+            completion = checked_body(CompletionBody, row)
             model = requested_model(hosting, completion.model)
             requests = completion_requests(completion, hosting, model_name=model.name, terms=terms)
         case _:

@@ -22,6 +22,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 from typing_extensions import TypedDict
 
 from ensembles import errors
@@ -168,11 +169,23 @@ def install_error_handlers(app: FastAPI) -> None:
     async def answer(request: Request, exc: Exception) -> Response:
         if isinstance(exc, HTTPException) and exc.status_code in (404, 405):
             where = f"{request.method} {shortened(request.url.path, MAX_INPUT_CHARS)}"
-            exc = HTTPException(exc.status_code, f"there is no {where} here", headers=exc.headers)
+            headers = {"allow": ", ".join(_methods(app, request))} if exc.status_code == 405 else exc.headers
+            exc = HTTPException(exc.status_code, f"there is no {where} here", headers=headers)
         return error_response(exc)
 
     for known in (errors.EnsembleError, HTTPException, RequestValidationError):
         app.add_exception_handler(known, answer)
+
+
+def _methods(app: FastAPI, request: Request) -> list[str]:
+    """What may be done with the request's path. Starlette names the methods of the first route that fits it only."""
+    methods = {"DELETE", "GET", "PATCH", "POST", "PUT"}
+    scopes = {method: {**request.scope, "method": method} for method in methods}
+    return sorted(
+        method
+        for method, scope in scopes.items()
+        if any(route.matches(scope)[0] is Match.FULL for route in app.router.routes)
+    )
 
 
 # --- what pydantic found ------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ async def _answered(hosting: Hosting, row: Row, terms: Terms, metrics: Metrics) 
 
 
 def checked_body(kind: type[Body], row: Row) -> Body:
-    """The row's body as FastAPI would have read it, under `strict_params`. Raises what the routes answer with an error."""
+    """The row's body as FastAPI would have read it, but strictly. Raises what the routes answer with an error."""
     try:
         body = kind.model_validate(row.body)
     except ValidationError as exc:

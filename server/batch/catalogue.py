@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ensembles.errors import StorageError
+from server.batch.rows import Url
 
 Purpose = Literal["batch", "batch_output"]
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
@@ -72,7 +73,7 @@ class Batch:
 
     id: str
     owner: str
-    endpoint: str
+    endpoint: Url
     input_file_id: str
     completion_window: str
     expires_at: int

@@ -42,8 +42,9 @@ class BatchFolder:
         Raises `FolderInUseError` if another process has claimed it.
         """
         with disk_heeded("batch.folder cannot be used"):
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)  # prompts are nobody else's business
             for part in ("files", "jobs"):
-                (path / part).mkdir(parents=True, exist_ok=True, mode=0o700)
+                (path / part).mkdir(exist_ok=True)
             lock = FileLock(path / "lock", timeout=0, thread_local=False)
             try:
                 lock.acquire()
@@ -57,7 +58,11 @@ class BatchFolder:
             lock.release()
             raise
         folder = cls(path, lock, catalogue, retention_days=retention_days)
-        folder._remove_leftovers()
+        try:
+            folder._remove_leftovers()
+        except BaseException:
+            folder.close()
+            raise
         return folder
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -237,18 +237,24 @@ class BatchService:
                 folder = await asyncio.to_thread(
                     BatchFolder.open, self._hosting.config.batch_folder, retention_days=self._config.retention_days
                 )
-                await asyncio.to_thread(folder.sweep)
-                for batch in await asyncio.to_thread(folder.catalogue.live_batches):
-                    self._begin(batch, folder)
+                live = await asyncio.to_thread(folder.catalogue.live_batches)
                 self._folder = folder
+                await self._sweep()
+                for batch in live:
+                    self._begin(batch, folder)
             return self._folder
+
+    async def _sweep(self) -> None:
+        if self._folder is not None:
+            try:
+                await asyncio.to_thread(self._folder.sweep)
+            except StorageError as exc:
+                logger.warning("what has expired is deleted another day: %s", exc)
 
     async def _sweep_daily(self) -> None:
         while True:
             await asyncio.sleep(DAY_S)
-            if self._folder is not None:
-                with suppress(StorageError):  # tomorrow is another day
-                    await asyncio.to_thread(self._folder.sweep)
+            await self._sweep()
 
 
 def _no_such(kind: str, given: str) -> NotFoundError:

@@ -156,6 +156,15 @@ def batch(
             rich_help_panel=RUN,
         ),
     ] = "resident",
+    ray: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="WORKERS",
+            help="Answer on a Ray cluster (the one of RAY_ADDRESS, else a local one), with the models in each worker.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     shard: Annotated[
         str | None,
         typer.Option(
@@ -206,6 +215,9 @@ def batch(
         raise typer.BadParameter("--seeds gives every row its seed already", param_hint="--seed")
     if residency == "sequential" and (time_budget is not None or per_row_max is not None):
         raise typer.BadParameter("one member after the other, rows cannot be limited one by one; use --deadline")
+    limits = (deadline, time_budget, per_row_max, concurrency)
+    if ray is not None and (residency != "resident" or any(limit is not None for limit in limits)):
+        raise typer.BadParameter("takes no limits of time, no --concurrency and no --residency", param_hint="--ray")
     if source != STDIO and not source.exists():
         raise typer.BadParameter(f"{str(source)!r} does not exist", param_hint="INPUT")
     if output != STDIO and output.exists() and source != STDIO and output.samefile(source):
@@ -242,6 +254,7 @@ def batch(
                 restart=restart,
                 has_progress=not no_progress,
                 is_sequential=residency == "sequential",
+                ray_workers=ray,
             )
             if dry_run:
                 from server.cli.batch_dry_run import dry_run_job

@@ -35,7 +35,7 @@ class BatchRun:
 
     `deadline_s`, `time_budget_s`: seconds from `began_s` (`time.monotonic`), so that loading models counts too. The
     budget is shared out among the rows, of which none may take more than `per_row_max_s`. `is_sequential`: one member
-    is in memory at a time; then rows are not limited one by one.
+    is in memory at a time; then rows are not limited one by one. `ray_workers`: answered by so many workers of Ray.
     """
 
     config: Config
@@ -53,6 +53,7 @@ class BatchRun:
     restart: bool = False
     has_progress: bool = True
     is_sequential: bool = False
+    ray_workers: int | None = None
 
     def left_s(self, limit_s: float | None) -> float | None:
         """What is left of a limit; 0 if nothing is."""
@@ -64,8 +65,9 @@ async def answer_rows(run: BatchRun, store: JobStore, console: Console) -> Ended
     stop = asyncio.Event()
     with ProgressView(console, is_shown=run.has_progress) as view, _stopping(stop, view.say):
         if run.is_sequential:
-            return await _member_by_member(run, store, stop, view.say)
-        summary = await _resident(run, store, stop, view)
+            summary = await _member_by_member(run, store, stop, view.say)
+        else:
+            summary = await _resident(run, store, stop, view)
     view.say(_speed(summary))
     return summary.ended
 
@@ -87,7 +89,7 @@ async def _resident(run: BatchRun, store: JobStore, stop: asyncio.Event, view: P
         )
 
 
-async def _member_by_member(run: BatchRun, store: JobStore, stop: asyncio.Event, say: Callable[[str], None]) -> Ended:
+async def _member_by_member(run: BatchRun, store: JobStore, stop: asyncio.Event, say: Callable[[str], None]) -> Summary:
     """What members answered is kept beside the job, as JOB.calls, for the rounds after and for other jobs."""
     from server.batch.call_log import CallLog
     from server.batch.residency import check_can_be_sequential, estimated_memory, run_sequential
@@ -97,13 +99,27 @@ async def _member_by_member(run: BatchRun, store: JobStore, stop: asyncio.Event,
         check_can_be_sequential(run.config, name)
     for sentence in estimated_memory(run.config, names).sentences():
         say(sentence)
-    left_s = run.left_s(run.deadline_s)
-    alarm = None if left_s is None else asyncio.get_running_loop().call_later(left_s, stop.set)
     with CallLog.open(run.job_file.with_name(f"{run.job_file.name.removesuffix('.job')}.calls")) as log:
-        await run_sequential(store, run.config, log, concurrency=run.concurrency, stop=stop, say=say)
-    if not store.counts().pending:
-        return "finished"
-    return "deadline" if alarm is not None and run.left_s(run.deadline_s) == 0 else "stopped"
+        return await run_sequential(
+            store,
+            run.config,
+            log,
+            concurrency=run.concurrency,
+            stop=stop,
+            is_over=lambda: run.left_s(run.deadline_s) == 0,
+            say=say,
+        )
+
+
+def answer_on_ray(run: BatchRun, store: JobStore, console: Console) -> Ended:
+    """Answer what has no answer yet on a cluster. Ctrl-C raises `KeyboardInterrupt`; what has come back is kept."""
+    from server.batch.ray_data import RayOptions, run_on_ray
+
+    assert run.ray_workers is not None, "asked of runs on Ray only"
+    with ProgressView(console, is_shown=run.has_progress) as view:
+        summary = run_on_ray(store, run.config, RayOptions(workers=run.ray_workers), on_progress=view.update)
+    view.say(_speed(summary))
+    return summary.ended
 
 
 def _budget(run: BatchRun, store: JobStore, hosting: Hosting) -> TimeBudget | None:

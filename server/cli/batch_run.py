@@ -14,7 +14,7 @@ from server.batch.identity import model_fingerprints
 from server.batch.outputs import write_job
 from server.batch.progress import spend
 from server.batch.store import Counts, JobStore
-from server.cli.batch_answer import BatchRun, Ended, answer_rows
+from server.cli.batch_answer import BatchRun, Ended, answer_on_ray, answer_rows
 
 OK, SOME_ROWS_FAILED, INTERRUPTED = 0, 3, 130
 
@@ -40,7 +40,10 @@ def run_job(run: BatchRun) -> int:
         if is_continued:
             say(f"continues {run.job_file}: {counts.ok + counts.failed} of {counts.total} rows are done")
         try:
-            ended = asyncio.run(answer_rows(run, store, console))
+            if run.ray_workers is not None:
+                ended = answer_on_ray(run, store, console)
+            else:
+                ended = asyncio.run(answer_rows(run, store, console))
         except EnsembleError:
             write_job(store, run.job.recipe.grid, run.output, run.form)  # the best so far; the error says the rest
             raise

@@ -15,7 +15,7 @@ import numpy as np
 from ensembles.errors import EnsembleError, ModelLoadError
 from server.compare.arms import Candidate, Entry, as_arm_model, identity, only
 from server.compare.documents import Documents
-from server.compare.fitting import FittedWeights, fit_weights
+from server.compare.fitting import FittedWeights, WeightFit, check_fittable
 from server.compare.listener import Listener
 from server.compare.plan import Plan
 from server.compare.provenance import COMPUTING, versions
@@ -26,6 +26,7 @@ from server.compare.text_measure import NotScored, measure_text
 from server.compare.work import described
 from server.config import Config
 from server.hosting import Hosting
+from server.torch_threads import in_own_thread
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,12 @@ async def prepare(
             decided[arm] = Prepared(variants[0], Preparation(inputs=inputs))
         else:
             pending[arm] = built
+    fits = await _fits(
+        plan, replicate, [one for ones in pending.values() for one in ones if one.is_fitted], held_out, listener
+    )
     for arm, variants in pending.items():
-        listener.stage(f"{arm}: fitting and choosing on held-out text")
         try:
-            prepared = await _decide(plan, replicate, variants, held_out, listener)
+            prepared = await _decide(plan, replicate, variants, fits, held_out, listener)
         except Exception as exc:  # whatever loading and reading may raise ends this arm alone
             decided[arm] = Failure(stage="fit", message=described(exc))
             continue
@@ -115,19 +118,25 @@ async def _decide(
     plan: Plan,
     replicate: str | None,
     variants: Sequence[Candidate],
+    fits: Mapping[str, FittedWeights | Exception],
     held_out: Mapping[str, Documents],
     listener: Listener,
 ) -> Prepared:
-    """The best of the variants, each fitted first if it asks for that. `inputs` is left empty."""
-    fits = await _fits(plan, replicate, [one for one in variants if one.is_fitted], held_out, listener)
-    ready = [one.fitted(*_found(fits[one.index])) if one.index in fits else one for one in variants]
+    """The best of the variants, with what was fitted. `inputs` is left empty. Raises what a fit raised."""
+    ready = []
+    for one in variants:
+        if isinstance(fit := fits.get(one.model), Exception):
+            raise fit
+        ready.append(one if fit is None else one.fitted(*_found(fit)))
     best, choice = ready[0], None
     if len(ready) > 1:
+        listener.stage(f"{best.arm.name}: choosing among {len(ready)} variants on held-out text")
         scores = await _scores(plan, replicate, ready, held_out, listener)
         best = min((one for one in ready if one.index in scores), key=lambda one: scores[one.index])
         candidates = {one.label: scores[one.index] for one in ready if one.index in scores}
         choice = Choice(name=best.label, candidates=candidates, measure="bpb")
-    weights, share = _found(fits[best.index]) if best.index in fits else (None, None)
+    fit = fits.get(best.model)
+    weights, share = (None, None) if fit is None else _found(fit)
     return Prepared(best, Preparation(inputs="", variant=best.index, weights=weights, share=share, chosen=choice))
 
 
@@ -142,23 +151,48 @@ async def _fits(
     variants: Sequence[Candidate],
     held_out: Mapping[str, Documents],
     listener: Listener,
-) -> dict[int, FittedWeights]:
-    if not variants:
-        return {}
+) -> dict[str, FittedWeights | Exception]:
+    """Model -> what was fitted, or why it could not be. Pools over the same members read the held-out text once."""
+    same_members: dict[tuple[str, ...], list[Candidate]] = {}
+    for one in variants:
+        same_members.setdefault(tuple((one.entry or {}).get("members", ())), []).append(one)
+    waiting = list(same_members.values())
+    found: dict[str, FittedWeights | Exception] = {}
+    while waiting:
+        together = waiting.pop(0)
+        listener.stage(f"fitting {', '.join(one.arm.name for one in together)} on held-out text")
+        try:
+            found |= await _fit_together(plan, replicate, together, held_out, listener)
+        except Exception as exc:
+            if len(together) > 1:  # alone, to know whose fault it was
+                waiting += [[one] for one in together]
+            else:
+                found[together[0].model] = exc
+    return found
+
+
+async def _fit_together(
+    plan: Plan,
+    replicate: str | None,
+    variants: Sequence[Candidate],
+    held_out: Mapping[str, Documents],
+    listener: Listener,
+) -> dict[str, FittedWeights]:
     config = config_with(plan, replicate, {one.model: one.entry for one in variants if one.entry is not None})
-    async with Hosting.open(only(config, [one.model for one in variants])) as hosting:
-        return {
-            one.index: await fit_weights(
-                hosting,
-                one.model,
-                list(held_out.values()),
-                window=plan.file.window,
-                stride=plan.file.stride,
-                seed=plan.file.statistics.seed,
-                on_progress=listener.progress,
-            )
-            for one in variants
-        }
+    for one in variants:
+        check_fittable(config, one.model)
+    names = sorted((one.model for one in variants), key=lambda name: config.models[name].pool != "geometric")
+    async with Hosting.open(only(config, names)) as hosting:
+        reading = await WeightFit.read(
+            hosting,
+            names[0],  # a geometric pool, if there is one: it needs more than the others
+            list(held_out.values()),
+            window=plan.file.window,
+            stride=plan.file.stride,
+            seed=plan.file.statistics.seed,
+            on_progress=listener.progress,
+        )
+        return {name: await in_own_thread(replace(reading, model=hosting.models[name]).solve) for name in names}
 
 
 async def _scores(

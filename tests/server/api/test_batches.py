@@ -12,8 +12,10 @@ import openai
 import pytest
 from openai.types import Batch
 
-from ensembles.errors import EngineDeadError
+from ensembles.errors import EngineDeadError, StorageError
 from server.api.batches import window_s
+from server.batch import lifecycle
+from server.batch.runner import run as run_rows
 from server.config import BatchConfig, EngineConfig
 from server.engines.scripted_engine import Script, ScriptedModel
 from tests.server.api.conftest import CHAT, HELLO, asgi_client, live_server, until
@@ -440,6 +442,39 @@ async def test_a_dead_engine_leaves_the_batch_to_the_next_server(host, caplog):
         assert (await client.get(f"/v1/files/{file.json()['id']}/content")).status_code == 200
     async with openai_client(host(hello=HELLO)) as client:
         assert (await ended(client, await client.batches.retrieve(batch["id"]))).status == "completed"
+
+
+async def test_a_batch_that_met_a_full_disk_is_tried_again(host, monkeypatch, caplog):
+    num_runs = 0
+
+    async def run(*args, **kwargs):
+        nonlocal num_runs
+        num_runs += 1
+        if num_runs < 3:
+            raise StorageError("the disk is full")
+        return await run_rows(*args, **kwargs)
+
+    monkeypatch.setattr(lifecycle, "run", run)
+    monkeypatch.setattr(lifecycle, "RETRY_S", 0.1)
+    async with openai_client(host()) as client:
+        batch = await ended(client, await begun(client, line("a")))
+    assert (batch.status, counts(batch), num_runs) == ("completed", (1, 1, 0), 3)
+    assert caplog.text.count("the disk is full") == 2
+
+
+async def test_a_batch_on_which_the_server_fails_says_so_and_no_more(host, monkeypatch, caplog):
+    async def run(*args, **kwargs):
+        raise RuntimeError("a secret")
+
+    monkeypatch.setattr(lifecycle, "run", run)
+    hosting = host()
+    async with openai_client(hosting) as client:
+        batch = await ended(client, await begun(client, line("a")))
+        assert (batch.status, batch.errors.data[0].code) == ("failed", "server_error")
+        assert "secret" not in batch.to_json() and "secret" in caplog.text
+        monkeypatch.undo()
+        assert (await ended(client, await begun(client, line("a")))).status == "completed"
+    assert list((hosting.config.batch_folder / "jobs").iterdir()) == []
 
 
 async def test_a_batch_that_waits_for_an_engine_can_be_cancelled(host):

@@ -141,3 +141,10 @@ def _at_once(error: Exception):
     from server.engines.scripted_engine import ScriptedModel
 
     return ScriptedModel("m", Script((), fails_at=0, error=error))
+
+
+async def test_a_wrong_method_is_told_all_the_right_ones(host):
+    async with asgi_client(host()) as client:
+        assert (await client.put("/v1/files")).headers["allow"] == "GET, POST"
+        assert (await client.post("/v1/files/file-1")).headers["allow"] == "DELETE, GET"
+        assert (await client.get("/v1/vote")).headers["allow"] == "POST"

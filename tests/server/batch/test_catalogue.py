@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ensembles.errors import ConflictError, StorageError
@@ -96,6 +96,7 @@ def test_the_input_of_a_batch_that_has_not_read_it_is_kept_beyond_its_time(catal
     assert catalogue.forget_expired(batches_before=0) == [other.id]
 
 
+@settings(max_examples=30)
 @given(st.lists(st.booleans(), max_size=12), st.integers(1, 5), st.sampled_from(["asc", "desc"]))
 def test_pages_together_are_the_whole_list(tmp_path_factory, mine, limit, order):
     catalogue = Catalogue(tmp_path_factory.mktemp("pages") / "catalogue.sqlite")

@@ -70,6 +70,8 @@ def batch(ensemble: Ensemble, config: Path) -> Ensemble:
         (["--columns", "content"], "belongs to --format csv"),
         (["--id-column", "x"], "rows without --template name themselves"),
         (["--residency", "sequential", "--per-row-max", "1s"], "rows cannot be limited one by one; use --deadline"),
+        (["--ray", "2", "--deadline", "1h"], "no limits of time"),
+        (["--ray", "2", "--residency", "sequential"], "no --residency"),
         (["--temperature", "0,0"], "a value stands there twice"),
     ],
 )

@@ -264,3 +264,36 @@ def test_a_killed_comparison_goes_on_with_the_arm_it_was_at(tmp_path, tiny):
         assert not any(stage.startswith(f"text {text}: ") and "base" in stage for stage in heard.measured)
         assert json.loads((out / "arms" / "base.json").read_bytes())["text"][text] == kept[text]
     assert results.arms["mix"].error is None and set(results.arms["mix"].text) == {"verse", "mixed", "code"}
+
+
+def test_weights_and_shares_are_fitted_on_held_out_text_once_for_all_pools(tmp_path, tiny):
+    pool = "method: probability_average, members: [base, red]"
+    plan = f"""
+config: config.yaml
+baseline: base
+arms:
+  - base
+  - red
+  - {{name: arithmetic, ensemble: {{{pool}, weights: fitted}}}}
+  - {{name: geometric, ensemble: {{{pool}, pool: geometric, weights: fitted}}}}
+  - {{name: posterior, ensemble: {{{pool}, pool: posterior, share: fitted}}}}
+  - {{name: alone, ensemble: {{method: probability_average, members: [red], weights: fitted}}}}
+text: {{train: train.txt}}
+fit: {{verse: verse.txt, code: code.txt}}
+window: 48
+document_bytes: 100
+cost: {{concurrency: []}}
+statistics: {{resamples: 200}}
+"""
+    results, heard = run(write_files(tmp_path, tiny, plan), tmp_path / "out")
+    readings = [stage for stage in heard.stages if stage.startswith("fitting")]
+    assert readings == ["fitting arithmetic, geometric, posterior on held-out text", "fitting alone on held-out text"]
+    arms = results.arms
+    assert sum(arms["arithmetic"].weights.values()) == pytest.approx(1)
+    assert arms["posterior"].weights is None and 0 <= arms["posterior"].share < 1
+    assert "has one member" in arms["alone"].error
+    bpb = {name: arm.text["train"].bpb for name, arm in arms.items() if arm.text}
+    best = min(bpb["base"], bpb["red"])
+    assert bpb["arithmetic"] < best + 0.05, "the held-out text is much like the test text here"
+    _, heard = run(tmp_path / "plan.yaml", tmp_path / "out")
+    assert not any(stage.startswith("fitting arithmetic") for stage in heard.stages), "decisions stand"

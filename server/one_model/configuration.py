@@ -6,8 +6,8 @@
      "vocab_size": 49152, "hidden_size": 2304, "num_hidden_layers": 120, ...}
 
 `path` is a hub id or a folder, `adapter` a folder with a PEFT LoRA adapter; relative ones start at the directory.
-`dtype` is that of the weights, or auto for the one they were saved in. The sizes are what tools ask of any model: layers
-and width are sums over members, since each has its own KV cache.
+`dtype` is that of the weights, or auto for the one they were saved in. The sizes are what tools ask of any model:
+layers and width are sums over members, since each has its own KV cache.
 """
 
 from __future__ import annotations

@@ -257,6 +257,12 @@ def leaves(config: Config, name: str) -> set[str]:
     return {name}
 
 
+def _root(config: Config, name: str) -> str:
+    """The entry that has the weights of a hosted model; any other model stands for itself."""
+    entry = config.models[name]
+    return entry.base if isinstance(entry, HostedModel) and entry.base is not None else name
+
+
 def groups(config: Config, arms: Sequence[ArmModel], *, free_bytes: float) -> list[list[ArmModel]]:
     """Arms that fit into memory together, in their order; one that alone does not fit is tried alone.
 
@@ -282,14 +288,14 @@ def groups(config: Config, arms: Sequence[ArmModel], *, free_bytes: float) -> li
 
 
 def clusters(config: Config, arms: Sequence[ArmModel]) -> list[list[ArmModel]]:
-    """Arms that share members stand together (they can be scored in one pass of those), all in their order."""
+    """Arms that share weights stand together, all in their order: they can be scored in one pass of these."""
     made: list[tuple[set[str], list[ArmModel]]] = []
     for arm in arms:
-        members = leaves(config, arm.model)
-        touching = [cluster for cluster in made if cluster[0] & members]
-        made = [cluster for cluster in made if not cluster[0] & members]
+        roots = {_root(config, name) for name in leaves(config, arm.model)}
+        touching = [cluster for cluster in made if cluster[0] & roots]
+        made = [cluster for cluster in made if not cluster[0] & roots]
         joined = [other for _, others in touching for other in others]
-        made.append((members.union(*(names for names, _ in touching)), [*joined, arm]))
+        made.append((roots.union(*(names for names, _ in touching)), [*joined, arm]))
     places = {id(arm): place for place, arm in enumerate(arms)}
     ordered = [sorted(cluster, key=lambda arm: places[id(arm)]) for _, cluster in made]
     return sorted(ordered, key=lambda cluster: places[id(cluster[0])])

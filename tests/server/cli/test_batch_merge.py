@@ -72,3 +72,26 @@ def test_what_cannot_be_joined_writes_nothing(
     assert run.code == (1 if case == "one is missing" else 2), run.err
     assert shards[0].read_bytes() == before
     assert not (tmp_path / "all.jsonl").exists()
+
+
+def test_a_table_of_merged_shards_is_the_one_of_a_single_machine(
+    ensemble: Ensemble, tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"models:\n  a: {{path: {tiny['llama']}}}\nengine: {{max_context: 128}}\n", encoding="utf-8")
+    source = tmp_path / "in.csv"
+    source.write_text("id,word\n" + "".join(f"q{n},w{n}\n" for n in range(5)), encoding="utf-8")
+
+    def run(output: str, *options: str) -> Run:
+        asked = ["--template", "Say {{ word }}", "--max-tokens", "4", "--set", "ignore_eos=true"]
+        return ensemble("batch", source, "-o", tmp_path / output, "-c", config, *asked, *options)
+
+    assert run("whole.csv").code == 0
+    for number in (1, 2):
+        assert run(f"part{number}.csv", "--shard", f"{number}/2").code == 0
+    parts = [tmp_path / f"part{number}.csv.job" for number in (1, 2)]
+    assert ensemble("batch", "merge", *parts, "-o", tmp_path / "merged.csv.job").code == 0
+    last = run("merged.csv")
+    assert last.code == 0, last.err
+    assert "this job is finished" in last.err
+    assert (tmp_path / "merged.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -71,6 +72,17 @@ def test_a_batch_answers_as_chats_do(live):
         [answer] = map(json.loads, client.files.content(batch.output_file_id).iter_lines())
         chat = client.chat.completions.create(**body)
         assert answer["response"]["body"]["choices"][0]["message"]["content"] == chat.choices[0].message.content
+
+
+def test_the_example_in_the_docs_runs_as_it_stands(live, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "batch-http.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert "http://127.0.0.1:8000" in example
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example.replace("http://127.0.0.1:8000", live.url), "example", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("completed BatchRequestCounts(completed=2, failed=0, total=2)") for line in lines)
+    assert any(line.startswith("row-1 ") for line in lines)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from server.compare.documents import Documents
 from server.compare.pairing import has_figures, same_items, same_texts, text_columns
 from server.compare.records import ArmRecord, ItemRecord, View, inputs_hash
 from server.compare.results import Flip, TokenView
-from server.compare.task_measure import Task
+from server.compare.task_measure import CHOICE_METRICS, Task
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +116,8 @@ def _flipped_answers(
             baseline_score=other.score,
             arm_score=mine.score,
         )
-        continuation = mine.outputs[0] if mine.outputs else ""
+        is_text = task.metric not in CHOICE_METRICS  # of a likelihood the output is a table of the options
+        continuation = mine.outputs[0] if mine.outputs and is_text else ""
         yield Flipped(flip, f"{flip.measure}: {flip.item}", task.prompt_of(item), continuation)
 
 

@@ -175,6 +175,9 @@ def _name_problems(file: PlanFile) -> Iterator[str]:
 def _model_problems(plan: Plan) -> Iterator[str]:
     """Arms and replicates that the config does not know or would not take."""
     known = list(plan.config.models)
+    context = plan.config.engine.max_context
+    if (plan.file.text or plan.file.fit) and plan.file.window > context:
+        yield f"window: {plan.file.window} tokens do not fit into the config's engine.max_context, {context}"
     for index, arm in enumerate(plan.file.arms):
         at = f"arms.{index}"
         if arm.is_of_config:

@@ -55,7 +55,7 @@ async def run_comparison(plan: Plan, folder: Path, listener: Listener, *, comman
         facts = provenance(
             plan=plan.path,
             config=plan.config.source,
-            weights={arm.arm: records.get(arm.arm).identity for arm in arms},
+            weights={name: records.get(name).identity for name in (*plan.arms, *matched.arms)},
             files=_files(file),
             command=command,
         )

@@ -106,6 +106,7 @@ text: {a: missing.txt, s: {switching: [a, c]}}
         (("fit:", "replicates: {one: {cod: {path: x}}}\nfit:"), "no model 'cod' to replace; did you mean 'code'?"),
         (("fit:", "cost_matched: {}\nfit:"), "needs a task with `dev` data"),
         (("tail: 0.05", "tail: 5"), "must be less than 1"),
+        (("fit:", "window: 5000\nfit:"), "window: 5000 tokens do not fit into the config's engine.max_context, 4096"),
     ],
 )
 def test_settings_that_go_against_each_other_are_refused(folder: Path, change: tuple[str, str], told: str) -> None:

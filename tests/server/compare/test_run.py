@@ -240,30 +240,80 @@ replicates:
     assert len(set(results.arms["base"].replicates["verse"].values.values())) == 1
 
 
+def stopped_once_something_is_measured(plan: Path, out: Path, by: signal.Signals) -> subprocess.Popen[bytes]:
+    """`ensemble compare` in a process of its own, sent `by` as soon as a text of an arm is on disk."""
+    command = [sys.executable, "-m", "server", "compare", str(plan), "--out", str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 240
+    is_measured = False
+    while not is_measured and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+        is_measured = any(b'"nats":[' in file.read_bytes() for file in (out / "arms").glob("*.json"))
+    assert process.poll() is None and is_measured, "it ended before it could be stopped"
+    process.send_signal(by)
+    process.wait(timeout=60)
+    return process
+
+
 @pytest.mark.slow
 def test_a_killed_comparison_goes_on_with_the_arm_it_was_at(tmp_path, tiny):
     plan = write_files(tmp_path, tiny)
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "server", "compare", str(plan), "--out", str(out)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 240
-    measured: dict[str, float] = {}
-    while not measured and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.02)
-        measured = {
-            file.name: file.stat().st_mtime
-            for file in (out / "arms").glob("*.json")
-            if b'"nats":[' in file.read_bytes()
-        }
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert measured, "it was killed before anything was measured"
+    assert stopped_once_something_is_measured(plan, out, signal.SIGKILL).returncode == -signal.SIGKILL
     kept = json.loads((out / "arms" / "base.json").read_bytes())["text"]
     results, heard = run(plan, out)
     for text in kept:
         assert not any(stage.startswith(f"text {text}: ") and "base" in stage for stage in heard.measured)
         assert json.loads((out / "arms" / "base.json").read_bytes())["text"][text] == kept[text]
     assert results.arms["mix"].error is None and set(results.arms["mix"].text) == {"verse", "mixed", "code"}
+
+
+@pytest.mark.slow
+def test_an_interrupted_comparison_ends_with_130_and_goes_on(tmp_path, tiny):
+    plan = write_files(tmp_path, tiny)
+    process = stopped_once_something_is_measured(plan, tmp_path / "out", signal.SIGINT)
+    said = process.stderr.read().decode()
+    assert process.returncode == 130 and "the same command goes on from there" in said
+    assert "Traceback" not in said
+    results, _ = run(plan, tmp_path / "out")
+    assert results.arms["mix"].error is None and set(results.arms["mix"].text) == {"verse", "mixed", "code"}
+
+
+@pytest.mark.slow
+def test_tasks_of_the_harness_are_compared_like_others(tmp_path, tiny):
+    plan = """
+config: config.yaml
+baseline: base
+arms: [base, red, crowd]
+lm_eval: {tasks: [tiny_choice], include_path: harness}
+cost: {concurrency: []}
+statistics: {resamples: 200}
+"""
+    file = write_files(tmp_path, tiny, plan)
+    (tmp_path / "harness").mkdir()
+    rows = [{"question": f"{n} + {n} is", "options": [f"{2 * n}", f"{n}"], "label": 0} for n in range(1, 7)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "harness" / "tiny_choice.yaml").write_text(
+        f"""
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{tmp_path / "rows.jsonl"}"}}}}
+test_split: test
+doc_to_text: "{{{{question}}}}"
+output_type: multiple_choice
+doc_to_choice: "{{{{options}}}}"
+doc_to_target: "{{{{label}}}}"
+metric_list: [{{metric: acc}}]
+""",
+        encoding="utf-8",
+    )
+    results, _ = run(file, tmp_path / "out")
+    base, red = (results.arms[name].tasks["tiny_choice"] for name in ("base", "red"))
+    assert (base.num_items, base.metric.split(",")[0]) == (6, "acc")
+    assert red.against_baseline.difference == pytest.approx(red.score - base.score)
+    assert "task tiny_choice" in results.arms["crowd"].skipped
+    _, heard = run(file, tmp_path / "out")
+    assert heard.measured == [] and not any(stage.startswith("lm_eval") for stage in heard.stages)
 
 
 def test_weights_and_shares_are_fitted_on_held_out_text_once_for_all_pools(tmp_path, tiny):

@@ -11,8 +11,10 @@ from contextlib import asynccontextmanager
 import openai
 import pytest
 from openai.types import Batch
+from pydantic import TypeAdapter, with_config
 
 from ensembles.errors import EngineDeadError, StorageError
+from server.api.batch_objects import BatchList, BatchObject, FileList, FileObject
 from server.api.batches import window_s
 from server.batch import lifecycle
 from server.batch.runner import run as run_rows
@@ -155,6 +157,23 @@ async def test_counts_grow_while_it_runs_and_metrics_show_them(host):
         async with asyncio.timeout(5):
             while 'batches{status="in_progress"} 0.0' not in (metrics := (await client.get("/metrics")).text):
                 await asyncio.sleep(0.02)
+
+
+async def test_answers_have_the_shapes_that_openapi_shows(host):
+    hosting = host(hello=HELLO)
+    async with openai_client(hosting) as client:
+        completed = await ended(client, await begun(client, line("a"), line("b", model="nobody"), metadata={"k": "v"}))
+        failed = await ended(client, await begun(client, b"x"))
+    async with asgi_client(hosting) as client:
+        for path, shape in (
+            (f"/v1/batches/{completed.id}", BatchObject),
+            (f"/v1/batches/{failed.id}", BatchObject),
+            ("/v1/batches?limit=1", BatchList),
+            (f"/v1/files/{completed.output_file_id}", FileObject),
+            ("/v1/files", FileList),
+        ):
+            shown = (await client.get(path)).json()
+            assert TypeAdapter(with_config(extra="forbid")(shape)).validate_python(shown, strict=True) == shown
 
 
 async def test_lists_are_paged_and_newest_first(host):

@@ -158,7 +158,7 @@ def estimated_memory(config: Config, names: Iterable[str]) -> MemoryEstimate:
 
 def _stored_bytes(config: Config, root: str) -> int:
     from server.checkpoints import resolve_checkpoint
-    from server.cli.footprint import read_weights
+    from server.footprint import read_weights
 
     entry = config.models[root]
     assert isinstance(entry, HostedModel), f"{root!r} has weights"
@@ -168,7 +168,7 @@ def _stored_bytes(config: Config, root: str) -> int:
 
 
 def _adapter_bytes(config: Config, name: str) -> int:
-    from server.cli.footprint import read_weights
+    from server.footprint import read_weights
 
     entry = config.models[name]
     if isinstance(entry, MethodConfig):

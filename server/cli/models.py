@@ -75,7 +75,7 @@ def _sizes(config: Config) -> tuple[dict[str, _Size], list[str]]:
 
 def _size(model: HostedModel, config: Config) -> _Size:
     from server.checkpoints import resolve_checkpoint
-    from server.cli.footprint import DTYPE_BYTES, Weights, read_shape, read_weights
+    from server.footprint import DTYPE_BYTES, Weights, read_shape, read_weights
 
     root = model if model.base is None else config.models[model.base]
     folder = resolve_checkpoint(root.path, relative_to=config.source.parent, may_download=False)

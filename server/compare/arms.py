@@ -16,7 +16,6 @@ from typing import Any
 from ensembles.errors import EnsembleError, ModelLoadError
 from ensembles.method import MethodConfig
 from server.checkpoints import resolve_checkpoint
-from server.cli.footprint import read_shape, read_weights
 from server.compare.blocks import Arm, Variant
 from server.compare.content_cache import digest, folder_digest
 from server.compare.merging import build_merge
@@ -24,6 +23,7 @@ from server.compare.plan import Plan, is_fitted, without_fit
 from server.compare.records import Failure
 from server.compare.results import ArmKind
 from server.config import Config, HostedModel, ModelEntry, RemoteModel
+from server.footprint import read_shape, read_weights
 
 Entry = Mapping[str, Any]  # a model entry as YAML
 USABLE_MEMORY = 0.8  # of what is free: activations and the rest of the process take some

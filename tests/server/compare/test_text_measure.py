@@ -1,4 +1,4 @@
-"""Texts scored in one pass of the members, against the engine's own scoring of prompts and against the experts' rule."""
+"""Texts scored in one pass of the members, against the engine's scoring of prompts and the experts' rule."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ async def test_a_context_smaller_than_the_window_is_a_reason_not_an_error(tiny) 
 @pytest.mark.parametrize(("window", "stride"), [(1, None), (10, 10), (10, 0)])
 async def test_windows_that_cannot_be_are_refused(tiny, window, stride) -> None:
     async with Hosting.open(config_of(tiny)) as hosting:
-        with pytest.raises(ConfigError, match="window|stride"):
+        with pytest.raises(ConfigError, match=r"window|stride"):
             await measure_text(hosting, {"a": "llama"}, TEXT, window=window, stride=stride)
 
 

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from ensembles.errors import ModelLoadError
-from server.cli.footprint import Shape, Weights, read_shape, read_weights
+from server.footprint import Shape, Weights, read_shape, read_weights
 
 
 def test_weights_are_counted_over_all_files(tmp_path: Path) -> None:

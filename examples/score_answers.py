@@ -1,0 +1,67 @@
+"""How right are the samples of a batch job, and the answers that votes made of them? Accuracy with 95% intervals.
+
+    python examples/score_answers.py QUESTIONS.jsonl SAMPLES.jsonl [VOTED.jsonl ...]
+
+QUESTIONS: {"id", "answer"} a line. SAMPLES: the output of `ensemble batch`. VOTED: outputs of `ensemble vote`. Answers
+are numbers, found in the texts as votes find them. Samples are averaged within a question, and questions are resampled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ensembles.comparison import bootstrap
+from ensembles.comparison.proportions import wilson
+from ensembles.voting.answer_extraction import extract, same_answer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("questions", "samples"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("voted", type=Path, nargs="*")
+    files = parser.parse_args()
+    answers = {row["id"]: row["answer"] for row in lines(files.questions)}
+
+    print("| answers | right | 95% interval |\n|---|---|---|")
+    for model, scores in sample_scores(files.samples, answers).items():
+        estimate = bootstrap.mean(np.array(scores))
+        show(f"a sample of {model}", estimate.value, estimate.interval)
+    for path in files.voted:
+        num_right = sum(is_right(row["text"], answers[row["id"]]) for row in lines(path))
+        show(path.stem, num_right / len(answers), wilson(num_right, len(answers)))
+
+
+def lines(path: Path) -> Iterator[dict]:
+    return (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def sample_scores(path: Path, answers: dict[str, str]) -> dict[str, list[float]]:
+    """Model -> one number per question: the share of its samples that are right. A failed row has none."""
+    scores: dict[str, list[float]] = defaultdict(list)
+    for row in lines(path):
+        body = (row["response"] or {}).get("body", {})
+        texts = [choice["message"]["content"] or "" for choice in body.get("choices", [])]
+        right = [is_right(text, answers[row["custom_id"]]) for text in texts]
+        scores[body.get("model", "?")].append(sum(right) / len(right) if right else 0.0)
+    return scores
+
+
+def is_right(text: str, answer: str) -> bool:
+    found = extract(text, "number")
+    return found is not None and same_answer(found, answer, "number")
+
+
+def show(name: str, value: float, interval: object) -> None:
+    shown = "one question: none" if interval is None else f"[{interval.low:.2f}, {interval.high:.2f}]"
+    print(f"| {name} | {value:.2f} | {shown} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 DISTRIBUTION = "ensemble-server"
-EXTRAS = {"demo": "the embedding model of the demo", "test": "running the tests"}
+EXTRAS = {
+    "demo": "the embedding model of the demo",
+    "tables": "batch jobs over Parquet files",
+    "ray": "batch jobs on a Ray cluster",
+    "compare": "weight merges, plots and lm-evaluation-harness in comparisons",
+    "test": "running the tests",
+}
 
 
 @dataclass(frozen=True)

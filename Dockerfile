@@ -31,6 +31,8 @@ RUN uv pip install --system --no-deps .
 COPY configs configs/
 COPY experts experts/
 
+# Uploads for batches go beside the config, where the server may not write otherwise.
+RUN install -d -o ensemble configs/demo.batches
 USER ensemble
 # Converts the demo's weights now, and not at every start of a container.
 RUN ensemble models configs/demo.yaml

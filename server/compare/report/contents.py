@@ -144,15 +144,21 @@ def _ranking(results: Results, family: Family) -> Table:
     better = "higher is better" if family.higher_is_better else "lower is better"
     return Table(
         f"{family.title}, best first",
-        f"Mean {family.unit} over {_counted(family)}; {better}. Differences are from {results.baseline}.",
+        f"Mean {family.unit} over {_counted(family, results)}; {better}. Differences are from {results.baseline}.",
         ["place", "arm", "kind", f"mean {family.unit}", "interval", "difference", "its interval", "p", "verdict"],
         rows,
         head=1,
     )
 
 
-def _counted(family: Family) -> str:
-    return f"{len(family.measures)} {family.name}s" if len(family.measures) > 1 else f"1 {family.name}"
+def _counted(family: Family, results: Results) -> str:
+    """What the mean is over: texts that switch between others have no part in it, unless there are no others."""
+    of_family = results.texts if family.name == "text" else results.tasks
+    made_of_others = [name for name in family.measures if of_family[name].source.startswith("switching between ")]
+    num = len(family.measures) - len(made_of_others) or len(family.measures)
+    counted = f"{num} {family.name}s" if num > 1 else f"1 {family.name}"
+    left_out = made_of_others if num < len(family.measures) else []
+    return f"{counted}, without {' and '.join(left_out)}, which is made of them" if left_out else counted
 
 
 def _absence(arm: ArmResult, family: Family) -> str:

@@ -43,13 +43,19 @@ def lines(path: Path) -> Iterator[dict]:
 
 
 def sample_scores(path: Path, answers: dict[str, str]) -> dict[str, list[float]]:
-    """Model -> one number per question: the share of its samples that are right. A failed row has none."""
+    """Model -> one number per question: the share of its samples that are right, 0 for a row that failed.
+
+    A failed row names no model where the job had only one.
+    """
     scores: dict[str, list[float]] = defaultdict(list)
-    for row in lines(path):
-        body = (row["response"] or {}).get("body", {})
-        texts = [choice["message"]["content"] or "" for choice in body.get("choices", [])]
+    rows = list(lines(path))
+    only = next((row["response"]["body"]["model"] for row in rows if row["error"] is None), "no model")
+    for row in rows:
+        body = row["response"]["body"] if row["error"] is None else {"choices": []}
+        texts = [choice["message"]["content"] or "" for choice in body["choices"]]
         right = [is_right(text, answers[row["custom_id"]]) for text in texts]
-        scores[body.get("model", "?")].append(sum(right) / len(right) if right else 0.0)
+        model = row.get("cell", {}).get("model") or body.get("model", only)
+        scores[model].append(sum(right) / len(right) if right else 0.0)
     return scores
 
 

@@ -49,10 +49,10 @@ def sample_scores(path: Path, answers: dict[str, str]) -> dict[str, list[float]]
     """
     scores: dict[str, list[float]] = defaultdict(list)
     rows = list(lines(path))
-    only = next((row["response"]["body"]["model"] for row in rows if row["error"] is None), "no model")
-    for row in rows:
-        body = row["response"]["body"] if row["error"] is None else {"choices": []}
-        texts = [choice["message"]["content"] or "" for choice in body["choices"]]
+    bodies = [(row["response"] or {}).get("body", {}) for row in rows]
+    only = next((body["model"] for body in bodies if "model" in body), "no model")
+    for row, body in zip(rows, bodies, strict=True):
+        texts = [choice["message"]["content"] or "" for choice in body.get("choices", [])]
         right = [is_right(text, answers[row["custom_id"]]) for text in texts]
         model = row.get("cell", {}).get("model") or body.get("model", only)
         scores[model].append(sum(right) / len(right) if right else 0.0)

@@ -6,8 +6,8 @@
     shared_base.py      a backbone that is one base with several LoRA members on it
     model.py            the model class: backbones forward, their distributions are pooled row by row
 
-There is one architecture, `EnsembleForCausalLM`. Members of one `path` form one backbone (`backbones.groups`); if any of
-them has an adapter, that backbone is a `SharedBase`. Nothing in the directory says so: it follows from `members`.
+There is one architecture, `EnsembleForCausalLM`. Members of one `path` form one backbone (`backbones.groups`); if any
+of them has an adapter, that backbone is a `SharedBase`. Nothing in the directory says so: it follows from `members`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     ensemble_pool      arithmetic | geometric | posterior
     ensemble_share     posterior only: the part of the weights that returns to the prior at each token
 
-A key left out keeps the directory's value. Other keys that begin with `ensemble` are refused; the rest belong to others.
+A key left out keeps the directory's value. Other keys that begin with `ensemble` are refused; the rest are not ours.
 """
 
 from __future__ import annotations

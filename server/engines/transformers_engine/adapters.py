@@ -100,7 +100,7 @@ def _load(name: str, folder: Path, model: nn.Module, slot: str) -> PeftModel:
 
     try:
         config = PeftConfig.from_pretrained(folder)
-        _refuse_unsupported(name, config)
+        refuse_beyond_plain_lora(name, config)
         config.inference_mode = True
         weights = load_peft_weights(folder, device="cpu")
         if isinstance(model, PeftModel):
@@ -165,7 +165,8 @@ _BEYOND_PLAIN_LORA = (
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def _refuse_unsupported(name: str, config: PeftConfig) -> None:
+def refuse_beyond_plain_lora(name: str, config: PeftConfig) -> None:
+    """Raises `ModelLoadError` if the adapter `name` asks for anything that y = W x + B A x · scaling cannot give."""
     if config.peft_type != "LORA":
         raise ModelLoadError(f"adapter {name!r} is of type {config.peft_type.value}; only LoRA adapters are supported")
     for feature in _BEYOND_PLAIN_LORA:

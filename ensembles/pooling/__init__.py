@@ -1,7 +1,7 @@
 """Pooling: many next-token distributions become one. Pure tensor maths on log-probabilities in float32.
 
-Every pool takes `logprobs: (n_members, n_rows, vocab_size)`, normalised over the last axis, and
-`weights: (n_members, n_rows)`, and returns `(n_rows, vocab_size)`, normalised again. Inputs are not changed.
+Every pool takes `logprobs: (n_members, n_rows, vocab_size)`, one tensor or one per member, normalised over the last
+axis, and `weights: (n_members, n_rows)`, and returns `(n_rows, vocab_size)`, normalised again. Inputs are not changed.
 The posterior pool is the arithmetic one with weights that `posterior.track` moves from token to token.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _POOLS = {"arithmetic": arithmetic.pool, "posterior": arithmetic.pool, "geometric": geometric.pool}
 
 
-def pool(name: PoolName, logprobs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def pool(name: PoolName, logprobs: torch.Tensor | Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
     """The pooled log-probabilities (n_rows, vocab_size); see the module's docstring."""
     return _POOLS[name](logprobs, weights)
 

@@ -7,10 +7,12 @@ A token is likely if any trusted member finds it likely. Reference: Stone, "The 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
-def pool(logprobs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def pool(logprobs: torch.Tensor | Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
     """logprobs: (K, B, V) float32, normalised over V; weights: (K, B), not negative, any positive sum over K. -> (B, V)
 
     Exact where a probability underflows: it stays in log space, by a chain of logaddexp (on CPU 2 to 7 times

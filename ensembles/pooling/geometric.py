@@ -10,13 +10,15 @@ and context-aware decoding (Shi et al., 2023), {expert: 1, amateur: -1} contrast
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 # A negative weight must not turn "impossible" (-inf) into "certain"; e^-100 is below float32's range.
 FLOOR_NATS = -100.0
 
 
-def pool(logprobs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def pool(logprobs: torch.Tensor | Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
     """logprobs: (K, B, V) float32, normalised over V; weights: (K, B) finite, not all zero. -> (B, V)
 
     A token that a member of positive weight rules out stays ruled out, unless that leaves none: then nothing counts as
@@ -31,7 +33,9 @@ def pool(logprobs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax(pooled, dim=-1)
 
 
-def _weighted_sum(logprobs: torch.Tensor, weights: torch.Tensor, *, is_floored: torch.Tensor) -> torch.Tensor:
+def _weighted_sum(
+    logprobs: torch.Tensor | Sequence[torch.Tensor], weights: torch.Tensor, *, is_floored: torch.Tensor
+) -> torch.Tensor:
     """(K, B, V), (K, B), (K, B) bool -> (B, V). Member by member, so that nothing of the size (K, B, V) is made."""
     total = torch.zeros_like(logprobs[0])
     for row, weight, floor in zip(logprobs, weights[..., None], is_floored[..., None], strict=True):

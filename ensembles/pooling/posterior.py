@@ -17,8 +17,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 Weights = np.ndarray  # (K,) float64, sums to one, as `ensembles.pooling.effective_weights` gives them
 
@@ -48,6 +52,24 @@ def track(weights: Weights, token_logprobs: np.ndarray, prior: Weights, share: f
     for t in range(token_logprobs.shape[1]):
         path[:, t + 1] = update(path[:, t], token_logprobs[:, t], prior, share)
     return path
+
+
+def update_rows(weights: torch.Tensor, token_logprobs: torch.Tensor, prior: torch.Tensor, share: float) -> torch.Tensor:
+    """`update` for many texts at once, on any device. All (..., K) float64; `prior` may be (K,)."""
+    best = token_logprobs.masked_fill(weights <= 0, -math.inf).amax(-1, keepdim=True)
+    is_ruled_out = best == -math.inf
+    posterior = weights * (token_logprobs - best.masked_fill(is_ruled_out, 0.0)).clamp(max=0.0).exp()
+    moved = (1 - share) * (posterior / posterior.sum(-1, keepdim=True)) + share * prior
+    moved = moved.clamp(min=SMALLEST_WEIGHT).masked_fill(prior <= 0, 0.0)
+    return weights.where(is_ruled_out, moved)
+
+
+def weights_of(log_likelihoods: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+    """The weights after texts that member k gave log-probability `log_likelihoods[..., k]`, for a share of zero.
+
+    Both (..., K) float64, finite. The closed form of many `update`s, which can neither forget a member nor drift.
+    """
+    return (prior.log() + log_likelihoods).softmax(-1)
 
 
 def loss_bound(prior_weight: float, num_tokens: int, share: float) -> float:

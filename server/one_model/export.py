@@ -1,9 +1,10 @@
-"""`ensemble export`: a probability average of a config as a directory that transformers loads as one model.
+"""`ensemble export`: a probability average of a config as a directory that transformers and vLLM load as one model.
 
-Written: `config.json`, the first member's tokenizer and chat template, `generation_config.json`, and two lines of code
-that lead transformers here when `trust_remote_code=True`. Weights are referred to, or with `copy` copied beside them.
-LoRA members stay adapters: the base is held once. Views of text cannot be carried over (all members of one model read
-the same tokens), so members with a system prompt of their own are refused.
+Written: `config.json`, the first member's tokenizer and chat template, `generation_config.json`, two lines of code that
+lead transformers here when `trust_remote_code=True`, and a `model.safetensors` that holds only the members' prior
+weights: vLLM wants a weight file in a directory before it reads those of the members. Their weights are referred to, or
+with `copy` copied beside them. LoRA members stay adapters: the base is held once. Views of text cannot be carried over
+(all members of one model read the same tokens), so members with a system prompt of their own are refused.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def export(config: Config, name: str, folder: Path, *, copy: bool = False) -> No
     first = next(iter(entries))
     _write_tokenizer(checkpoints[first], _view(config, entries[first]), folder)
     _write_config(checkpoints, members, ensemble, folder)
+    _write_prior(list(ensemble.members.values()), folder)
 
 
 def _hosted(config: Config, name: str, member: str) -> HostedModel:
@@ -139,6 +141,25 @@ def _write_tokenizer(checkpoint: Path, chat_template: str | None, folder: Path) 
     tokenizer.save_pretrained(folder)
 
 
+def _dtype(members: list[dict[str, Any]], shapes: list[Any]) -> str:
+    """The one dtype that a loader which has but one takes for all members: the widest of theirs."""
+    named = [
+        str(shape.dtype or "float32").removeprefix("torch.") if member["dtype"] == "auto" else member["dtype"]
+        for member, shape in zip(members, shapes, strict=True)
+    ]
+    return "float32" if "float32" in named or len(set(named)) > 1 else named[0]
+
+
+def _write_prior(weights: list[float], folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from ensembles.pooling import effective_weights
+
+    prior = torch.tensor(effective_weights(weights), dtype=torch.float32)
+    save_file({"prior": prior}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def _write_config(
     checkpoints: dict[str, Path], members: list[dict[str, Any]], ensemble: ProbabilityAverage.Config, folder: Path
 ) -> None:
@@ -164,6 +185,9 @@ def _write_config(
         num_key_value_heads=getattr(first, "num_key_value_heads", None) or heads,
         head_dim=getattr(first, "head_dim", None) or first.hidden_size // heads,
         max_position_embeddings=min(shape.max_position_embeddings for shape in shapes),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype=_dtype(members, shapes),
         architectures=["EnsembleForCausalLM"],
         auto_map={
             "AutoConfig": f"{Path(REMOTE_CODE).stem}.EnsembleConfig",

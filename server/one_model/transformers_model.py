@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -22,6 +21,9 @@ from ensembles.pooling import effective_weights, pool
 from server.checkpoints import resolve_checkpoint
 from server.one_model.configuration import EnsembleConfig
 from server.one_model.evidence import EvidenceLayer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 SHARED_SETTINGS = frozenset({"dtype", "device_map", "attn_implementation", "low_cpu_mem_usage", "max_memory"})
 
@@ -165,6 +167,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
 def _with_adapter(backbone: PreTrainedModel | PeftModel, folder: Path, name: str) -> PeftModel:
     """`backbone` with one more adapter on it, called `name`."""
+    from peft import PeftModel
+
     if isinstance(backbone, PeftModel):
         backbone.load_adapter(folder, adapter_name=name)
         return backbone
@@ -173,7 +177,7 @@ def _with_adapter(backbone: PreTrainedModel | PeftModel, folder: Path, name: str
 
 def _selected(backbone: PreTrainedModel | PeftModel, adapter: str | None) -> AbstractContextManager[None]:
     """Within the returned context `backbone` is its `adapter`, or the bare base for None."""
-    if not isinstance(backbone, PeftModel):
+    if not hasattr(backbone, "peft_config"):
         return nullcontext()
     if adapter is None:
         return backbone.disable_adapter()

@@ -6,28 +6,95 @@ there are several. Every member has attention layers and a KV cache of its own u
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
+from vllm.compilation.backends import set_model_tag
+from vllm.config import VllmConfig
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.models.utils import maybe_prefix
+from vllm.transformers_utils.config import get_config
+
+from ensembles.errors import ModelLoadError
+from server.checkpoints import resolve_checkpoint
 
 Member = Mapping[str, Any]  # one entry of config.json's `members`: name, path, adapter, dtype, weight
 
 
 class Backbone(Protocol):
-    """What the ensemble's model asks of each of its backbones (an `nn.Module` with a `load_weights` that vLLM calls).
+    """What the ensemble's model asks of each of its backbones (an `nn.Module`).
 
-    `members`: indices into the directory's members, in order. `hidden_size`: of one member.
+    `members`: indices into the directory's members, in order. `hidden_size`: of one member. `secondary_weights`: what
+    vLLM's loader is to read; `load_weights` then gets all of it, without the prefix.
     """
 
     members: tuple[int, ...]
     hidden_size: int
+    secondary_weights: list[DefaultModelLoader.Source]
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """input_ids, positions: (T,). -> (members, T, hidden_size): the hidden states that the heads read."""
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """(members, N, hidden_size) -> (members, N, padded vocabulary); None where vLLM gathers logits elsewhere."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """The names of the parameters that were filled, as they are called below this module."""
+
+
+class SeparateMember(nn.Module):
+    """One member with weights of its own: any text model that vLLM has."""
+
+    def __init__(self, *, vllm_config: VllmConfig, index: int, checkpoint: Path, prefix: str) -> None:
+        """vllm_config: the member's own. index: among the directory's members."""
+        super().__init__()
+        self.members = (index,)
+        self.hidden_size = vllm_config.model_config.get_hidden_size()
+        self.model = initialize_model(vllm_config=vllm_config, prefix=prefix)
+        self.secondary_weights = [DefaultModelLoader.Source(str(checkpoint), None, prefix=f"{prefix}.")]
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids, positions, None, None)[None]
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        logits = self.model.compute_logits(hidden[0])
+        return None if logits is None else logits[None]
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return {f"model.{name}" for name in self.model.load_weights(weights)}
+
+
+def build_backbones(
+    vllm_config: VllmConfig, members: Sequence[Member], folder: Path, prefix: str
+) -> dict[str, Backbone]:
+    """The backbones of a directory by the name that they are to have as attributes of the model with this `prefix`.
+
+    Raises `ModelLoadError` if a member's files cannot be found.
+    """
+    found: dict[str, Backbone] = {}
+    for letter, group in zip("abcdefghijklmnopqrstuvwxyz", groups(members), strict=False):
+        # subtle: vLLM wants exactly one number in the name of an attention layer, that of the layer
+        name = f"backbone_{letter}"
+        checkpoint = resolve_checkpoint(members[group[0]]["path"], relative_to=folder)
+        arguments = {"vllm_config": member_config(vllm_config, checkpoint, name), "checkpoint": checkpoint}
+        with set_model_tag(name):
+            if len(group) == 1 and members[group[0]]["adapter"] is None:
+                found[name] = SeparateMember(index=group[0], prefix=maybe_prefix(prefix, name), **arguments)
+            else:
+                from server.one_model.vllm.shared_base import SharedBase
+
+                found[name] = SharedBase(
+                    members=[members[index] for index in group],
+                    indices=group,
+                    folder=folder,
+                    prefix=maybe_prefix(prefix, name),
+                    **arguments,
+                )
+    return found
 
 
 def groups(members: Sequence[Member]) -> list[tuple[int, ...]]:
@@ -36,3 +103,34 @@ def groups(members: Sequence[Member]) -> list[tuple[int, ...]]:
     for index, member in enumerate(members):
         by_path.setdefault(member["path"], []).append(index)
     return [tuple(group) for group in by_path.values()]
+
+
+def member_config(vllm_config: VllmConfig, checkpoint: Path, name: str) -> VllmConfig:
+    """`vllm_config` with the model of `checkpoint` in place of the ensemble. KV layers stay the ensemble's.
+
+    name: the backbone's. It becomes part of what vLLM's compile cache goes by, which otherwise gives two members of one
+    shape the code of one of them.
+    """
+    hf_config = get_config(str(checkpoint), trust_remote_code=vllm_config.model_config.trust_remote_code)
+    if hf_config.get_text_config() is not hf_config:
+        raise ModelLoadError(
+            f"{checkpoint}: members of an ensemble in vLLM are text models, this one reads other input"
+        )
+    hf_config.ensemble_backbone = name
+    config = vllm_config.with_hf_config(hf_config)
+    model_config = config.model_config
+    model_config.hf_text_config = hf_config
+    model_config.model = str(checkpoint)
+    model_config.quantization = None
+    model_config._verify_quantization()  # reads the method off the member's own config
+    config.quant_config = VllmConfig.get_quantization_config(model_config, config.load_config)
+    return config
+
+
+def directory_of(model: str) -> Path:
+    """The local folder of the ensemble directory that vLLM was given: a folder, or a hub id that it has downloaded."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, allow_patterns=["*.json"], local_files_only=True))

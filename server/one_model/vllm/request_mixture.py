@@ -12,12 +12,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ensembles.base import Mixture, PoolName
 from ensembles.pooling import effective_weights
 from ensembles.probability_averaging import POOLS, mixture_of
 from server.findings import nearest
+
+if TYPE_CHECKING:
+    from server.one_model.configuration import EnsembleConfig
 
 WEIGHTS, POOL, SHARE = KEYS = ("ensemble_weights", "ensemble_pool", "ensemble_share")
 
@@ -31,13 +34,37 @@ class RequestMixture:
     share: float
 
 
+@dataclass(frozen=True)
+class Directory:
+    """What requests to an exported directory are checked against: its members by name, and its own mixture."""
+
+    members: tuple[str, ...]
+    mixture: Mixture
+
+    @classmethod
+    def of(cls, config: EnsembleConfig) -> Directory:
+        return cls(tuple(member["name"] for member in config.members), config.mixture)
+
+    @property
+    def keeps_evidence(self) -> bool:
+        """Evidence takes room in the KV cache, so only directories whose own pool is posterior keep it."""
+        return self.mixture.pool == "posterior" and len(self.members) > 1
+
+    @property
+    def default(self) -> RequestMixture:
+        return self.of_request(None)
+
+    def of_request(self, extra_args: Mapping[str, Any] | None) -> RequestMixture:
+        """The mixture of a request. Raises `ValueError` that names the key."""
+        return request_mixture(extra_args, self.mixture, self.members, keeps_evidence=self.keeps_evidence)
+
+
 def request_mixture(
     extra_args: Mapping[str, Any] | None, default: Mixture, members: Sequence[str], *, keeps_evidence: bool
 ) -> RequestMixture:
     """The mixture of a request. `default` and `members` are the directory's.
 
-    keeps_evidence: whether the directory's default pool is posterior, so that there is room for evidence.
-    Raises `ValueError` that names the key.
+    keeps_evidence: whether the directory keeps evidence for the posterior pool. Raises `ValueError` that names the key.
     """
     found = {key: value for key, value in (extra_args or {}).items() if key.startswith("ensemble")}
     for key in found:
@@ -46,14 +73,6 @@ def request_mixture(
     pool = found.get(POOL, default.pool)
     if pool not in POOLS:
         raise ValueError(f"{POOL} must be one of {', '.join(POOLS)}, got {pool!r}")
-    if pool == "posterior" and not keeps_evidence:
-        raise ValueError(
-            f"{POOL}: posterior needs room for evidence, which this directory does not keep; "
-            "export it with `pool: posterior`, then a request may choose any pool"
-        )
-    share = found.get(SHARE, default.share if pool == "posterior" else 0.0)
-    if not _is_number(share) or not 0 <= share < 1:
-        raise ValueError(f"{SHARE} must be a number from 0 to below 1, got {share!r}")
     weights = found.get(WEIGHTS, [default.weights.get(member, 0.0) for member in members])
     if not isinstance(weights, Sequence) or isinstance(weights, str) or not all(map(_is_number, weights)):
         raise ValueError(f"{WEIGHTS} must be a list of numbers, got {weights!r}")
@@ -61,8 +80,33 @@ def request_mixture(
         raise ValueError(
             f"{WEIGHTS} must have {len(members)} numbers, one per member ({', '.join(members)}), got {len(weights)}"
         )
-    mixture_of(dict(zip(members, map(float, weights), strict=True)), pool, float(share))
-    return RequestMixture(tuple(effective_weights(weights).tolist()), pool, float(share))
+    share = found.get(SHARE, default.share if pool == "posterior" else 0.0)
+    if not _is_number(share) or not 0 <= share < 1:
+        raise ValueError(f"{SHARE} must be a number from 0 to below 1, got {share!r}")
+    mixture = mixture_of(dict(zip(members, map(float, weights), strict=True)), pool, float(share))
+    if len(mixture.weights) == 1 and pool != "geometric":
+        pool = "arithmetic"  # one member: no evidence moves it
+    if pool == "posterior":
+        _check_evidence(found, mixture, default, keeps_evidence=keeps_evidence)
+    share = float(share) if pool == "posterior" else 0.0
+    return RequestMixture(tuple(effective_weights(list(map(float, weights))).tolist()), pool, share)
+
+
+def _check_evidence(found: Mapping[str, Any], mixture: Mixture, default: Mixture, *, keeps_evidence: bool) -> None:
+    """Weights that follow the evidence need what the KV cache holds of it: each member's likelihood of the text so far,
+    which serves any prior, and for the directory's own share and prior the weights themselves.
+    """
+    if not keeps_evidence:
+        raise ValueError(
+            f"{POOL}: posterior needs evidence, which this directory does not keep; export it with `pool: posterior`, "
+            "then its requests may choose any pool"
+        )
+    if mixture.share and (mixture.share != default.share or mixture.weights != default.weights):
+        key = WEIGHTS if WEIGHTS in found and SHARE not in found else SHARE
+        raise ValueError(
+            f"{key}: with a share above 0 evidence is kept for the directory's own weights and share only "
+            f"({dict(default.weights)}, {default.share:g}); leave both keys out, or send {SHARE} 0"
+        )
 
 
 def _is_number(value: Any) -> bool:

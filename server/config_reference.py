@@ -20,7 +20,16 @@ from pydantic.fields import FieldInfo
 
 from ensembles.method import MethodConfig
 from ensembles.registry import METHODS, method_class
-from server.config import BatchConfig, EmbeddingConfig, EngineConfig, HostedModel, RemoteModel, ServerConfig, Unit
+from server.config import (
+    BatchConfig,
+    EmbeddingConfig,
+    EngineConfig,
+    HostedModel,
+    RemoteModel,
+    ServerConfig,
+    Unit,
+    VllmEngineConfig,
+)
 
 BLOCKS: dict[str, type[BaseModel]] = {
     "hosted": HostedModel,
@@ -28,6 +37,7 @@ BLOCKS: dict[str, type[BaseModel]] = {
     "ensemble": MethodConfig,
     "server": ServerConfig,
     "engine": EngineConfig,
+    "vllm_engine": VllmEngineConfig,
     "embedding": EmbeddingConfig,
     "batch": BatchConfig,
 }

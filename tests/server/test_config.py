@@ -263,7 +263,10 @@ def test_a_wrong_entry_is_explained(tmp_path: Path, entry: str, part: str) -> No
         ("models: {'a b': {path: org/name}}", "must be printable, without spaces"),
         ("models: {a: {path: org/name}}\nserver: 3", "server: must be a map of keys, got 3"),
         ("models: {a: {path: org/name}}\nserver: []", "server: must be a map of keys, got []"),
-        ("models: {a: {path: org/name}}\nengine: {kind: vllm}", "engine.kind: the vllm engine cannot be used yet"),
+        (
+            "models: {a: {path: org/name}}\nengine: {kind: vlm}",
+            "engine.kind: must be one of transformers, vllm, got 'vlm'; did you mean 'vllm'",
+        ),
         ("models: {a: {path: org/name}}\nsource: x", "unknown key 'source'"),
         ("models: {a: [}", "line 1, column 14: not valid YAML: while parsing"),
         ("models: &m {a: *m}", "found unconstructable recursive node"),

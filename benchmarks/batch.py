@@ -43,10 +43,10 @@ import httpx
 from benchmarks import batch_latency, batch_memory
 from benchmarks.batch_rows import chat_body, prompts
 from benchmarks.http import live_server
-from server.batch.identity import Identity
-from server.batch.rows import Row
-from server.batch.runner import run
-from server.batch.store import JobStore
+from server.batch.job.identity import Identity
+from server.batch.job.rows import Row
+from server.batch.job.store import JobStore
+from server.batch.running.runner import run
 from server.checkpoints import resolve_checkpoint
 from server.config import load_config
 from server.hosting import Hosting

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from benchmarks.batch_rows import chat_body
 from ensembles.base import Delta, Done, Event, GenerationRequest, Usage
-from server.batch.identity import Identity
-from server.batch.output_line import write_output
-from server.batch.rows import Row
-from server.batch.runner import run
-from server.batch.store import JobStore
+from server.batch.job.identity import Identity
+from server.batch.job.rows import Row
+from server.batch.job.store import JobStore
+from server.batch.results.output_line import write_output
+from server.batch.running.runner import run
 from server.config import parse_config
 from server.embeddings import SentenceEmbedder
 from server.hosting import Hosting

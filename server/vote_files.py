@@ -25,7 +25,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import from_json
 
 from ensembles.errors import RequestError
-from server.batch.candidates import BatchLine, grouped
+from server.batch.results.candidates import BatchLine, grouped
 
 RowId = str | int | float | None
 

@@ -24,7 +24,7 @@ from server.api.models import models_router
 from server.api.request_log import RequestLog
 from server.api.tokenization import tokenization_router
 from server.api.vote import vote_router
-from server.batch.service import BatchService
+from server.batch.uploads.service import BatchService
 
 if TYPE_CHECKING:
     from server.hosting import Hosting

@@ -20,8 +20,8 @@ from server.api.json_body import strict_json_route
 from server.api.messages import WHOLE, Part
 from server.api.protocol import ParameterCheck, ignored_header
 from server.api.responses import JSONResponse
-from server.batch.rows import Url
-from server.batch.service import BatchService
+from server.batch.job.rows import Url
+from server.batch.uploads.service import BatchService
 
 if TYPE_CHECKING:
     from server.hosting import Hosting

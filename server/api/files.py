@@ -22,7 +22,7 @@ from server.api.errors import documented
 from server.api.multipart import read_upload, refuse_other_origins
 from server.api.protocol import ParameterCheck, ignored_header
 from server.api.responses import JSONResponse
-from server.batch.service import BatchService
+from server.batch.uploads.service import BatchService
 
 if TYPE_CHECKING:
     from server.hosting import Hosting

@@ -9,7 +9,7 @@ for text in answers.texts():
 
 from __future__ import annotations
 
+from server.batch.job.rows import URLS, BadRow, Row, RowResult, Url
 from server.batch.notebook import Answers, run_batch, run_batch_async
-from server.batch.rows import URLS, BadRow, Row, RowResult, Url
 
 __all__ = ["URLS", "Answers", "BadRow", "Row", "RowResult", "Url", "run_batch", "run_batch_async"]

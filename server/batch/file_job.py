@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ensembles.errors import ConfigError
-from server.batch.identity import Identity
-from server.batch.inputs import Recipe, read_rows
-from server.batch.records import SourceKind, read_records
-from server.batch.rows import BadRow, Row
-from server.batch.shards import SHARD, Shard
-from server.batch.store import JobStore
-from server.batch.submission import SampleSubmission
+from server.batch.job.identity import Identity
+from server.batch.job.rows import BadRow, Row
+from server.batch.job.store import JobStore
+from server.batch.placement.shards import SHARD, Shard
+from server.batch.results.submission import SampleSubmission
+from server.batch.source.inputs import Recipe, read_rows
+from server.batch.source.records import SourceKind, read_records
 
 NUM_BAD_SHOWN = 5
 

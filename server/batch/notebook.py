@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from ensembles.errors import ConfigError
-from server.batch.identity import Identity, model_fingerprints
-from server.batch.inputs import Recipe, read_rows
-from server.batch.output_line import write_output
-from server.batch.records import BadRecord, Record, kind_of_source, read_records
-from server.batch.rows import Row, Url
-from server.batch.store import JobStore, job_path
-from server.batch.template import PromptTemplate
+from server.batch.job.identity import Identity, model_fingerprints
+from server.batch.job.rows import Row, Url
+from server.batch.job.store import JobStore, job_path
+from server.batch.results.output_line import write_output
+from server.batch.source.inputs import Recipe, read_rows
+from server.batch.source.records import BadRecord, Record, kind_of_source, read_records
+from server.batch.source.template import PromptTemplate
 from server.config import Config, load_config, parse_config
 
 if TYPE_CHECKING:
-    from server.batch.runner import Progress, Summary
+    from server.batch.running.runner import Progress, Summary
     from server.hosting import Hosting
 
 InputRow = str | Mapping[str, Any] | Row
@@ -131,7 +131,7 @@ async def run_batch_async(
     a seed get one from the job's `seed` and their `custom_id`.
     `output`: the job is kept beside it as OUTPUT.job; the same call again goes on where the last one ended, and runs
     failed rows again with `retry_errors`. Without an output nothing is kept.
-    `concurrency`, `deadline_s`, `on_progress`: see `server.batch.runner.run`.
+    `concurrency`, `deadline_s`, `on_progress`: see `server.batch.running.runner.run`.
 
     Errors of single rows are in their lines. Raises `ConfigError` for a config, an input or a job that cannot be used,
     `StorageError` where results cannot be written, and `EngineDeadError`.
@@ -164,7 +164,7 @@ async def _summary(
     deadline_s: float | None,
     on_progress: Callable[[Progress], None] | None,
 ) -> Summary:
-    from server.batch.runner import Summary, run
+    from server.batch.running.runner import Summary, run
 
     if not store.num_to_run():  # nothing needs to be loaded
         return Summary("finished", store.counts(), 0, 0, store.spent(), 0.0)

@@ -223,7 +223,7 @@ def batch(
     if output != STDIO and output.exists() and source != STDIO and output.samefile(source):
         raise typer.BadParameter("would overwrite its own input", param_hint="--output")
 
-    from server.batch.budget import parse_duration
+    from server.batch.running.budget import parse_duration
     from server.cli.batch_answer import BatchRun
     from server.cli.batch_run import run_job
     from server.config import load_config

@@ -6,10 +6,10 @@ import asyncio
 
 import typer
 
-from server.batch.estimate import Estimate, Probe, PromptCount, evenly_chosen, probe
 from server.batch.file_job import CheckedInput
-from server.batch.progress import duration, spend
-from server.batch.rows import Row
+from server.batch.job.rows import Row
+from server.batch.running.estimate import Estimate, Probe, PromptCount, evenly_chosen, probe
+from server.batch.running.progress import duration, spend
 from server.cli.batch_answer import BatchRun
 from server.cli.batch_run import report_bad_rows
 from server.hosting import Hosting

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from rich.console import Console
 
 from ensembles.errors import EnsembleError
-from server.batch.columns import Column
 from server.batch.file_job import CheckedInput
-from server.batch.identity import model_fingerprints
-from server.batch.outputs import write_job
-from server.batch.progress import spend
-from server.batch.store import Counts, JobStore
+from server.batch.job.identity import model_fingerprints
+from server.batch.job.store import Counts, JobStore
+from server.batch.results.columns import Column
+from server.batch.results.outputs import write_job
+from server.batch.running.progress import spend
 from server.cli.batch_answer import BatchRun, Ended, answer_on_ray, answer_rows
 
 OK, SOME_ROWS_FAILED, INTERRUPTED = 0, 3, 130

@@ -36,9 +36,9 @@ def submission(
 
     Exit codes: 0 every row has an answer, 1 failed, 2 called wrongly, 3 some rows took the fallback.
     """
-    from server.batch.columns import Column, parse_columns
-    from server.batch.outputs import OutputForm, write_lines
-    from server.batch.submission import SampleSubmission
+    from server.batch.results.columns import Column, parse_columns
+    from server.batch.results.outputs import OutputForm, write_lines
+    from server.batch.results.submission import SampleSubmission
 
     chosen = parse_columns(columns)
     if sample_submission is not None:
@@ -60,7 +60,7 @@ def submission(
 def _lines(results: Path) -> Iterator[Mapping[str, Any]]:
     """The lines of a file of results. Raises `ConfigError` at one that is none."""
     from ensembles.errors import ConfigError
-    from server.batch.records import Record, read_records
+    from server.batch.source.records import Record, read_records
 
     for record in read_records(results, "jsonl"):
         if not isinstance(record, Record):

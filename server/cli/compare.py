@@ -19,8 +19,8 @@ import typer
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from server.compare.listener import Listener
     from server.compare.results import ArmResult, Difference, Results
+    from server.compare.running.listener import Listener
 
 SOME_ARMS_FAILED = 3
 INTERRUPTED = 130
@@ -44,7 +44,7 @@ def compare(
     Writes results.json, report.md and report.html. What was measured before stays as long as nothing that it depends on
     has changed; so a comparison that was stopped goes on with the same command.
     """
-    from server.compare.plan import load_plan
+    from server.compare.planning.plan import load_plan
 
     loaded = load_plan(plan)
     from server.compare.run import report_again, run_comparison

@@ -16,8 +16,8 @@ import typer
 
 if TYPE_CHECKING:
     from ensembles.probability_averaging import ProbabilityAverage
-    from server.compare.documents import Documents
-    from server.compare.held_back import JudgedFit
+    from server.compare.arms.held_back import JudgedFit
+    from server.compare.measures.documents import Documents
     from server.config import Config
 
 MARGIN_BITS_PER_BYTE = 0.01  # the smallest difference that the verdict takes for one that matters
@@ -58,8 +58,8 @@ def fit(
     Prints them; --out and --in-place also write them into a config, whose comments stay. Of a posterior pool the share
     is fitted. Never fit to text that you will measure on.
     """
-    from server.compare.documents import read_documents
-    from server.compare.fitting import check_fittable
+    from server.compare.arms.fitting import check_fittable
+    from server.compare.measures.documents import read_documents
     from server.config import load_config
 
     files = [*(text or ()), *(more or ())]
@@ -99,11 +99,11 @@ def fit(
 
 
 async def _fit(config: Config, name: str, texts: Sequence[Documents], settings: dict[str, Any]) -> JudgedFit:
-    from server.compare.arms import only
-    from server.compare.held_back import fit_and_judge
+    from server.compare.arms.held_back import fit_and_judge
+    from server.excerpt import excerpt
     from server.hosting import Hosting
 
-    async with Hosting.open(only(config, [name])) as hosting:
+    async with Hosting.open(excerpt(config, [name])) as hosting:
         with _progress() as on_progress:
             return await fit_and_judge(hosting, name, texts, on_progress=on_progress, **settings)
 

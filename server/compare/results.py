@@ -1,9 +1,9 @@
 """The shape of `results.json`: what a comparison found, ready to be read by other programs and by the report.
 
 The report is made of this alone, never of a model. What each item scored lies beside it, in `arms/NAME.json`
-(`server.compare.records`). Bits per byte are better low, scores of tasks better high; a difference is always the arm's
-figure less the baseline's. Every interval is [low, high] at the confidence that `statistics.alpha` leaves (0.05: 95%),
-None with fewer than two items.
+(`server.compare.running.records`). Bits per byte are better low, scores of tasks better high; a difference is always
+the arm's figure less the baseline's. Every interval is [low, high] at the confidence that `statistics.alpha` leaves
+(0.05: 95%), None with fewer than two items.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ensembles.comparison.verdict import Verdict
-from server.compare.atomic_write import write_atomically
+from server.compare.running.atomic_write import write_atomically
 
 Interval = tuple[float, float]
 ArmKind = Literal["member", "remote", "ensemble", "merge", "cost_matched"]

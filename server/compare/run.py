@@ -14,22 +14,23 @@ from dataclasses import replace
 from pathlib import Path
 
 from ensembles.errors import ConfigError
-from server.compare.arms import ArmModel, Candidate, Entry, as_arm_model, build_candidates, groups, kind_of
-from server.compare.blocks import Arm, PlanFile
-from server.compare.documents import Documents
-from server.compare.flips import flips
-from server.compare.listener import Listener
-from server.compare.matched import measure_matched
-from server.compare.measuring import measure_group
-from server.compare.plan import Plan
-from server.compare.preparation import config_with, prepare
+from server.compare.analysis.flips import flips
+from server.compare.analysis.statistics import compute_results
+from server.compare.arms.candidates import ArmModel, Candidate, Entry, as_arm_model, build_candidates, kind_of
+from server.compare.arms.footprint import groups
+from server.compare.arms.matched import measure_matched
+from server.compare.arms.preparation import config_with, prepare
+from server.compare.measures.documents import Documents
+from server.compare.measures.task_measure import Task
+from server.compare.planning.blocks import Arm, PlanFile
+from server.compare.planning.plan import Plan
+from server.compare.planning.sources import read_tasks, read_texts
 from server.compare.provenance import provenance
-from server.compare.records import Facts, Failure, Records
 from server.compare.results import Results
-from server.compare.sources import read_tasks, read_texts
-from server.compare.statistics import compute_results
-from server.compare.task_measure import Task
-from server.compare.work import Work, introduce
+from server.compare.running.listener import Listener
+from server.compare.running.measuring import measure_group
+from server.compare.running.records import Facts, Failure, Records
+from server.compare.running.work import Work, introduce
 
 RESULTS_FILE = "results.json"
 

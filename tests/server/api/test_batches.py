@@ -16,8 +16,8 @@ from pydantic import TypeAdapter, with_config
 from ensembles.errors import EngineDeadError, StorageError
 from server.api.batch_objects import BatchList, BatchObject, FileList, FileObject
 from server.api.batches import window_s
-from server.batch import lifecycle
-from server.batch.runner import run as run_rows
+from server.batch.running.runner import run as run_rows
+from server.batch.uploads import lifecycle
 from server.config import BatchConfig, EngineConfig
 from server.engines.scripted_engine import Script, ScriptedModel
 from tests.server.api.conftest import CHAT, HELLO, asgi_client, live_server, until

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from ensembles.base import Model
-from server.batch.identity import Identity
-from server.batch.store import JobStore
+from server.batch.job.identity import Identity
+from server.batch.job.store import JobStore
 from server.engines.scripted_engine import Script, ScriptedModel
 from tests.server.api.conftest import ScriptedHosting
 

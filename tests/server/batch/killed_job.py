@@ -4,8 +4,8 @@ python -m tests.server.batch.killed_job CONFIG ROWS OUTPUT                     r
 python -m tests.server.batch.killed_job CONFIG ROWS OUTPUT --kills 5 --rows 9  kills it five times on the way
 
 The first prints a line when rows begin to run, the second one for each kill. The second loads the libraries once and
-forks, so that a kill costs no start-up. It kills after a number of rows, not of seconds: on a fast machine, too, the job
-is then still running.
+forks, so that a kill costs no start-up. It kills after a number of rows, not of seconds: the job of a fast machine is
+then still running, too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from server.batch import run_batch
-from server.batch.runner import Progress
+from server.batch.running.runner import Progress
 
 GROUP_S = 0.05  # within which answers are recorded together: kills fall before, into and after such a moment
 

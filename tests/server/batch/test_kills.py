@@ -19,8 +19,8 @@ import pytest
 import yaml
 
 from server.batch import run_batch
-from server.batch.identity import Identity
-from server.batch.store import JobStore, job_path
+from server.batch.job.identity import Identity
+from server.batch.job.store import JobStore, job_path
 
 CHAT = "/v1/chat/completions"
 

@@ -14,7 +14,7 @@ import yaml
 
 from ensembles.errors import ConfigError
 from server.batch import Row, run_batch, run_batch_async
-from server.batch.store import job_path
+from server.batch.job.store import job_path
 from server.config import parse_config
 from server.hosting import Hosting
 

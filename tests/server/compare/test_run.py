@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ensembles.errors import ConfigError
-from server.compare.plan import load_plan
+from server.compare.planning.plan import load_plan
 from server.compare.results import Results
 from server.compare.run import claimed, report_again, run_comparison
 
@@ -202,6 +202,35 @@ def test_a_changed_text_is_measured_again_and_nothing_else(folder, tiny, done, t
         file.write("def last(): pass\n")
     _, heard = run(plan, tmp_path / "copy" / "out")
     assert heard.measured and all(stage.startswith(("text code", "text mixed")) for stage in heard.measured)
+
+
+def test_another_baseline_is_a_matter_of_subtraction(tmp_path, tiny):
+    plan = write_files(
+        tmp_path,
+        tiny,
+        """
+config: config.yaml
+baseline: base
+arms:
+  - base
+  - red
+  - name: merged
+    merge: {merge_method: linear, dtype: float32, models: [
+      {model: base, parameters: {weight: 0.5}}, {model: red, parameters: {weight: 0.5}}]}
+text: {verse: verse.txt}
+window: 48
+document_bytes: 100
+cost: {concurrency: []}
+statistics: {resamples: 200}
+""",
+    )
+    before, _ = run(plan, tmp_path / "out")
+    plan.write_text(plan.read_text().replace("baseline: base", "baseline: merged"))
+    after, heard = run(plan, tmp_path / "out")
+    assert not heard.measured
+    ours, theirs = before.arms["merged"].text["verse"], after.arms["base"].text["verse"]
+    assert theirs.against_baseline.difference == pytest.approx(-ours.against_baseline.difference)
+    assert after.arms["merged"].text["verse"].against_baseline is None
 
 
 def test_the_report_is_written_again_without_a_model(done, folder, monkeypatch):

@@ -1,0 +1,71 @@
+"""Ensembles of texts as they are, over members whose answers come from a log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ensembles.base import Embedder, Model
+from ensembles.method import MethodConfig, Services
+from server.batch.placement.call_log import Call, CallLog, RecordedDistributions, RecordedModel
+from server.batch.placement.phases import composed, singles
+from server.config import Config, RemoteModel
+from server.fingerprints import fingerprint
+from server.hosting import Hosting, compose
+
+if TYPE_CHECKING:
+    from server.surface import Surface
+
+
+class _ReplayedHosting(Hosting):
+    """Ensembles as they are, over members that are recorded. Tokenizers are loaded when they are needed."""
+
+    def __init__(self, config: Config, models: Mapping[str, Model], embedder: Embedder) -> None:
+        super().__init__(config, models, {}, None, embedder)
+        self._surfaces: dict[str, Surface] = {}
+
+    def surface(self, name: str) -> Surface | None:
+        from transformers import AutoTokenizer
+
+        from server.checkpoints import resolve_checkpoint
+        from server.members import member_surface
+
+        entry = self.config.models[name]
+        if isinstance(entry, MethodConfig):
+            members = (member for member in entry.members)
+            return next((surface for member in members if (surface := self.surface(member)) is not None), None)
+        if isinstance(entry, RemoteModel):
+            return None
+        if name not in self._surfaces:
+            root = self.config.models[entry.base or name]
+            folder = resolve_checkpoint(root.path, relative_to=self.config.source.parent, may_download=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._surfaces[name] = member_surface(name, self.config.models, tokenizer)
+        return self._surfaces[name]
+
+
+def replayed_hosting(config: Config, names: Sequence[str], log: CallLog, note: Callable[[Call], None]) -> Hosting:
+    from server.embeddings import SentenceEmbedder
+    from server.reranking import CrossEncoderReranker
+
+    recorded: dict[str, Model] = {}
+    for name in singles(config, names):
+        entry = config.models[name]
+        cls = RecordedModel if isinstance(entry, RemoteModel) else RecordedDistributions
+        members = tuple(entry.members) if isinstance(entry, MethodConfig) else (name,)
+        recorded[name] = cls(
+            name,
+            log,
+            fingerprint=fingerprint(name, config),
+            note=note,
+            members=members,
+        )
+    embedder = SentenceEmbedder(config.embedding.path, batch_size=config.embedding.batch_size)
+    services = Services(
+        embedder,
+        partial(CrossEncoderReranker, relative_to=config.source.parent),
+        max_calls=config.server.max_calls,
+    )
+    ensembles = {found: entry for name in names for found, entry in composed(config, name).items()}
+    return _ReplayedHosting(config, compose(ensembles, recorded, services), embedder)

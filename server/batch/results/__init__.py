@@ -1,0 +1,1 @@
+"""From answers to files: OpenAI's lines, tables, submissions; the same read back for votes."""

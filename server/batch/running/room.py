@@ -1,0 +1,75 @@
+"""How many rows are in flight: enough to keep the models busy, and no more than their queues hold."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, TypeGuard
+
+from ensembles.base import DistributionModel, Model
+from ensembles.method import Method
+from server.batch.job.rows import Row
+from server.engines.remote import RemoteChat
+
+if TYPE_CHECKING:
+    from server.hosting import Hosting
+
+_BATCHES = 2  # of the engine: one that runs, and one whose prompts are being prepared meanwhile
+
+
+class Room:
+    """Places for rows. `size`: how many there are; a row that needs more than that waits until it is alone."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._num_free = size
+        self._changed = asyncio.Event()
+
+    async def take(self, num_places: int) -> None:
+        """Wait for so many free places and take them. For one task alone: rows begin in their order."""
+        while self._num_free < min(num_places, self._size):
+            self._changed.clear()
+            await self._changed.wait()
+        self._num_free -= num_places
+
+    def give_back(self, num_places: int) -> None:
+        self._num_free += num_places
+        self._changed.set()
+
+
+def num_sequences(hosting: Hosting) -> int:
+    """How many sequences a run keeps in flight by default: two of the engine's batches, and all that remotes take."""
+    remotes = [model for model in hosting.models.values() if isinstance(model, RemoteChat)]
+    config = hosting.config
+    local = min(_BATCHES * config.engine.max_batch, config.engine.max_batch + config.server.max_queue)
+    return local + sum(remote.max_concurrency for remote in remotes)
+
+
+def sequences_of(row: Row, hosting: Hosting) -> int:
+    """How many sequences a row may keep busy at the same time: its choices, times what its model fans out to."""
+    n = row.body.get("n")
+    num_choices = n if isinstance(n, int) and n > 0 else 1
+    model = _model_of(row, hosting)
+    return num_choices * (1 if model is None else _fan_out(model))
+
+
+def is_text_level(row: Row, hosting: Hosting) -> bool:
+    """Whether the row's model is an ensemble of texts, whose answer does not tell what a time limit cost it."""
+    model = _model_of(row, hosting)
+    return model is not None and _asks_others(model)
+
+
+def _model_of(row: Row, hosting: Hosting) -> Model | None:
+    name = row.body.get("model") or hosting.listed[0]
+    return hosting.models.get(name) if isinstance(name, str) else None
+
+
+def _asks_others(model: Model) -> TypeGuard[Method]:
+    return isinstance(model, Method) and not isinstance(model, DistributionModel)
+
+
+def _fan_out(model: Model) -> int:
+    """Members of a mixture run as one sequence; an ensemble of texts asks each of its own, several times perhaps."""
+    if not _asks_others(model):
+        return 1
+    num_samples = getattr(model.config, "samples", 1)
+    return max(1, num_samples * sum(_fan_out(model.models[member]) for member in model.members))

@@ -1,0 +1,1 @@
+"""From files to rows: JSONL, CSV, Parquet, folders; prompts from templates; grids."""

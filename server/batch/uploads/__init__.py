@@ -1,0 +1,1 @@
+"""Files and batches over HTTP: kept on disk, validated, run in turn, resumed after a restart."""

@@ -1,0 +1,1 @@
+"""From figures to verdicts: pairs, tests, the null check, flips."""

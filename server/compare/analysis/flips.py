@@ -1,0 +1,204 @@
+"""Where an arm and the baseline part: the items that flipped, side by side, with each member's view of each token.
+
+Tasks: questions that one of them got right and the other did not (or whose scores lie furthest apart). Texts: the
+documents whose bits per byte moved most. The members' view is taken while the arm is loaded and kept with its record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ensembles.base import DistributionModel, Message
+from ensembles.pooling import effective_weights, posterior
+from server.compare.analysis.pairing import has_figures, same_items, same_texts, text_columns
+from server.compare.arms.candidates import ArmModel
+from server.compare.measures.documents import Documents
+from server.compare.measures.task_measure import CHOICE_METRICS, Task
+from server.compare.results import Flip, TokenView
+from server.compare.running.records import ArmRecord, ItemRecord, View, inputs_hash
+
+if TYPE_CHECKING:
+    import torch
+
+    from server.compare.running.work import Work
+    from server.hosting import Hosting
+
+MAX_CHARS = 600  # of a document or a prompt that is shown
+MAX_TOKENS = 96  # whose members are shown
+
+
+@dataclass(frozen=True)
+class Flipped:
+    """A flip and whose tokens are shown: those of `continuation`, after `prompt` (raw text or messages)."""
+
+    flip: Flip
+    key: str
+    prompt: str | tuple[Message, ...]
+    continuation: str
+
+
+def flipped_items(
+    record: ArmRecord,
+    baseline: ArmRecord,
+    texts: Mapping[str, Documents],
+    tasks: Mapping[str, Task],
+    *,
+    per_measure: int,
+) -> Iterator[Flipped]:
+    """The items of each measure that an arm and the baseline differ most on; the plainest first."""
+    if record.name == baseline.name or per_measure == 0:
+        return
+    for name, documents in texts.items():
+        if has_figures(record, name) and has_figures(baseline, name):
+            ours, theirs = record.text[name], baseline.text[name]
+            if same_texts(ours, theirs) and len(documents) == len(ours.nats):
+                yield from _flipped_documents(record.name, name, documents, ours, theirs, per_measure)
+    for name, task in tasks.items():
+        ours, theirs = record.tasks.get(name), baseline.tasks.get(name)
+        if ours is not None and theirs is not None and same_items(ours, theirs):
+            yield from _flipped_answers(record.name, name, task, ours.items, theirs.items, per_measure)
+
+
+def _flipped_documents(
+    arm: str, name: str, documents: Documents, ours: Any, theirs: Any, per_measure: int
+) -> Iterator[Flipped]:
+    bits, num_bytes = text_columns(ours)
+    their_bits, their_bytes = text_columns(theirs)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        costs, their_costs = bits / num_bytes, their_bits / their_bytes
+    moved = np.nan_to_num(np.abs(costs - their_costs))
+    for index in np.argsort(-moved, kind="stable")[:per_measure]:
+        if not moved[index]:
+            return
+        flip = Flip(
+            arm=arm,
+            measure=f"text {name}",
+            item=f"document {index}",
+            is_better=bool(costs[index] < their_costs[index]),
+            prompt=documents.texts[index][:MAX_CHARS],
+            reference=None,
+            baseline_output=None,
+            arm_output=None,
+            baseline_score=float(their_costs[index]),
+            arm_score=float(costs[index]),
+        )
+        yield Flipped(flip, f"{flip.measure}: {flip.item}", "", flip.prompt)
+
+
+def _flipped_answers(
+    arm: str,
+    name: str,
+    task: Task,
+    ours: Sequence[ItemRecord],
+    theirs: Sequence[ItemRecord],
+    per_measure: int,
+) -> Iterator[Flipped]:
+    moved = np.array([abs(mine.score - other.score) for mine, other in zip(ours, theirs, strict=True)])
+    items = {item.id: item for item in task.items}
+    for index in np.argsort(-moved, kind="stable")[:per_measure]:
+        mine, other = ours[index], theirs[index]
+        if not moved[index] or mine.id not in items:
+            return
+        item = items[mine.id]
+        flip = Flip(
+            arm=arm,
+            measure=f"task {name}",
+            item=mine.id,
+            is_better=mine.score > other.score,
+            prompt=item.prompt[:MAX_CHARS],
+            reference=mine.reference,
+            baseline_output=_output(other),
+            arm_output=_output(mine),
+            baseline_score=other.score,
+            arm_score=mine.score,
+        )
+        is_text = task.metric not in CHOICE_METRICS  # of a likelihood the output is a table of the options
+        continuation = mine.outputs[0] if mine.outputs and is_text else ""
+        yield Flipped(flip, f"{flip.measure}: {flip.item}", task.prompt_of(item), continuation)
+
+
+def _output(item: ItemRecord) -> str:
+    return f"error: {item.error}" if item.error is not None else (item.outputs[0] if item.outputs else "")
+
+
+def flips(
+    record: ArmRecord,
+    baseline: ArmRecord,
+    texts: Mapping[str, Documents],
+    tasks: Mapping[str, Task],
+    *,
+    per_measure: int,
+) -> list[Flip]:
+    """For the report, with the members' view where it was taken."""
+    found = []
+    for flipped in flipped_items(record, baseline, texts, tasks, per_measure=per_measure):
+        view = record.views.get(flipped.key)
+        is_of_this = view is not None and view.inputs == _view_inputs(record, flipped)
+        found.append(flipped.flip.model_copy(update={"tokens": tuple(view.tokens)}) if is_of_this else flipped.flip)
+    return found
+
+
+def _view_inputs(record: ArmRecord, flipped: Flipped) -> str:
+    return inputs_hash({"model": record.identity, "key": flipped.key, "text": flipped.continuation})
+
+
+async def collect_views(work: Work, hosting: Hosting, arm: ArmModel) -> None:
+    """Note what the members of a mixture give the tokens of its flipped items. Other models have nothing to show."""
+    model = hosting.models[arm.model]
+    if not isinstance(model, DistributionModel) or len(model.mixture.weights) < 2 or arm.replicate is not None:
+        return
+    record = work.record(arm)
+    baseline = work.records.get(work.plan.file.baseline)
+    per_measure = work.plan.file.flips.per_arm
+    for flipped in flipped_items(record, baseline, work.texts, work.tasks, per_measure=per_measure):
+        inputs = _view_inputs(record, flipped)
+        known = record.views.get(flipped.key)
+        if not flipped.continuation or (known is not None and known.inputs == inputs):
+            continue
+        record.views[flipped.key] = View(inputs=inputs, tokens=await _view(hosting, arm.model, model, flipped))
+        work.records.save(record)
+
+
+async def _view(hosting: Hosting, name: str, model: DistributionModel, flipped: Flipped) -> list[TokenView]:
+    from server.compare.measures.text_measure import mixture_logprobs
+
+    surface = hosting.surface(name)
+    assert surface is not None, "a mixture has hosted members"
+    is_raw = isinstance(flipped.prompt, str)
+    before = surface.encode(flipped.prompt) if is_raw else surface.render(flipped.prompt)
+    shown = surface.encode(flipped.continuation, add_special_tokens=False)[:MAX_TOKENS]
+    ids = [*before, *shown]
+    members = list(model.mixture.weights)
+    parts: list[np.ndarray] = []
+
+    def visit(logprobs: torch.Tensor, targets: torch.Tensor) -> None:
+        parts.append(logprobs.gather(2, targets[None, :, None].expand(len(logprobs), -1, 1))[..., 0].double().numpy())
+
+    await model.host.visit_logprobs(members, ids, visit)
+    if not parts:
+        return []
+    of_members = np.concatenate(parts, axis=1)  # (K, T), the first token is not predicted
+    mixture = model.mixture
+    pooled = None if mixture.pool == "geometric" else mixture_logprobs(mixture, of_members)
+    prior = effective_weights(list(mixture.weights.values()))
+    weights = np.broadcast_to(prior[:, None], of_members.shape)
+    if mixture.pool == "posterior":
+        weights = posterior.track(prior, of_members, prior, mixture.share)
+    return [
+        TokenView(
+            text=surface.decode([ids[place + 1]]),
+            logprob=None if pooled is None else _finite(pooled[place]),
+            members={member: _finite(of_members[row, place]) for row, member in enumerate(members)},
+            weights={member: float(weights[row, place]) for row, member in enumerate(members)},
+        )
+        for place in range(max(len(before) - 1, 0), of_members.shape[1])
+    ]
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; a token that was ruled out shows as very unlikely."""
+    return max(float(logprob), -1e4)

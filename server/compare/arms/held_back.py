@@ -1,0 +1,136 @@
+"""Weights fitted to one half of development text and judged on the other, so that what they gain is not an illusion.
+
+Documents alternate: the first of each file is fitted to, the second held back, and so on. Context crosses from one half
+to the other where the text is continuous, for the fitted pool and for the one that it is compared with alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ensembles.base import Mixture
+from ensembles.comparison.paired import Comparison, compare_bits_per_byte
+from ensembles.errors import ConfigError
+from ensembles.probability_averaging import mixture_of
+from server.compare.arms.fitting import SAMPLE_BYTES, FittedWeights, WeightFit
+from server.compare.measures.documents import Documents
+from server.compare.measures.text_measure import TextScores, by_document, mixture_logprobs, score_mixtures
+from server.torch_threads import in_own_thread
+
+if TYPE_CHECKING:
+    from ensembles.fitting.log_linear import Constraint
+    from server.hosting import Hosting
+
+
+@dataclass(frozen=True)
+class JudgedFit:
+    """Fitted weights and what they are worth on the documents held back.
+
+    `before`, `after`: the pool as configured, and as fitted; `alone`: each member of the pool; `difference`: after less
+    before, in bits per byte, paired by document. `num_fitted`, `num_held_back` count documents.
+    """
+
+    fitted: FittedWeights
+    before: TextScores
+    after: TextScores
+    alone: Mapping[str, TextScores]
+    difference: Comparison
+    num_fitted: int
+    num_held_back: int
+
+
+async def fit_and_judge(
+    hosting: Hosting,
+    model_name: str,
+    texts: Sequence[Documents],
+    *,
+    window: int,
+    stride: int | None = None,
+    constraint: Constraint = "simplex",
+    sample_bytes: int = SAMPLE_BYTES,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> JudgedFit:
+    """Raises `ConfigError` if the model cannot be fitted, or if there is no document to hold back.
+
+    Members read the texts once; for a geometric pool twice, as only then its new weights are known.
+    """
+    is_fitted = [np.arange(len(documents)) % 2 == 0 for documents in texts]
+    num_held_back = sum(int((~halves).sum()) for halves in is_fitted)
+    if not num_held_back:
+        raise ConfigError(
+            "there are too few documents to hold one back from each file; give more text, or cut it into shorter ones"
+        )
+    fit = await WeightFit.read(
+        hosting,
+        model_name,
+        texts,
+        window=window,
+        stride=stride,
+        counted=is_fitted,
+        sample_bytes=sample_bytes,
+        seed=seed,
+        on_progress=on_progress,
+    )
+    fitted = await in_own_thread(fit.solve, constraint)
+    mixture = fit.model.mixture
+    pools = {
+        "before": mixture,
+        "after": mixture_of(fitted.weights, mixture.pool, fitted.share or 0.0),
+    }
+    scores = await _scores(fit, texts, pools)
+    held_back = {
+        name: _joined([_only(found, ~half) for found, half in zip(of_texts, is_fitted, strict=True)])
+        for name, of_texts in scores.items()
+    }
+    before, after = held_back["before"], held_back["after"]
+    return JudgedFit(
+        fitted,
+        before,
+        after,
+        {member: held_back[f"alone: {member}"] for member in fit.model.members},
+        compare_bits_per_byte(after.nats, after.num_bytes, before.nats, before.num_bytes, seed=seed),
+        sum(int(half.sum()) for half in is_fitted),
+        num_held_back,
+    )
+
+
+async def _scores(
+    fit: WeightFit, texts: Sequence[Documents], pools: Mapping[str, Mixture]
+) -> dict[str, list[TextScores]]:
+    """Of the pools, and of each member alone, for each text; from what the members gave, where that is enough."""
+    members = fit.model.members
+    mixtures = {**pools, **{f"alone: {member}": Mixture({member: 1.0}) for member in members}}
+    scores: dict[str, list[TextScores]] = {name: [] for name in mixtures}
+    for documents, reading in zip(texts, fit.readings, strict=True):
+        for name, mixture in mixtures.items():
+            if mixture.pool == "geometric":
+                continue
+            rows = [members.index(member) for member in mixture.weights]
+            parts = [
+                mixture_logprobs(mixture, logprobs[rows])[window.first_scored - 1 :]
+                for window, logprobs in zip(reading.windows, reading.logprobs, strict=True)
+            ]
+            scores[name].append(by_document(reading.windows, parts, len(documents)))
+        geometric = {name: mixture for name, mixture in mixtures.items() if mixture.pool == "geometric"}
+        if geometric:
+            found = await score_mixtures(fit.model.host, geometric, reading.windows, len(documents))
+            for name, of_text in found.items():
+                scores[name].append(of_text)
+    return scores
+
+
+def _only(scores: TextScores, chosen: np.ndarray) -> TextScores:
+    return TextScores(scores.nats[chosen], scores.num_bytes[chosen], scores.num_tokens[chosen])
+
+
+def _joined(parts: Sequence[TextScores]) -> TextScores:
+    return TextScores(
+        np.concatenate([part.nats for part in parts]),
+        np.concatenate([part.num_bytes for part in parts]),
+        np.concatenate([part.num_tokens for part in parts]),
+    )

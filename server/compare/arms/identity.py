@@ -1,0 +1,53 @@
+"""Which arm is the same as yesterday: a hash of all that decides a model's answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ensembles.errors import ModelLoadError
+from ensembles.method import MethodConfig
+from server.checkpoints import resolve_checkpoint
+from server.compare.merges.content_cache import digest, folder_digest
+from server.config import Config, HostedModel
+
+
+def identity(config: Config, name: str) -> str:
+    """Hash of what decides the model's answers: weights, adapters, prompts, settings, those of its parts included.
+
+    Names of files do not count, their content does. Raises `ModelLoadError` if a file is not there.
+    """
+    entry = config.models[name]
+    settings = entry.model_dump(mode="json", exclude={"listed", "path", "base", "adapter"})
+    parts: dict[str, Any] = {}
+    if isinstance(entry, MethodConfig):
+        parts = {part: identity(config, part) for part in sorted(entry.references())}
+    elif isinstance(entry, HostedModel):
+        folder, root = weights_folder(config, name)
+        parts = {"weights": folder_digest(folder)}
+        if root is not entry:
+            parts["root"] = root.model_dump(mode="json", exclude={"listed", "path"})
+        if entry.adapter is not None:
+            parts["adapter"] = _adapter_digest(name, Path(entry.adapter))
+    return digest({"settings": settings, "parts": parts})
+
+
+def _adapter_digest(name: str, folder: Path) -> str:
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelLoadError(
+            f"model {name!r}: {folder} holds no adapter_config.json; give the folder of a LoRA adapter"
+        )
+    return folder_digest(folder)
+
+
+def weights_folder(config: Config, name: str) -> tuple[Path, HostedModel]:
+    """Where the weights of a hosted model lie, and the entry that has them. Raises `ModelLoadError`."""
+    entry = config.models[name]
+    assert isinstance(entry, HostedModel), "only hosted models have weights"
+    root_name = name if entry.base is None else entry.base
+    root = config.models[root_name]
+    assert isinstance(root, HostedModel), "checked when the config was read"
+    try:
+        return resolve_checkpoint(root.path or "", relative_to=config.source.absolute().parent), root
+    except ModelLoadError as exc:
+        raise ModelLoadError(f"model {root_name!r}: {exc}") from exc

@@ -1,0 +1,1 @@
+"""What is measured: bits per byte, tasks, lm-evaluation-harness, cost."""

@@ -1,0 +1,253 @@
+"""What each model pays for each document of a text: nats, bytes and tokens, from which bits per byte follow.
+
+    bpb = (sum of -log2 p(token | earlier tokens of its window)) / (UTF-8 bytes of the scored tokens)
+
+`server.compare.measures.windows` says what a window is and which tokens are scored. Each window is scored as the server
+scores a prompt (`prompt_logprobs`) that consists of it: so the weights of a posterior pool start from the prior in
+every window, and follow the evidence of its tokens, those that are only context included.
+
+Members read each window once for all mixtures over them. Arithmetic and posterior pools need only what the members gave
+the tokens that came; a geometric pool is normalised over the vocabulary while the distributions are there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ensembles.base import DistributionModel, GenerationRequest, Mixture, MixtureHost, Model, Sampling, collect
+from ensembles.errors import ModelLoadError, UnsupportedError
+from ensembles.fitting.share import posterior_logprobs
+from ensembles.pooling import effective_weights, pool
+from server.compare.measures.documents import Documents
+from server.compare.measures.windows import Window, cut_windows
+
+if TYPE_CHECKING:
+    import torch
+
+    from server.hosting import Hosting
+
+WINDOW = 512
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """What one model pays for each document; all (num_documents,) float64. A document without scored tokens has zeros.
+
+    `nats`: -log p of the scored tokens; `num_bytes`, `num_tokens`: of the same tokens.
+    """
+
+    nats: np.ndarray
+    num_bytes: np.ndarray
+    num_tokens: np.ndarray
+
+    @property
+    def bits_per_byte(self) -> float:
+        return float(self.nats.sum() / np.log(2) / self.num_bytes.sum())
+
+    @property
+    def perplexity(self) -> float:
+        """Per token, so it depends on the tokenizer; bits per byte do not."""
+        return float(np.exp(self.nats.sum() / self.num_tokens.sum()))
+
+
+@dataclass(frozen=True)
+class NotScored:
+    """Why a model has no figure on a text."""
+
+    reason: str
+
+
+async def measure_text(
+    hosting: Hosting,
+    arms: Mapping[str, str],
+    documents: Documents,
+    *,
+    window: int = WINDOW,
+    stride: int | None = None,
+    priority: int = 1,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, TextScores | NotScored]:
+    """Score `documents` under the models `arms` (arm -> name of a model of `hosting`), in their order.
+
+    Mixtures over hosted members of one vocabulary share one pass of their members. `stride` defaults to window - 1.
+    `on_progress` hears how many windows are done, and how many there are in all. A model that cannot score text is
+    `NotScored`, with the reason; errors of the engine are raised, and `ConfigError` for a window that is impossible.
+    """
+    scores: dict[str, TextScores | NotScored] = {}
+    mixtures: dict[str, DistributionModel] = {}
+    others: dict[str, Model] = {}
+    for arm, name in arms.items():
+        model = hosting.models[name]
+        if model.max_model_len is not None and model.max_model_len < window:
+            scores[arm] = NotScored(
+                f"its context holds {model.max_model_len} tokens, the window is {window}; choose a smaller window"
+            )
+        elif isinstance(model, DistributionModel):
+            mixtures[arm] = model
+        elif hosting.surface(name) is None:
+            scores[arm] = NotScored(f"model {name!r} gives text, not probabilities of a text that is given")
+        else:
+            others[arm] = model
+
+    async def windows_of(arm: str) -> list[Window]:
+        surface = hosting.surface(arms[arm])
+        return await asyncio.to_thread(cut_windows, surface, documents, window=window, stride=stride)
+
+    plans: list[tuple[Mapping[str, Mixture] | str, list[Window]]] = []
+    for group in _groups(mixtures):
+        try:
+            plans.append(({arm: mixtures[arm].mixture for arm in group}, await windows_of(group[0])))
+        except UnsupportedError as exc:
+            scores |= dict.fromkeys(group, NotScored(str(exc)))
+    plans += [(arm, await windows_of(arm)) for arm in others]
+
+    progress = _Progress(sum(len(windows) for _, windows in plans), on_progress)
+    for arms_or_arm, windows in plans:
+        if isinstance(arms_or_arm, str):
+            scores[arms_or_arm] = await _score_by_prompts(others[arms_or_arm], windows, len(documents), progress)
+        else:
+            host = mixtures[next(iter(arms_or_arm))].host
+            scores |= await score_mixtures(
+                host, arms_or_arm, windows, len(documents), priority=priority, on_window=progress.advance
+            )
+    return {arm: scores[arm] for arm in arms}
+
+
+class _Progress:
+    def __init__(self, total: int, listener: Callable[[int, int], None] | None) -> None:
+        self._done, self._total, self._listener = 0, total, listener
+
+    def advance(self, by: int = 1) -> None:
+        self._done += by
+        if self._listener is not None:
+            self._listener(self._done, self._total)
+
+
+def _groups(mixtures: Mapping[str, DistributionModel]) -> list[list[str]]:
+    """Arms whose members can be read in one pass: on one host, of one vocabulary."""
+    groups: list[list[str]] = []
+    for arm, model in mixtures.items():
+        for group in groups:
+            first = mixtures[group[0]]
+            if first.host is model.host and _share_vocabulary(model.host, first.mixture, model.mixture):
+                group.append(arm)
+                break
+        else:
+            groups.append([arm])
+    return groups
+
+
+def _share_vocabulary(host: MixtureHost, *mixtures: Mixture) -> bool:
+    try:
+        host.check(Mixture({member: 1.0 for mixture in mixtures for member in mixture.weights}))
+    except ModelLoadError:
+        return False
+    return True
+
+
+# --- mixtures: one pass of the members -------------------------------------------------------------------------------
+
+
+async def score_mixtures(
+    host: MixtureHost,
+    mixtures: Mapping[str, Mixture],
+    windows: Sequence[Window],
+    num_documents: int,
+    *,
+    priority: int = 1,
+    on_window: Callable[[], None] | None = None,
+) -> dict[str, TextScores]:
+    """`measure_text` for mixtures over members of one vocabulary, in one pass. `on_window` hears of every window."""
+    members = list(dict.fromkeys(member for mixture in mixtures.values() for member in mixture.weights))
+    place = {member: row for row, member in enumerate(members)}
+    geometric = {arm: mixture for arm, mixture in mixtures.items() if mixture.pool == "geometric"}
+    logprobs: dict[str, list[np.ndarray]] = {arm: [] for arm in mixtures}  # of the scored tokens, window by window
+    for window in windows:
+        reading = _Reading(geometric, place)
+        await host.visit_logprobs(members, window.token_ids, reading.visit, priority=priority)
+        for arm, mixture in mixtures.items():
+            if arm in geometric:
+                of_window = np.concatenate(reading.pooled[arm])
+            else:
+                rows = [place[member] for member in mixture.weights]
+                of_window = mixture_logprobs(mixture, reading.of_members[rows])
+            logprobs[arm].append(of_window[window.first_scored - 1 :])
+        if on_window is not None:
+            on_window()
+    return {arm: by_document(windows, parts, num_documents) for arm, parts in logprobs.items()}
+
+
+class _Reading:
+    """What is kept of one window: what each member, and each geometric pool, gave the tokens that came (nats)."""
+
+    def __init__(self, geometric: Mapping[str, Mixture], place: Mapping[str, int]) -> None:
+        self._geometric = geometric
+        self._place = place
+        self._of_members: list[np.ndarray] = []  # (K, t) each
+        self.pooled: dict[str, list[np.ndarray]] = {arm: [] for arm in geometric}  # (t,) each
+
+    @property
+    def of_members(self) -> np.ndarray:
+        """(K, T) float64; T is one less than the window has tokens."""
+        return np.concatenate(self._of_members, axis=1)
+
+    def visit(self, logprobs: torch.Tensor, targets: torch.Tensor) -> None:
+        index = targets[None, :, None].expand(len(logprobs), -1, 1)
+        self._of_members.append(logprobs.gather(2, index)[..., 0].double().cpu().numpy())
+        for arm, mixture in self._geometric.items():
+            rows = logprobs[[self._place[member] for member in mixture.weights]]
+            if len(rows) > 1:
+                weights = logprobs.new_tensor(effective_weights(list(mixture.weights.values())))
+                pooled = pool("geometric", rows, weights[:, None].expand(-1, len(targets)))
+            else:
+                pooled = rows[0]
+            self.pooled[arm].append(pooled.gather(1, targets[:, None])[:, 0].double().cpu().numpy())
+
+
+def mixture_logprobs(mixture: Mixture, of_members: np.ndarray) -> np.ndarray:
+    """What an arithmetic or posterior mixture gives the tokens of one window. of_members: (K, T) nats -> (T,)."""
+    prior = effective_weights(list(mixture.weights.values()))
+    if mixture.pool == "posterior" and len(prior) > 1:
+        return posterior_logprobs(of_members, prior, mixture.share)
+    return np.logaddexp.reduce(np.log(prior)[:, None] + of_members, axis=0)
+
+
+def by_document(windows: Sequence[Window], logprobs: Sequence[np.ndarray], num_documents: int) -> TextScores:
+    """`logprobs`: what the scored tokens of each window were given, (num_scored,) nats each."""
+    documents = np.concatenate([window.documents for window in windows]) if windows else np.empty(0, dtype=np.int64)
+    num_bytes = np.concatenate([window.num_bytes for window in windows]) if windows else np.empty(0)
+    nats = -np.concatenate(logprobs) if windows else np.empty(0)
+    return TextScores(
+        np.bincount(documents, nats, num_documents),
+        np.bincount(documents, num_bytes, num_documents),
+        np.bincount(documents, minlength=num_documents).astype(np.float64),
+    )
+
+
+# --- any other model: prompt by prompt -------------------------------------------------------------------------------
+
+
+async def _score_by_prompts(
+    model: Model, windows: Sequence[Window], num_documents: int, progress: _Progress
+) -> TextScores | NotScored:
+    logprobs = []
+    for done, window in enumerate(windows):
+        request = GenerationRequest(
+            prompt=window.token_ids, prompt_logprobs=0, sampling=Sampling(max_tokens=0), priority=1
+        )
+        try:
+            answer = await collect(model, request)
+        except UnsupportedError as exc:
+            progress.advance(len(windows) - done)
+            return NotScored(str(exc))
+        if answer.prompt is None or len(answer.prompt.tokens) != len(window.token_ids):
+            progress.advance(len(windows) - done)
+            return NotScored(f"model {model.name!r} gave no probabilities of its prompt")
+        logprobs.append(np.array([token.logprob for token in answer.prompt.tokens[window.first_scored :]]))
+        progress.advance()
+    return by_document(windows, logprobs, num_documents)

@@ -1,0 +1,1 @@
+"""Weight merges by mergekit: resolved, folded, merged, checked, cached."""

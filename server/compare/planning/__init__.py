@@ -1,0 +1,1 @@
+"""What to compare: the YAML, checked as a whole, its texts and tasks."""

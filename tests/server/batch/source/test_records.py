@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import json
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ensembles.errors import ConfigError
+from server.batch.source.records import BadRecord, Record, csv_records, kind_of_source, read_records
+
+
+def test_jsonl_gives_a_record_for_each_line_that_holds_an_object(tmp_path: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    lines = [
+        b'\xef\xbb\xbf{"a": 1}',
+        b"",
+        b"{}",
+        b"[1]",
+        b'{"a": NaN}',
+        b'{"a": "\xff"}',
+        b'{"a": "\\ud83d"}',
+        b'{"a": 2',
+    ]
+    file.write_bytes(b"\r\n".join(lines))
+    records = list(read_records(file, "jsonl"))
+    assert [record for record in records if isinstance(record, Record)] == [Record(1, {"a": 1}), Record(3, {})]
+    bad = {record.line: record.error for record in records if isinstance(record, BadRecord)}
+    assert list(bad) == [4, 5, 6, 7, 8]
+    assert bad[4] == "must be a JSON object, got list"
+    assert all(bad[line].startswith("is not JSON: ") for line in (5, 6, 7, 8))
+    assert [line for line, error in bad.items() if error.endswith("the file ends in the middle of it")] == [8]
+
+
+def test_csv_gives_texts_and_the_line_where_a_record_begins(tmp_path: Path) -> None:
+    file = tmp_path / "in.csv"
+    file.write_bytes('\ufeffid,text\n1,"two\nlines, ""quoted"""\n\n2,naïve\n'.encode())
+    assert list(read_records(file, "csv")) == [
+        Record(2, {"id": "1", "text": 'two\nlines, "quoted"'}),
+        Record(5, {"id": "2", "text": "naïve"}),
+    ]
+    file.write_text("id\ttext\n1\ta,b\n", encoding="utf-8")
+    assert list(read_records(file, "tsv")) == [Record(2, {"id": "1", "text": "a,b"})]
+
+
+def test_a_bad_line_of_csv_costs_its_own_row_and_keeps_its_id(tmp_path: Path) -> None:
+    file = tmp_path / "in.csv"
+    file.write_bytes(b'id,text\n1,a,b\n2\n3,caf\xe9\n4,"a"b\n5,fine\n6,"torn')
+    records = list(read_records(file, "csv"))
+    assert records[0] == BadRecord(2, "has 3 fields, the header has 2", {"id": "1", "text": "a"})
+    assert records[1] == BadRecord(3, "has 1 fields, the header has 2", {"id": "2"})
+    assert records[2] == BadRecord(4, "column 'text' is not UTF-8", {"id": "3"})
+    assert isinstance(records[3], BadRecord)
+    assert records[3].error.startswith("is not CSV: ")
+    assert records[4] == Record(6, {"id": "5", "text": "fine"})
+    assert records[5] == BadRecord(7, "is not CSV: unexpected end of data")
+
+
+@pytest.mark.parametrize("text", ["", "\n", "a,a\n1,2\n"])
+def test_csv_needs_a_header_of_different_names(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "in.csv"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match="names"):
+        list(read_records(file, "csv"))
+
+
+def test_a_prompt_may_be_longer_than_the_csv_modules_default_limit(tmp_path: Path) -> None:
+    file = tmp_path / "in.csv"
+    file.write_text(f"text\n{'x' * 200_000}\n", encoding="utf-8")
+    [record] = read_records(file, "csv")
+    assert len(record.values["text"]) == 200_000
+
+
+@given(st.lists(st.tuples(st.text(min_size=1), st.text()), max_size=5))
+def test_what_a_csv_writer_wrote_is_read_back(rows: list[tuple[str, str]]) -> None:
+    rows = [row for row in rows if not any("\0" in cell or "\r" in cell for cell in row)]
+    written = io.StringIO(newline="")
+    csv.writer(written).writerows([("a", "b"), *rows])
+    read = csv_records(io.StringIO(written.getvalue(), newline=""), delimiter=",", name="t.csv")
+    assert [tuple(record.values.values()) for record in read] == rows
+
+
+def test_parquet_gives_values_as_json_has_them(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    values = {
+        "id": [1, None],
+        "text": ["a", None],
+        "when": [datetime.date(2026, 1, 2), None],
+        "price": [Decimal("1.50"), None],
+        "raw": [b"bytes", None],
+        "options": [["x", "y"], []],
+        "nested": [{"a": 1}, None],
+    }
+    parquet.write_table(pyarrow.table(values), tmp_path / "in.parquet")
+    first, second = read_records(tmp_path / "in.parquet", "parquet")
+    assert first == Record(
+        1,
+        {
+            "id": 1,
+            "text": "a",
+            "when": "2026-01-02",
+            "price": "1.50",
+            "raw": "bytes",
+            "options": ["x", "y"],
+            "nested": {"a": 1},
+        },
+    )
+    assert json.dumps(second.values)
+    assert second.values["text"] is None
+
+
+def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    file = tmp_path / "in.parquet"
+    file.write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(ConfigError, match=r"in\.parquet: not a Parquet file"):
+        list(read_records(file, "parquet"))
+
+
+def test_a_folder_gives_its_files_in_order_of_their_names(tmp_path: Path) -> None:
+    for name, content in (("b.txt", b"B\n"), ("a.md", b"A"), (".hidden", b"no"), ("c.txt", b"\xff")):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "sub").mkdir()
+    assert list(read_records(tmp_path, "folder")) == [
+        Record(1, {"id": "a", "name": "a.md", "text": "A"}),
+        Record(2, {"id": "b", "name": "b.txt", "text": "B\n"}),
+        BadRecord(3, "c.txt: must be UTF-8 text, byte 0 is not", {"id": "c", "name": "c.txt"}),
+    ]
+
+
+def test_the_kind_of_a_source_is_said_or_told_from_its_name(tmp_path: Path) -> None:
+    assert kind_of_source(tmp_path) == "folder"
+    assert kind_of_source(Path("IN.CSV")) == "csv"
+    assert kind_of_source(Path("rows"), "parquet") == "parquet"
+    with pytest.raises(ConfigError, match="say --input-format jsonl"):
+        kind_of_source(Path("rows"))

@@ -1,0 +1,165 @@
+"""Results from records that are written by hand: no model is needed to know what they should say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from server.compare.analysis.statistics import compute_results
+from server.compare.planning.blocks import Arm, PlanFile, StatisticsSettings, TaskSource, TextSource
+from server.compare.running.records import ArmRecord, CostRecord, Failure, ItemRecord, Records, TaskRecord, TextRecord
+
+NUM_DOCUMENTS = 30
+
+
+def text_record(costs: np.ndarray, sha256: str = "same") -> TextRecord:
+    """Documents of 1000 bytes with these bits per byte."""
+    return TextRecord(
+        inputs="",
+        items_sha256=sha256,
+        nats=(costs * 1000 * np.log(2)).tolist(),
+        num_bytes=[1000.0] * len(costs),
+        num_tokens=[250.0] * len(costs),
+    )
+
+
+def task_record(scores: list[float], *, prompts: str = "p", errors: int = 0) -> TaskRecord:
+    items = [
+        ItemRecord(
+            id=str(index),
+            score=score,
+            outputs=["x"],
+            answers=["x" if score else None],
+            sample_scores=[score],
+            prompt_sha256=prompts,
+            error="broke" if index < errors else None,
+        )
+        for index, score in enumerate(scores)
+    ]
+    return TaskRecord(inputs="", items_sha256="same", metric="number", items=items)
+
+
+@pytest.fixture
+def file() -> PlanFile:
+    return PlanFile(
+        config="c.yaml",
+        baseline="base",
+        arms=tuple(Arm(name=name) for name in ("base", "good", "same", "vague", "bad")),
+        text={"one": TextSource(path="one.txt"), "two": TextSource(path="two.txt")},
+        tasks=(TaskSource(name="sums", data="s.jsonl", metric="number", template="x"),),
+        statistics=StatisticsSettings(resamples=1000),
+    )
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Records:
+    rng = np.random.default_rng(0)
+    base = rng.normal(1.5, 0.2, NUM_DOCUMENTS)
+    noise = rng.normal(0, 1, NUM_DOCUMENTS)
+    noise -= noise.mean()
+    arms = {
+        "base": base,
+        "good": base - 0.1 + 0.01 * noise,
+        "same": base + 0.001 * noise,
+        "vague": base + 0.2 * noise,
+        "bad": base + 0.1 + 0.01 * noise,
+    }
+    records = Records(tmp_path)
+    for name, costs in arms.items():
+        record = ArmRecord(name=name, kind="member", model=name)
+        record.text = {"one": text_record(costs), "two": text_record(costs[::-1])}
+        record.tasks = {"sums": task_record([1.0] * 10 + [0.0] * 30)}
+        records.save(record)
+    return Records(tmp_path)
+
+
+ARMS = ["base", "good", "same", "vague", "bad"]
+
+
+def test_the_four_verdicts(file, records):
+    results = compute_results(file, ARMS, records)
+    verdicts = {name: results.arms[name].text["one"].against_baseline.verdict for name in ARMS[1:]}
+    assert verdicts == {"good": "better", "same": "no difference shown", "vague": "inconclusive", "bad": "worse"}
+    vague = results.arms["vague"].text["one"].against_baseline
+    assert vague.detectable > file.statistics.margin_bpb, "it says what would have been seen"
+    assert results.arms["good"].mean_text.against_baseline.verdict == "better"
+    assert results.arms["base"].text["one"].against_baseline is None
+
+
+def test_figures_are_ratios_of_sums(file, records):
+    results = compute_results(file, ARMS, records)
+    record = records.get("base").text["one"]
+    text = results.arms["base"].text["one"]
+    assert text.bpb == pytest.approx(sum(record.nats) / np.log(2) / sum(record.num_bytes))
+    assert text.perplexity == pytest.approx(np.exp(sum(record.nats) / sum(record.num_tokens)))
+    assert (text.num_documents, text.num_bytes, text.num_tokens) == (30, 30_000, 7500)
+
+
+def test_p_values_are_adjusted_over_all_arms_of_a_measure(file, records):
+    results = compute_results(file, ARMS, records)
+    differences = [results.arms[name].text["one"].against_baseline for name in ARMS[1:]]
+    smallest = min(differences, key=lambda difference: difference.p)
+    assert smallest.p_holm == pytest.approx(min(1.0, 4 * smallest.p))
+
+
+def test_the_same_records_and_seed_give_the_same_results(file, records):
+    assert compute_results(file, ARMS, records) == compute_results(file, ARMS, records)
+
+
+def test_failed_and_missing_rows_count_as_wrong_and_are_shown(file, records):
+    record = records.get("good")
+    record.tasks["sums"] = task_record([0.0] * 4 + [1.0] * 12 + [0.0] * 24, errors=4)
+    task = compute_results(file, ARMS, records).arms["good"].tasks["sums"]
+    assert (task.score, task.num_items, task.num_failed, task.num_missing) == (0.3, 40, 4, 24)
+    difference = task.against_baseline
+    assert (difference.test, difference.wins, difference.losses) == ("mcnemar", 6, 4)
+    assert difference.difference == pytest.approx(2 / 40)
+
+
+@pytest.mark.parametrize("change", ["documents", "prompts"])
+def test_an_arm_that_was_given_something_else_is_not_compared(file, records, change):
+    record = records.get("good")
+    if change == "documents":
+        record.text["one"] = record.text["one"].model_copy(update={"items_sha256": "other"})
+    else:
+        record.tasks["sums"] = task_record([1.0] * 40, prompts="others")
+    arm = compute_results(file, ARMS, records).arms["good"]
+    assert "not those of the baseline" in arm.error
+    part = arm.text["one"] if change == "documents" else arm.tasks["sums"]
+    assert part.against_baseline is None
+
+
+def test_a_failed_arm_keeps_its_row_and_its_reason(file, records):
+    records.get("bad").failure = Failure(stage="load", message="no weights")
+    assert compute_results(file, ARMS, records).arms["bad"].error == "load: no weights"
+
+
+def test_pass_at_k_is_the_mean_over_items(file, records):
+    source = TaskSource(
+        name="sums", data="s.jsonl", metric="number", template="x", temperature=1, samples=2, pass_at=(1, 2)
+    )
+    file = file.model_copy(update={"tasks": (source,)})
+    for name in ARMS:
+        items = [
+            ItemRecord(id="a", score=0.5, sample_scores=[1.0, 0.0], answers=["1", "2"]),
+            ItemRecord(id="b", score=0.0, sample_scores=[0.0, 0.0], answers=["1", "2"]),
+        ]
+        records.get(name).tasks["sums"] = TaskRecord(inputs="", items_sha256="s", metric="number", items=items)
+    assert compute_results(file, ARMS, records).arms["base"].tasks["sums"].pass_at_k == {1: 0.25, 2: 0.5}
+
+
+def test_costs_are_medians_of_the_rounds(file, records):
+    records.get("base").cost = CostRecord(inputs="", tokens_per_s={"1": [10.0, 30.0, 20.0]}, ttft_s=[0.2, 0.1, 0.4])
+    cost = compute_results(file, ARMS, records).arms["base"].cost
+    assert (cost.tokens_per_s["1"].median, cost.ttft_s.median) == (20.0, 0.2)
+    assert cost.tokens_per_s["1"].ci[0] <= 20.0 <= cost.tokens_per_s["1"].ci[1]
+
+
+def test_where_low_is_better_a_lower_score_wins(file, records):
+    for name, scores in (("base", [2.0] * 40), ("good", [1.0] * 39 + [3.0])):
+        record = task_record(scores).model_copy(update={"higher_is_better": False, "metric": "word_error_rate"})
+        records.get(name).tasks["sums"] = record
+    difference = compute_results(file, ["base", "good"], records).arms["good"].tasks["sums"].against_baseline
+    assert (difference.verdict, difference.wins, difference.losses) == ("better", 39, 1)

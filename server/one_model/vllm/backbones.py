@@ -120,6 +120,7 @@ def member_config(vllm_config: VllmConfig, checkpoint: Path, name: str) -> VllmC
     config = vllm_config.with_hf_config(hf_config)
     model_config = config.model_config
     model_config.hf_text_config = hf_config
+    model_config.model_arch_config = model_config.get_model_arch_config()
     model_config.model = str(checkpoint)
     model_config.quantization = None
     model_config._verify_quantization()  # reads the method off the member's own config

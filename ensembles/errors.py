@@ -10,6 +10,7 @@
     │   ├── ContextLengthError
     │   └── UnsupportedError      valid, but this model cannot do it
     ├── OverloadedError           try again later
+    │   └── EngineRestartingError the engine died and is being started again
     ├── StorageError              the disk is full or cannot be written
     │   └── FolderInUseError      another process keeps its things in that folder
     ├── DeadlineError             the time that the request allowed is over
@@ -71,6 +72,10 @@ class OverloadedError(EnsembleError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class EngineRestartingError(OverloadedError):
+    """The engine died, and with it this generation if it had begun; it is being started again."""
 
 
 class StorageError(EnsembleError):

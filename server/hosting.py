@@ -14,13 +14,13 @@ from ensembles.base import Embedder, Event, GenerationRequest, Mixture, MixtureH
 from ensembles.method import Method, MethodConfig, Services
 from ensembles.probability_averaging import overridden
 from ensembles.registry import method_class
-from server.config import Config, HostedModel, RemoteModel
+from server.config import Config, HostedModel, RemoteModel, VllmEngineConfig
 from server.embeddings import SentenceEmbedder
 from server.engines.engine import Engine, StepStats
 from server.engines.remote import RemoteChat
 from server.engines.transformers_engine.engine import TransformersEngine
 from server.fingerprints import fingerprint
-from server.members import Member, load_members
+from server.members import load_members
 from server.reranking import CrossEncoderReranker
 from server.surface import Surface
 from server.torch_threads import in_own_thread
@@ -48,7 +48,7 @@ class Hosting:
         self,
         config: Config,
         models: Mapping[str, Model],
-        members: Mapping[str, Member],
+        surfaces: Mapping[str, Surface],
         engine: Engine | None,
         embedder: Embedder,
     ) -> None:
@@ -57,7 +57,7 @@ class Hosting:
         self.listed = [name for name in config.models if config.models[name].listed]
         self.embedder = embedder
         self.created = int(time.time())
-        self._members = members
+        self._surfaces = surfaces
         self._engine = engine
         self._fingerprints = {name: fingerprint(name, config) for name in config.models}
 
@@ -66,15 +66,12 @@ class Hosting:
     async def open(cls, config: Config, *, on_step: Callable[[StepStats], None] | None = None) -> AsyncIterator[Self]:
         """Load everything and serve it until the block ends. Raises `ConfigError` if something cannot be loaded."""
         hosted = {name: model for name, model in config.models.items() if isinstance(model, HostedModel)}
-        members = await in_own_thread(
-            load_members, hosted, relative_to=config.source.parent, max_context=config.engine.max_context
-        )
-        engine = _engine(config, members, on_step) if members else None
+        engine, surfaces = await _engine(config, hosted, on_step) if hosted else (None, {})
         embedder = SentenceEmbedder(config.embedding.path, batch_size=config.embedding.batch_size)
         remotes = {
             name: RemoteChat(name, model) for name, model in config.models.items() if isinstance(model, RemoteModel)
         }
-        singles = {name: SingleMember(name, engine) for name in members}
+        singles = {name: SingleMember(name, engine) for name in hosted}
         services = Services(
             embedder,
             partial(CrossEncoderReranker, relative_to=config.source.parent),
@@ -82,10 +79,10 @@ class Hosting:
         )
         methods = {name: entry for name, entry in config.models.items() if isinstance(entry, MethodConfig)}
         composed = compose(methods, singles | remotes, services)
-        hosting = cls(config, {name: composed[name] for name in config.models}, members, engine, embedder)
-        if engine is not None:
-            engine.start()
+        hosting = cls(config, {name: composed[name] for name in config.models}, surfaces, engine, embedder)
         try:
+            if engine is not None:
+                await in_own_thread(engine.start)
             yield hosting
         finally:
             if engine is not None:
@@ -100,8 +97,8 @@ class Hosting:
 
     def surface(self, name: str) -> Surface | None:
         """How model `name` reads and writes text: its own tokenizer, or that of its first member that has one."""
-        if name in self._members:
-            return self._members[name].surface
+        if name in self._surfaces:
+            return self._surfaces[name]
         model = self.models[name]
         others = [member for member in model.members if member != name]
         return next((surface for member in others if (surface := self.surface(member)) is not None), None)
@@ -111,8 +108,19 @@ class Hosting:
         return self._fingerprints[name]
 
 
-def _engine(config: Config, members: Mapping[str, Member], on_step: Callable[[StepStats], None] | None) -> Engine:
-    return TransformersEngine(
+async def _engine(
+    config: Config, hosted: Mapping[str, HostedModel], on_step: Callable[[StepStats], None] | None
+) -> tuple[Engine, dict[str, Surface]]:
+    """The engine that the config asks for, ready to be started, and how its members read text."""
+    if isinstance(config.engine, VllmEngineConfig):
+        from server.engines.vllm_engine.engine import VllmEngine
+
+        vllm = await VllmEngine.planned(config, on_step=on_step)
+        return vllm, {name: view.surface for name, view in vllm.views.items()}
+    members = await in_own_thread(
+        load_members, hosted, relative_to=config.source.parent, max_context=config.engine.max_context
+    )
+    engine = TransformersEngine(
         members,
         max_batch=config.engine.max_batch,
         prefill_chunk=config.engine.prefill_chunk,
@@ -121,6 +129,7 @@ def _engine(config: Config, members: Mapping[str, Member], on_step: Callable[[St
         prefix_cache_bytes=config.engine.prefix_cache_mb * 2**20,
         on_step=on_step,
     )
+    return engine, {name: member.surface for name, member in members.items()}
 
 
 def compose(methods: Mapping[str, MethodConfig], parts: Mapping[str, Model], services: Services) -> dict[str, Model]:

@@ -68,6 +68,7 @@ KINDS: Mapping[type[errors.EnsembleError], ErrorKind] = {
     errors.ContextLengthError: ErrorKind(400, "invalid_request_error", "context_length_exceeded"),
     errors.UnsupportedError: ErrorKind(400, "invalid_request_error", "unsupported_parameter"),
     errors.OverloadedError: ErrorKind(429, "rate_limit_error", "queue_full"),
+    errors.EngineRestartingError: ErrorKind(503, "server_error", "engine_restarting"),
     errors.StorageError: ErrorKind(507, "server_error", "storage_full"),
     errors.FolderInUseError: ErrorKind(503, "server_error", "folder_in_use"),
     errors.DeadlineError: ErrorKind(504, "timeout_error", "deadline_exceeded"),

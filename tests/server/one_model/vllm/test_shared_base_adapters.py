@@ -51,7 +51,7 @@ def damaged(tiny: dict[str, Path], folder: Path, change) -> Path:
 
 def test_a_weight_that_is_not_there_is_missed(tiny, tmp_path):
     folder = damaged(tiny, tmp_path / "a", lambda weights: weights.pop(min(weights)))
-    with pytest.raises(ModelLoadError, match="'m' lacks .*lora_A"):
+    with pytest.raises(ModelLoadError, match=r"'m' lacks .*lora_A"):
         read_adapter("m", folder, AutoConfig.from_pretrained(tiny["llama"]))
 
 
@@ -63,7 +63,7 @@ def test_a_weight_of_no_layer_is_refused(tiny, tmp_path):
 
 def test_weights_that_are_not_finite_are_refused(tiny, tmp_path):
     folder = damaged(tiny, tmp_path / "a", lambda weights: weights[max(weights)].fill_(torch.nan))
-    with pytest.raises(ModelLoadError, match="'m': .* is not finite"):
+    with pytest.raises(ModelLoadError, match=r"'m': .* is not finite"):
         read_adapter("m", folder, AutoConfig.from_pretrained(tiny["llama"]))
 
 
@@ -75,10 +75,10 @@ def test_an_adapter_of_another_base_is_refused(tiny):
 @pytest.mark.parametrize("changes", [{"use_dora": True}, {"target_modules": ["embed_tokens", "q_proj"]}])
 def test_what_is_no_low_rank_change_of_a_linear_layer_is_refused(changes, tiny, tmp_path):
     folder = make_adapter(tmp_path / "adapter", tiny["llama"], seed=7, **changes)
-    with pytest.raises(ModelLoadError, match="'m'.*merge"):
+    with pytest.raises(ModelLoadError, match=r"'m'.*merge"):
         read_adapter("m", folder, AutoConfig.from_pretrained(tiny["llama"]))
 
 
 def test_a_folder_without_an_adapter_is_refused(tiny, tmp_path):
-    with pytest.raises(ModelLoadError, match="'m' .* is it a PEFT folder"):
+    with pytest.raises(ModelLoadError, match=r"'m' .* is it a PEFT folder"):
         read_adapter("m", tmp_path, AutoConfig.from_pretrained(tiny["llama"]))

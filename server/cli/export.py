@@ -16,11 +16,12 @@ def export(
         bool, typer.Option("--copy", help="Copy the members' weights into DIR instead of referring to them.")
     ] = False,
 ) -> None:
-    """Write an ensemble as ONE model directory that transformers loads: generate(), pipelines, lm-eval."""
+    """Write an ensemble as ONE model directory that transformers and vLLM load: generate(), lm-eval, vllm serve."""
     from server.config import load_config
     from server.one_model.export import export as write
 
     write(load_config(config), name, folder, copy=copy)
     typer.echo(
-        f"Wrote {folder}. Load it with AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)."
+        f"Wrote {folder}. Load it with AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True), "
+        f"or with `vllm serve {folder}` where ensemble-server is installed beside vLLM."
     )

@@ -87,15 +87,17 @@ def run(llm: Any, texts: Sequence[str] = TEXTS, *, extra_args: Any = None, **par
     return llm.generate(list(texts), [SamplingParams(**settings, extra_args=extra) for extra in each], use_tqdm=False)
 
 
+def reference_of(members: Mapping[str, Path]) -> Reference:
+    adapters = {name for name in members if (members[name] / "adapter_config.json").is_file()}
+    places = {name: (folder, None) for name, folder in members.items() if name not in adapters}
+    return Reference(places | {name: (members["llama"], members[name]) for name in adapters}, VOCAB_SIZE)
+
+
 class Judge:
     """Holds outputs to members that plain transformers ran alone."""
 
     def __init__(self, members: Mapping[str, Path]) -> None:
-        adapters = {name for name in members if (members[name] / "adapter_config.json").is_file()}
-        places = {
-            name: (members["llama"], members[name]) if name in adapters else (members[name], None) for name in members
-        }
-        self._reference = Reference(places, VOCAB_SIZE)
+        self._reference = reference_of(members)
 
     def __call__(
         self, output: Any, weights: Mapping[str, float], pool: str = "arithmetic", share: float = 0.0

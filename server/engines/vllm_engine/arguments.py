@@ -45,11 +45,10 @@ def engine_arguments(
     views: Mapping[str, MemberView],
     *,
     memory_share: float,
+    is_cpu: bool,
 ) -> dict[str, Any]:
-    """Keyword arguments for vLLM's `AsyncEngineArgs`. `memory_share`: the model's part of the config's memory, of 1.
-
-    Raises `ModelLoadError` for members whose dtypes differ, and for options that vLLM does not have or that are not to
-    be set here.
+    """Keyword arguments for vLLM's `AsyncEngineArgs`. `memory_share`: the model's part of the config's memory, of 1;
+    `is_cpu`: whether vLLM runs on CPUs here. Raises `ModelLoadError` for members whose dtypes differ.
     """
     arguments = {
         "model": str(folder.path),
@@ -66,6 +65,8 @@ def engine_arguments(
         arguments["enable_prefix_caching"] = False
     if engine.kv_cache_gb is not None:
         arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_gb * memory_share * 2**30)
+    if is_cpu and not folder.is_ensemble:
+        arguments["worker_cls"] = "server.engines.vllm_engine.cpu_worker.SeededCPUWorker"
     return arguments | engine.options
 
 

@@ -43,9 +43,11 @@ class VllmChoice:
         self._previous: int | None = None
 
     def read(self, output: CompletionOutput) -> Delta | None:
-        """What the next tokens add; None if that is nothing. Sets `is_finished`: vLLM may not know yet, since stop
-        strings are ours. Raises `MemberError` if vLLM gave the request up.
+        """What the next tokens add; None if that is nothing, as after the end. Sets `is_finished`, which vLLM may not
+        know yet, since stop strings are ours. Raises `MemberError` if vLLM gave the request up.
         """
+        if self.is_finished:
+            return None
         if output.finish_reason in ("error", "abort"):
             raise MemberError(
                 self._member, f"vLLM ended the generation ({output.finish_reason}); its log has the cause"

@@ -91,7 +91,7 @@ async def generate(prepared: Prepared, open_stream: OpenStream, on_begin: Callab
                     if not prepared.max_new_tokens:
                         break
                 for place, ready in ((index, output), *held):
-                    if not choices[place].is_finished and (delta := choices[place].read(ready.outputs[0])) is not None:
+                    if (delta := choices[place].read(ready.outputs[0])) is not None:
                         yield delta
                 held = []
     except TimeoutError as exc:
@@ -114,14 +114,14 @@ async def _side_by_side(
     """
     if len(choices) == 1:
         async with aclosing(open_stream(0)) as stream:
-            while not choices[0].is_finished:
+            while True:
                 async with asyncio.timeout_at(deadline):
-                    try:
-                        output = await anext(stream)
-                    except StopAsyncIteration:
-                        return
+                    output = await anext(stream, None)
+                if output is None:
+                    return
                 yield 0, output
-        return
+                if choices[0].is_finished and not output.finished:
+                    return
 
     arrived: asyncio.Queue[tuple[int, RequestOutput | BaseException | None]] = asyncio.Queue()
 
@@ -148,7 +148,7 @@ async def _side_by_side(
                 num_live -= 1
             else:
                 yield index, item
-                if choices[index].is_finished:
+                if choices[index].is_finished and not item.finished:
                     tasks[index].cancel()
     finally:
         for task in tasks:

@@ -46,7 +46,8 @@ class VllmModel:
             self._directory.of_request(asked)
         except ValueError as exc:
             key = next((key for key in (WEIGHTS, POOL, SHARE) if str(exc).startswith(key)), WEIGHTS)
-            raise UnsupportedError(f"in vLLM, {exc}", param=key.replace("_", ".", 1)) from exc
+            message = str(exc).replace("ensemble_", "ensemble.")  # our clients' names for the keys
+            raise UnsupportedError(f"vLLM cannot: {message}", param=key.replace("_", ".", 1)) from exc
         return asked
 
     def open_stream(

@@ -34,6 +34,8 @@ def plan(config: Config) -> tuple[dict[str, MemberView], list[Plan]]:
     engine = config.engine
     assert isinstance(engine, VllmEngineConfig), "another engine's config"
     import_vllm()
+    from vllm.platforms import current_platform
+
     check_options(engine)
     hosted = {name: entry for name, entry in config.models.items() if isinstance(entry, HostedModel)}
     _check_devices(hosted)
@@ -42,23 +44,14 @@ def plan(config: Config) -> tuple[dict[str, MemberView], list[Plan]]:
     views = load_views(hosted, checkpoints, max_context=engine.max_context)
     for placement in (placed := placements(config.models, checkpoints)):
         check_shared_vocabulary([views[name] for name in placement.parts])
-    plans = [
-        _plan(config, engine, placement, views, memory_share=share)
-        for placement, share in zip(placed, memory_shares(placed), strict=True)
-    ]
+    plans = []
+    for placement, share in zip(placed, memory_shares(placed), strict=True):
+        folder = model_folder(placement, views, config.source)
+        arguments = engine_arguments(
+            engine, folder, placement, views, memory_share=share, is_cpu=current_platform.is_cpu()
+        )
+        plans.append(Plan(placement, folder, arguments))
     return views, plans
-
-
-def _plan(
-    config: Config,
-    engine: VllmEngineConfig,
-    placement: Placement,
-    views: Mapping[str, MemberView],
-    *,
-    memory_share: float,
-) -> Plan:
-    folder = model_folder(placement, views, config.source)
-    return Plan(placement, folder, engine_arguments(engine, folder, placement, views, memory_share=memory_share))
 
 
 def import_vllm() -> None:

@@ -10,7 +10,6 @@
     choice.py        vLLM's tokens -> the deltas of one choice
     generation.py    one request: its choices side by side, to the last event
     model.py         a vLLM model: how a mixture is told to it
-    cpu_worker.py    the worker of models that are no ensemble, on CPUs
     process.py       its processes: started, watched, and started again when it dies
     queue.py         how many requests may wait
     step_stats.py    vLLM's own counts as the server's metrics

@@ -66,7 +66,7 @@ def engine_arguments(
     if engine.kv_cache_gb is not None:
         arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_gb * memory_share * 2**30)
     if is_cpu and not folder.is_ensemble:
-        arguments["worker_cls"] = "server.engines.vllm_engine.cpu_worker.SeededCPUWorker"
+        arguments["worker_cls"] = "server.one_model.vllm.worker.SeedKeepingWorker"  # ensembles have it
     return arguments | engine.options
 
 

@@ -11,7 +11,6 @@
     evidence.py         the posterior pool's evidence, in pages of vLLM's KV cache
     live_requests.py    the mixtures of the requests in a forward: vLLM's V1 model runner
     worker.py           ... and how the model gets to see that runner
-    cpu_seeds.py        ... and how requests with a seed survive long prompts on CPUs
     model_state.py      the same for the V2 model runner
 
 There is one architecture, `EnsembleForCausalLM`. Members of one `path` form one backbone (`backbones.groups`); if any

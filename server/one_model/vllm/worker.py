@@ -10,7 +10,6 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from server.one_model.vllm.admission import without_admission
-from server.one_model.vllm.cpu_seeds import spare_generators
 from server.one_model.vllm.live_requests import RunnerRequests
 
 if TYPE_CHECKING:
@@ -25,9 +24,9 @@ else:
 
 
 class SeedKeepingWorker(PlatformWorker):
-    """vLLM 0.32 draws a token after every chunk of a prompt, throws it away, and turns a seeded request's generator back
-    by the draw; generators of CPUs cannot be turned back, and the engine dies. So it gets none for such draws. For any
-    model, as `worker_cls`, on CPUs and the V1 runner.
+    """vLLM 0.32 draws a token after every chunk of a prompt, throws it away, and turns a seeded request's generator
+    back by the draw; generators of CPUs cannot be turned back, and the engine dies. So it gets none for such draws. For
+    any model, as `worker_cls`, on CPUs and the V1 runner.
     """
 
     def init_device(self) -> None:
@@ -49,8 +48,6 @@ class EnsembleWorker(SeedKeepingWorker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        if current_platform.is_cpu():
-            spare_generators(self.model_runner)
         model = self.model_runner.get_model()
         model.follow_requests(RunnerRequests(self.model_runner, model.directory))
 

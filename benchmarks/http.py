@@ -101,10 +101,17 @@ async def together(streams: Sequence[AsyncIterator[int]]) -> tuple[float, list[S
 
 @asynccontextmanager
 async def live_server(config: Path) -> AsyncIterator[httpx.AsyncClient]:
+    async with live([sys.executable, "-m", "server", "serve", str(config)]) as client:
+        yield client
+
+
+@asynccontextmanager
+async def live(command: Sequence[str]) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the server that `command` starts on a free port, once its /health says 200."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "server", "serve", str(config), "--port", str(port)]
+    command = [*command, "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:

@@ -32,7 +32,10 @@ def main() -> None:
     print("| answers | right | 95% interval |\n|---|---|---|")
     for model, scores in sample_scores(files.samples, answers).items():
         estimate = bootstrap.mean(np.array(scores))
-        show(f"a sample of {model}", estimate.value, estimate.interval)
+        # Resampled zeros are zeros: then the interval is that of a question, which says less and is right.
+        is_flat = estimate.value in (0, 1)
+        interval = wilson(int(estimate.value) * len(scores), len(scores)) if is_flat else estimate.interval
+        show(f"a sample of {model}", estimate.value, interval)
     for path in files.voted:
         num_right = sum(is_right(row["text"], answers[row["id"]]) for row in lines(path))
         show(path.stem, num_right / len(answers), wilson(num_right, len(answers)))

@@ -97,3 +97,14 @@ def test_a_request_that_cannot_be_honoured_is_refused_by_name(llm, mixture):
     if mixture.get("share"):
         with pytest.raises(VLLMValidationError, match="ensemble_weights: with a share"):
             run(llm, ["a"], extra_args={"ensemble_weights": [1, 1, 1]})
+
+
+def test_a_seed_gives_the_same_text_however_the_prompt_is_read(llm):
+    """Prompts of three chunks, and once all but the end of it from the prefix cache."""
+    text = "Seeds repeat. " + "The lazy dog jumps over the quick brown fox, that is the question. " * 2
+    params = {"temperature": 2.0, "prompt_logprobs": None}
+    first, again = (run(llm, [text, text], seed=7, **params) for _ in range(2))
+    ids = {tuple(output.outputs[0].token_ids) for output in first + again}
+    assert len(ids) == 1
+    others = {tuple(run(llm, [text], seed=seed, **params)[0].outputs[0].token_ids) for seed in range(8, 12)}
+    assert others - ids

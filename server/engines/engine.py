@@ -29,7 +29,10 @@ class Engine(MixtureHost, Protocol):
     def failure(self) -> str | None:
         """Why the engine is dead; None while it lives."""
 
-    def start(self) -> None: ...
+    def start(self) -> None:
+        """Returns when requests can be answered; that may take minutes. Called from a thread of its own. Raises
+        `ModelLoadError`."""
 
     def stop(self) -> None:
-        """End all live generations with `EngineDeadError` and free everything. Returns when that is done."""
+        """End all live generations with `EngineDeadError` and free everything, also if it is only being started.
+        Returns when that is done. Called from a thread that is not the event loop's."""

@@ -53,10 +53,10 @@ class VllmProcess:
     def start(self) -> None:
         """Returns when it is ready. Raises `ModelLoadError` if it does not come up."""
         try:
-            self._llm = self._made()
+            llm = self._made()
+            asyncio.run_coroutine_threadsafe(self._begin_with(llm), self._loop).result()
         except Exception as exc:
             raise ModelLoadError(f"vLLM did not start for {self.label} ({exc}); its log above has the cause") from exc
-        asyncio.run_coroutine_threadsafe(self._begin_to_watch(), self._loop).result()
 
     def stop(self) -> None:
         """Live generations end with `EngineDeadError`. Returns when the processes are gone, also those that are only
@@ -99,7 +99,11 @@ class VllmProcess:
             raise EngineDeadError("the engine was stopped")
         await self._warm(llm)
 
-    async def _begin_to_watch(self) -> None:
+    async def _begin_with(self, llm: AsyncLLM) -> None:
+        if self._is_stopping:
+            await _shut_down(llm)
+            raise EngineDeadError("the engine was stopped")
+        self._llm = llm
         self._watching = asyncio.create_task(self._watch(), name=f"watching vLLM for {self.label}")
 
     async def _close(self) -> None:

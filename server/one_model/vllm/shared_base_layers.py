@@ -110,12 +110,13 @@ def put_side_by_side(base: nn.Module, num_members: int) -> None:
 class LowRankRows(LinearMethodBase):
     """A linear layer's own method, and each member's low-rank change on its rows.
 
-    All changes lie side by side: two small products for all rows, and between them a mask that keeps for each row the
-    columns of its own member.
+    Two batched products, one matrix per member. Members before the first and after the last that change the layer are
+    left out, so a base that comes first costs nothing here.
     """
 
-    def __init__(self, method: QuantizeMethodBase) -> None:
-        self.method = method
+    def __init__(self, method: QuantizeMethodBase, num_members: int, changed: slice) -> None:
+        """changed: the members that the layer's `members_a` and `members_b` are of."""
+        self.method, self.num_members, self.changed = method, num_members, changed
         self.requires_device_loading = method.requires_device_loading
         self.supports_pre_processed_weights = method.supports_pre_processed_weights
 
@@ -128,9 +129,13 @@ class LowRankRows(LinearMethodBase):
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x: (T * K, in) -> (T * K, out)"""
         y = self.method.apply(layer, x, bias)
-        low = torch.mm(x, layer.members_a)
-        low.view(-1, *layer.members_mask.shape).mul_(layer.members_mask)
-        return y.addmm_(low, layer.members_b)
+        low = torch.bmm(self._of_members(x), layer.members_a)
+        self._of_members(y).baddbmm_(low, layer.members_b)
+        return y
+
+    def _of_members(self, rows: torch.Tensor) -> torch.Tensor:
+        """(T * K, width) -> (changed members, T, width), a view"""
+        return rows.view(-1, self.num_members, rows.shape[-1])[:, self.changed].transpose(0, 1)
 
 
 def add_changes(base: nn.Module, members: Sequence[Mapping[str, LowRank]], names: Sequence[str]) -> None:
@@ -170,7 +175,10 @@ def _places(base: nn.Module) -> dict[str, tuple[str, int | str | None]]:
 
 def _add(layer: LinearBase, changes: Sequence[tuple[int, LowRank, int | str | None]], num_members: int) -> None:
     """subtle: the layer's own loader puts each part into place, since it knows how ranks split inputs and outputs."""
-    a, b, owners = [], [], []
+    owners = [member for member, _, _ in changes]
+    changed = slice(min(owners), max(owners) + 1)
+    a: list[list[torch.Tensor]] = [[] for _ in range(num_members)]
+    b: list[list[torch.Tensor]] = [[] for _ in range(num_members)]
     for member, change, shard in changes:
         rank = len(change.a)
         is_split = isinstance(layer, RowParallelLinear)
@@ -181,16 +189,26 @@ def _add(layer: LinearBase, changes: Sequence[tuple[int, LowRank, int | str | No
             a_part.data.copy_(change.a)
         b_part = _empty(layer, sum(layer.output_partition_sizes), rank, output_dim=0)
         layer.weight_loader(b_part, change.b.to(b_part), *(() if shard is None else (shard,)))
-        a.append(a_part.data)
-        b.append(b_part.data)
-        owners += [member] * rank
-    mask = a[0].new_zeros(num_members, len(owners))
-    mask[owners, range(len(owners))] = 1
-    layer.register_buffer("members_a", torch.cat(a).T.contiguous(), persistent=False)  # (in, sum of ranks)
-    layer.register_buffer("members_b", torch.cat(b, dim=1).T.contiguous(), persistent=False)  # (sum of ranks, out)
-    layer.register_buffer("members_mask", mask, persistent=False)  # (K, sum of ranks)
-    layer.quant_method = LowRankRows(layer.quant_method)
-    layer.requires_unquantized_input = True  # the products above need x as it is
+        a[member].append(a_part.data.T)
+        b[member].append(b_part.data.T)
+    layer.register_buffer("members_a", _stacked(a[changed], dim=1), persistent=False)  # (changed, in, rank)
+    layer.register_buffer("members_b", _stacked(b[changed], dim=0), persistent=False)  # (changed, rank, out)
+    layer.quant_method = LowRankRows(layer.quant_method, num_members, changed)
+    layer.requires_unquantized_input = True  # the products need x as it is
+
+
+def _stacked(parts: Sequence[Sequence[torch.Tensor]], dim: int) -> torch.Tensor:
+    """One matrix per member: its parts side by side along `dim`, the rank, with zeros up to the largest rank."""
+    rank = max(sum(part.shape[dim] for part in member) for member in parts)
+    some = next(part for member in parts for part in member)
+    shape = [len(parts), *some.shape]
+    shape[dim + 1] = rank
+    stacked = some.new_zeros(shape)
+    for matrix, member in zip(stacked, parts, strict=True):
+        if member:
+            whole = torch.cat(list(member), dim=dim)
+            matrix.narrow(dim, 0, whole.shape[dim]).copy_(whole)
+    return stacked
 
 
 def _empty(layer: LinearBase, *shape: int, **dims: int) -> nn.Parameter:

@@ -15,6 +15,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING
 
 from ensembles.errors import EngineDeadError, EngineRestartingError, ModelLoadError
@@ -83,6 +84,7 @@ class VllmProcess:
         They inherit the thread's signal mask: Ctrl-C in a terminal reaches all its processes, and must not end the
         engine before the server has let live requests finish.
         """
+        resource_tracker.ensure_running()  # subtle: when it is started it unblocks the signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         if self._is_stopping:
             raise EngineDeadError("the engine was stopped")

@@ -117,6 +117,9 @@ def member_config(vllm_config: VllmConfig, checkpoint: Path, name: str) -> VllmC
             f"{checkpoint}: members of an ensemble in vLLM are text models, this one reads other input"
         )
     hf_config.ensemble_backbone = name
+    head_dtype = getattr(vllm_config.model_config.hf_config, "head_dtype", None)
+    if head_dtype is not None:  # --hf-overrides '{"head_dtype": "float32"}' is meant for every member's output head
+        hf_config.head_dtype = head_dtype
     config = vllm_config.with_hf_config(hf_config)
     model_config = config.model_config
     model_config.hf_text_config = hf_config

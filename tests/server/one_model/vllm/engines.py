@@ -67,8 +67,15 @@ def engine(folder: Path, **settings: Any) -> Iterator[Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    small = {"max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 32, "block_size": 32}
-    llm = LLM(str(folder), dtype="float32", enforce_eager=True, gpu_memory_utilization=0.1, **small | settings)
+    small = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 256,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 32,
+        "block_size": 32,
+    }
+    llm = LLM(str(folder), gpu_memory_utilization=0.1, **small | settings)
     try:
         yield llm
     finally:
@@ -100,7 +107,12 @@ class Judge:
         self._reference = reference_of(members)
 
     def __call__(
-        self, output: Any, weights: Mapping[str, float], pool: str = "arithmetic", share: float = 0.0
+        self,
+        output: Any,
+        weights: Mapping[str, float],
+        pool: str = "arithmetic",
+        share: float = 0.0,
+        tolerance: float = TOLERANCE_NATS,
     ) -> float:
         """The largest difference, nats, of any log-probability in `output`; fails if a greedy token is another one
         and no tie. weights: by member, none zero.
@@ -114,7 +126,7 @@ class Judge:
         for step, found in enumerate(output.outputs[0].logprobs or []):
             after = expected[len(prompt) - 1 + step]
             gap = after.max() - after[answer[step]]
-            assert gap < TOLERANCE_NATS, f"token {step} is {gap:.4f} nats behind the best"
+            assert gap < tolerance, f"token {step} is {gap:.4f} nats behind the best"
             for token, entry in found.items():
                 worst = max(worst, abs(entry.logprob - after[token]))
         return float(worst)

@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from server.one_model.vllm.backbones import member_config
 from server.one_model.vllm.engine_config import WORKER, EnsembleEngineConfig
 from tests.server.one_model.vllm.engines import exported
 
@@ -53,6 +54,14 @@ def test_processors_of_the_user_stay_listed(folder):
 def test_what_cannot_be_exact_is_refused_by_name(settings, message, folder):
     with pytest.raises((ValueError, NotImplementedError), match=message):
         config_of(folder, **settings)
+
+
+def test_members_of_one_shape_have_compile_caches_of_their_own(folder, members):
+    """vLLM would give both the code that was compiled for the first."""
+    config = config_of(folder)
+    llama, twin = (member_config(config, members[name], f"backbone_{name}") for name in ("llama", "twin"))
+    again = member_config(config, members["llama"], "backbone_llama")
+    assert llama.compute_hash() == again.compute_hash() != twin.compute_hash()
 
 
 def test_draft_heads_are_refused_by_name(folder):

@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -136,7 +137,8 @@ def measure(arms: Sequence[str], batches: Sequence[int], repeats: int, num_token
         for _ in range(repeats):
             random.shuffle(order)
             for arm, batch in order:
-                runs[f"{arm}@{batch}"].append(run(arm, batch, num_tokens))
+                runs[f"{arm}@{batch}"].append(done := run(arm, batch, num_tokens))
+                print(f"{arm}@{batch}: {done.wall_s:.2f} s, {done.cpu_s:.2f} s of CPU", file=sys.stderr, flush=True)
     return runs
 
 

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 BACKOFF = Backoff(first_s=1.0, max_s=60.0)
 STABLE_S = 60.0  # an engine that lived this long did not die of how it was started
 WATCH_S = 0.5  # between two looks at whether it lives
+GRACE_S = 10.0  # to end by itself
 
 
 class VllmProcess:
@@ -162,4 +163,13 @@ async def _shut_down(llm: AsyncLLM) -> None:
     llm.output_processor.propagate_error(VllmDeadError())
     if llm.output_handler is not None:
         llm.output_handler.cancel()  # or it logs the end as a failure
-    await in_own_thread(llm.shutdown)
+    await in_own_thread(_ended, llm)
+
+
+def _ended(llm: AsyncLLM) -> None:
+    """vLLM kills what has not ended in time, and does not wait for that."""
+    manager = llm.engine_core.resources.engine_manager
+    processes = [] if manager is None else list(manager.processes)
+    llm.shutdown(timeout=GRACE_S)
+    for process in processes:
+        process.join(GRACE_S)

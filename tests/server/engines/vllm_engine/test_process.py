@@ -30,7 +30,9 @@ class FragileLLM:
         self.told: list[Exception] = []
         self.output_processor = SimpleNamespace(propagate_error=self.told.append)
 
-    def shutdown(self) -> None:
+        self.engine_core = SimpleNamespace(resources=SimpleNamespace(engine_manager=None))
+
+    def shutdown(self, timeout: float | None = None) -> None:
         self.is_shut_down = True
 
 

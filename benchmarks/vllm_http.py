@@ -73,6 +73,7 @@ async def measure(options: argparse.Namespace) -> dict[str, list[float]]:
             for arm, n in order:
                 num_tokens = options.tokens if repeat else 4
                 speed, _ = await together([over_http(clients[arm], "mix", i, num_tokens) for i in range(n)])
+                print(f"{arm}@{n}: {speed:.1f} tokens/s for {num_tokens} tokens each", file=sys.stderr, flush=True)
                 if repeat:
                     speeds[f"{arm}@{n}"].append(speed)
     return speeds

@@ -36,7 +36,7 @@ ENGINES: dict[str, dict[str, Any]] = {
         "kind": "vllm",
         "kv_cache_gb": 1,
         "prefix_caching": False,
-        "options": {"enforce_eager": True, "dtype": "float32"},
+        "options": {"enforce_eager": True},
     },
     "ours on transformers": {"kind": "transformers", "prefix_cache_mb": 0},
 }

@@ -15,7 +15,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 VLLM_BIN := .venv-vllm/bin
 VLLM_INSTALL := $(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check
-VLLM_TESTS := tests/server/one_model/vllm tests/server/engines/vllm_engine tests/server/api/test_hosted_models.py
+VLLM_PYTEST := HF_HUB_OFFLINE=1 $(VLLM_BIN)/python -m pytest -m vllm
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-slow lint vllm-env test-vllm reference constraints vllm-pins clean
@@ -40,7 +40,9 @@ lint: .venv/test.stamp ## check style and format
 vllm-env: .venv-vllm/env.stamp ## install the CPU build of vLLM into .venv-vllm
 
 test-vllm: .venv-vllm/env.stamp ## run the tests that need vLLM, in .venv-vllm; ARGS go to pytest
-	HF_HUB_OFFLINE=1 $(VLLM_BIN)/python -m pytest -m vllm $(VLLM_TESTS) $(ARGS)
+	@# Two processes: the environment, where vLLM looks for settings, is not the same for both.
+	$(VLLM_PYTEST) tests/server/one_model/vllm $(ARGS)
+	$(VLLM_PYTEST) tests/server/engines/vllm_engine tests/server/api/test_hosted_models.py $(ARGS)
 
 reference: .venv/demo.stamp ## write the tables of configs/README.md anew
 	$(BIN)/python -m server.config_reference configs/README.md

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from ensembles.pooling import effective_weights, posterior
@@ -158,5 +158,7 @@ def test_rows_are_updated_as_single_texts_are(rows: list[Text], share: float) ->
 @given(texts())
 def test_likelihoods_of_whole_texts_give_the_weights_that_updates_give(text: Text) -> None:
     prior, logprobs = text
+    # Further apart than that the smaller weight has no float64, and one update after the other forgets how far it fell.
+    assume(np.ptp(np.cumsum(logprobs, axis=1), axis=0).max() < 500)
     closed = posterior.weights_of(torch.from_numpy(logprobs.sum(1)), torch.from_numpy(prior))
     np.testing.assert_allclose(closed.numpy(), posterior.track(prior, logprobs, prior, 0.0)[:, -1], atol=1e-9)

@@ -104,8 +104,8 @@ async def _merged(plan: Plan, config: Config, recipe: str | Mapping[str, Any], s
 
 
 def _dtype(plan: Plan, config: Config) -> str:
-    """Merges run in the number format of what they are compared with: that of the first arm with weights of its own, else
-    of the config's first model that has some. Which arm is the baseline does not count: it only decides what is
+    """Merges run in the number format of what they are compared with: that of the first arm with weights of its own,
+    else of the config's first model that has some. Which arm is the baseline does not count: it only decides what is
     subtracted.
     """
     names = [arm.name for arm in plan.file.arms if arm.is_of_config]

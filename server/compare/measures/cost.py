@@ -1,8 +1,8 @@
 """What an arm costs: answer tokens per second, time to the first token, forwards, memory, remote spend.
 
 All arms are measured in turns (A, B, C, A, B, C, ...), so that a machine that gets slower or busier does so for all of
-them. The first round is short, warms up and is dropped. Every request has a prompt of its own, so that no arm profits from what
-another one (or it itself) has read before.
+them. The first round is short, warms up and is dropped. Every request has a prompt of its own, so that no arm profits
+from what another one (or it itself) has read before.
 """
 
 from __future__ import annotations
@@ -90,9 +90,7 @@ async def measure_cost(
             for name, model in models.items():
                 figures = measured[name]
                 if figures.error is None:
-                    requests = [
-                        _request(prompts.next(), max_tokens, seed, is_chat) for seed in range(concurrency)
-                    ]
+                    requests = [_request(prompts.next(), max_tokens, seed, is_chat) for seed in range(concurrency)]
                     try:
                         await _round(
                             model, concurrency, settings, requests, figures, counter, count_tokens, remote, is_warm_up

@@ -53,7 +53,7 @@ def command_of(arm: str, root: Path) -> list[str]:
     models = members_of("adapters", root)
     mix = {"method": "probability_average", "members": [name for name in models if name != "base"]}
     config = {
-        "models": {**models, "base": {**models["base"], "dtype": "float32"}, "mix": mix},
+        "models": {**models, "base": {**models["base"], "dtype": "float32", "listed": False}, "mix": mix},
         "engine": {**ENGINES[arm], "max_batch": MAX_BATCH, "max_context": MAX_CONTEXT},
     }
     file = root / f"{arm}.yaml"

@@ -61,10 +61,13 @@ def _config_of(placement: Placement, source: Path) -> Config:
         if weights.adapter is None
     }
     for name, weights in placement.parts.items():
+        if (key := (weights.checkpoint, weights.dtype)) not in bases:
+            bases[key] = f"the base of {name}"  # that is all it is: no part is it
+            models[bases[key]] = HostedModel(path=str(weights.checkpoint), dtype=weights.dtype)
         if weights.adapter is None:
             models[name] = HostedModel(path=str(weights.checkpoint), dtype=weights.dtype)
         else:
-            models[name] = HostedModel(base=bases[weights.checkpoint, weights.dtype], adapter=str(weights.adapter))
+            models[name] = HostedModel(base=bases[key], adapter=str(weights.adapter))
     mixture = placement.mixture
     models[_ENSEMBLE] = ProbabilityAverage.Config(
         method="probability_average", members=dict(mixture.weights), pool=mixture.pool, share=mixture.share

@@ -4,16 +4,19 @@ vLLM gives an engine one model, and there an ensemble is one model (`server.one_
 average mixes are placed together, so that each is loaded once: alone it answers as the mixture with all weight on it.
 Members that stand on the same weights (a base and its adapters) are together for the same reason. All others get a
 vLLM model of their own, since every member of a model is run for every request to it.
+
+For the same reason a base that is not listed, and that no ensemble names, is not run: only its adapters are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ensembles.base import Mixture
 from ensembles.errors import ModelLoadError
+from ensembles.method import MethodConfig
 from ensembles.probability_averaging import ProbabilityAverage, mixture_of
 from server.config import HostedModel, ModelEntry
 
@@ -29,7 +32,8 @@ class Weights:
 
 @dataclass(frozen=True)
 class Placement:
-    """One vLLM model. `slots`: member -> its place among `parts`. `mixture`: the directory's own, over slots' names.
+    """One vLLM model. `slots`: member -> its place among `parts`; a base that is not run has none. `mixture`: the
+    directory's own, over slots' names.
 
     A part is named after the first member that stands on it. The mixture matters where evidence is followed: what
     vLLM's cache keeps of it is made for the directory's pool, weights and share.
@@ -68,7 +72,8 @@ def placements(models: Mapping[str, ModelEntry], checkpoints: Mapping[str, Path]
         members = [member for member in average.members if member in hosted]
         for member in members:
             groups.join(members[0], member)
-    return [_placement(members, weights, averages) for members in groups.listed()]
+    idle = _mere_bases(hosted, models)
+    return [_placement(members, weights, averages, idle) for members in groups.listed()]
 
 
 class Groups:
@@ -92,6 +97,13 @@ class Groups:
         return list(found.values())
 
 
+def _mere_bases(hosted: Mapping[str, HostedModel], models: Mapping[str, ModelEntry]) -> set[str]:
+    """Models that only lend their weights to adapters."""
+    named = {name for entry in models.values() if isinstance(entry, MethodConfig) for name in entry.references()}
+    bases = {entry.base for entry in hosted.values() if entry.adapter is not None}
+    return {name for name in bases - named if not hosted[name].listed}
+
+
 def _weights(
     entry: HostedModel, name: str, hosted: Mapping[str, HostedModel], checkpoints: Mapping[str, Path]
 ) -> Weights:
@@ -101,14 +113,18 @@ def _weights(
 
 
 def _placement(
-    members: list[str], weights: Mapping[str, Weights], averages: Mapping[str, ProbabilityAverage.Config]
+    members: list[str],
+    weights: Mapping[str, Weights],
+    averages: Mapping[str, ProbabilityAverage.Config],
+    idle: Collection[str],
 ) -> Placement:
     parts: dict[Weights, str] = {}
     for member in members:
-        parts.setdefault(weights[member], member)
+        if member not in idle:
+            parts.setdefault(weights[member], member)
     order = list(parts)
-    slots = {member: order.index(weights[member]) for member in members}
-    placement = Placement({name: part for part, name in parts.items()}, slots, Mixture(dict.fromkeys(members, 1.0)))
+    slots = {member: order.index(weights[member]) for member in members if weights[member] in parts}
+    placement = Placement({name: part for part, name in parts.items()}, slots, Mixture(dict.fromkeys(slots, 1.0)))
     following = {
         name: mixture_of(average.members, average.pool, average.share)
         for name, average in averages.items()

@@ -65,6 +65,16 @@ def test_members_of_an_average_become_one_directory(tiny: dict[str, Path]) -> No
     assert (config["pool"], config["share"]) == ("posterior", 0.1)
 
 
+def test_an_adapter_needs_its_base_in_no_place_of_its_own(tiny: dict[str, Path]) -> None:
+    models = {
+        "base": {"path": str(tiny["llama"]), "listed": False},
+        "red": {"base": "base", "adapter": str(tiny["red"])},
+    }
+    [found] = folders_of(models)
+    [member] = members_of(found)
+    assert (member["name"], member["adapter"]) == ("red", str(tiny["red"]))
+
+
 def test_the_same_config_finds_the_same_directory_again(tiny: dict[str, Path], cache: Path) -> None:
     models = {"a": {"path": str(tiny["llama"])}}
     [first], [second] = folders_of(models), folders_of(models)

@@ -17,7 +17,7 @@ import pytest_asyncio
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
-from ensembles.base import GenerationRequest, Sampling, collect
+from ensembles.base import GenerationRequest, Mixture, Sampling, collect
 from ensembles.errors import (
     EngineDeadError,
     ModelLoadError,
@@ -30,6 +30,7 @@ from server.config import Config, parse_config
 from server.engines.engine import StepStats
 from server.engines.scripted_engine import Script, ScriptedModel
 from server.engines.vllm_engine import process
+from server.engines.vllm_engine.engine import VllmEngine
 from server.hosting import Hosting
 from server.metrics import Metrics
 from tests.conftest import make_adapter, make_model
@@ -108,6 +109,15 @@ async def test_bad_requests_are_refused_by_name(hosting: Hosting) -> None:
     ):
         with pytest.raises(error, match=message):
             await collect(tight, request)
+
+
+async def test_a_hidden_base_that_is_not_run_is_refused_by_name(models: dict[str, Path]) -> None:
+    base = {"path": str(models["tight"]), "dtype": "float32", "listed": False}
+    config = config_of({"base": base, "red": {"base": "base", "adapter": str(models["red"])}})
+    engine = await VllmEngine.planned(config)
+    with pytest.raises(UnsupportedError, match=r"'base' .* only lends its weights .* `listed: true`") as refused:
+        await anext(engine.generate(Mixture({"base": 1.0}), ask(), method="member"))
+    assert refused.value.param == "model"
 
 
 async def test_whole_distributions_are_refused_by_name(hosting: Hosting) -> None:

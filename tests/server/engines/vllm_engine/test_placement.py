@@ -53,6 +53,28 @@ def test_a_base_and_its_adapters_are_together() -> None:
     assert found.parts["red"] == Weights(Path("/a"), "auto", Path("/red"))
 
 
+def test_a_base_that_only_lends_its_weights_is_not_run() -> None:
+    hidden = A | {"listed": False}
+    red = {"base": "a", "adapter": "/red"}
+    [found] = placed(a=hidden, red=red)
+    assert found.slots == {"red": 0} and found.parts == {"red": Weights(Path("/a"), "auto", Path("/red"))}
+    [found] = placed(a=hidden, red=red, blue=red | {"adapter": "/blue"}, mix=average("red", "blue"))
+    assert found.slots == {"red": 0, "blue": 1} and found.mixture == Mixture({"red": 1.0, "blue": 1.0})
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"mix": average("a", "red")},
+        {"vote": {"method": "crowd_vote", "members": ["a", "red"], "similarity": {"rouge_l_word": 1}}},
+        {"polite": {"base": "a", "system_prompt": "Be polite."}},
+    ],
+)
+def test_a_hidden_base_that_others_speak_through_is_run(more: dict[str, Any]) -> None:
+    [found] = placed(a=A | {"listed": False}, red={"base": "a", "adapter": "/red"}, **more)
+    assert found.slots["a"] != found.slots["red"] and len(found.parts) == 2
+
+
 def test_views_of_the_same_weights_are_one_part_whose_weights_add_up() -> None:
     polite = {"base": "a", "system_prompt": "Be polite."}
     [found] = placed(a=A, polite=polite, b=B, mix=average("a", "b"))

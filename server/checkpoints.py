@@ -89,6 +89,14 @@ def resolve_checkpoint(path: str, *, relative_to: Path, may_download: bool = Tru
     return _hub_folder(path, may_download)
 
 
+def checkpoint_of(name: str, path: str, *, relative_to: Path) -> Path:
+    """`resolve_checkpoint` for model `name` of a config, which errors then name."""
+    try:
+        return resolve_checkpoint(path, relative_to=relative_to)
+    except ModelLoadError as exc:
+        raise ModelLoadError(f"model {name!r}: {exc}") from exc
+
+
 def cache_folder() -> Path:
     """Where conversions are kept: `$ENSEMBLE_CACHE`, else `~/.cache/ensemble-server`."""
     return Path(os.environ.get("ENSEMBLE_CACHE") or "~/.cache/ensemble-server").expanduser()

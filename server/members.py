@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ensembles.errors import ModelLoadError
-from server.checkpoints import resolve_checkpoint
+from server.checkpoints import checkpoint_of
+from server.engines.checkpoint_facts import id_set
 from server.engines.transformers_engine.backbone import Backbone
-from server.surface import Surface
+from server.surface import Surface, load_tokenizer
 
 if TYPE_CHECKING:
     from server.config import HostedModel
@@ -84,10 +85,7 @@ class Root:
 
     @classmethod
     def load(cls, key: WeightsKey, adapters: Mapping[str, Path]) -> Root:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(key.folder, local_files_only=True)
-        except Exception as exc:  # like models, tokenizers raise whatever their parts raise
-            raise ModelLoadError(f"{key.folder} has no tokenizer that loads ({type(exc).__name__}: {exc})") from exc
+        tokenizer = load_tokenizer(key.folder)
         vocab_size = Surface(tokenizer).vocab_size
         backbone = Backbone.load(
             key.folder, dtype=key.dtype, device=key.device, adapters=adapters, vocab_size=vocab_size
@@ -118,10 +116,7 @@ def check_shared_vocabulary(members: Iterable[Member]) -> None:
 
 
 def _weights_key(name: str, model: HostedModel, relative_to: Path) -> WeightsKey:
-    try:
-        return WeightsKey(resolve_checkpoint(model.path, relative_to=relative_to), model.dtype, _device(model.device))
-    except ModelLoadError as exc:
-        raise ModelLoadError(f"model {name!r}: {exc}") from exc
+    return WeightsKey(checkpoint_of(name, model.path, relative_to=relative_to), model.dtype, _device(model.device))
 
 
 def _device(device: str) -> str:
@@ -138,7 +133,7 @@ def _member(name: str, model: HostedModel, models: Mapping[str, HostedModel], ro
         backbone=root.backbone,
         adapter=name if model.adapter is not None else None,
         surface=surface,
-        eos_ids=root.backbone.eos_ids | _ids(root.tokenizer.eos_token_id),
+        eos_ids=root.backbone.eos_ids | id_set(root.tokenizer.eos_token_id),
         max_model_len=min(max_context, root.backbone.max_positions or max_context),
     )
 
@@ -155,7 +150,3 @@ def member_surface(name: str, models: Mapping[str, HostedModel], tokenizer: PreT
         )
     except ModelLoadError as exc:
         raise ModelLoadError(f"model {name!r}: {exc}") from exc
-
-
-def _ids(value: int | list[int] | None) -> frozenset[int]:
-    return frozenset([value] if isinstance(value, int) else value or [])

@@ -10,13 +10,22 @@ import codecs
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ensembles.base import Message
 from ensembles.errors import ModelLoadError, RequestError, UnsupportedError
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Raises `ModelLoadError` if the folder has none that loads."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as exc:  # tokenizers raise whatever their parts raise
+        raise ModelLoadError(f"{folder} has no tokenizer that loads ({type(exc).__name__}: {exc})") from exc
 
 
 class Surface:

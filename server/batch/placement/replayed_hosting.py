@@ -26,10 +26,9 @@ class _ReplayedHosting(Hosting):
         self._surfaces: dict[str, Surface] = {}
 
     def surface(self, name: str) -> Surface | None:
-        from transformers import AutoTokenizer
-
         from server.checkpoints import resolve_checkpoint
         from server.members import member_surface
+        from server.surface import load_tokenizer
 
         entry = self.config.models[name]
         if isinstance(entry, MethodConfig):
@@ -40,8 +39,7 @@ class _ReplayedHosting(Hosting):
         if name not in self._surfaces:
             root = self.config.models[entry.base or name]
             folder = resolve_checkpoint(root.path, relative_to=self.config.source.parent, may_download=False)
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self._surfaces[name] = member_surface(name, self.config.models, tokenizer)
+            self._surfaces[name] = member_surface(name, self.config.models, load_tokenizer(folder))
         return self._surfaces[name]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ensembles.errors import ModelLoadError
 from ensembles.method import MethodConfig
-from server.checkpoints import resolve_checkpoint
+from server.checkpoints import checkpoint_of
 from server.compare.merges.content_cache import digest, folder_digest
 from server.config import Config, HostedModel
 
@@ -47,7 +47,5 @@ def weights_folder(config: Config, name: str) -> tuple[Path, HostedModel]:
     root_name = name if entry.base is None else entry.base
     root = config.models[root_name]
     assert isinstance(root, HostedModel), "checked when the config was read"
-    try:
-        return resolve_checkpoint(root.path or "", relative_to=config.source.absolute().parent), root
-    except ModelLoadError as exc:
-        raise ModelLoadError(f"model {root_name!r}: {exc}") from exc
+    assert root.path is not None, "so is that"
+    return checkpoint_of(root_name, root.path, relative_to=config.source.absolute().parent), root

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ensembles.errors import ModelLoadError
+from server.engines.checkpoint_facts import id_set, max_positions
 from server.engines.transformers_engine.adapters import AdapterRows, stack_adapters
 from server.engines.transformers_engine.attention import IMPLEMENTATION, Rows, Span
 from server.engines.transformers_engine.kv_cache import RowCache
@@ -63,20 +64,12 @@ class Backbone:
     @property
     def eos_ids(self) -> frozenset[int]:
         """End-of-text ids that the checkpoint's generation config names."""
-        ids = self.model.generation_config.eos_token_id if self.model.generation_config is not None else None
-        return frozenset([ids] if isinstance(ids, int) else ids or [])
+        config = self.model.generation_config
+        return frozenset() if config is None else id_set(config.eos_token_id)
 
     @property
     def max_positions(self) -> int | None:
-        """The context that the model was built for, if its config says so.
-
-        With longrope it is the one before the extension: beyond, the longest row would change the rotation of them all.
-        """
-        config = self.model.config.get_text_config()
-        rope = getattr(config, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "longrope":
-            return rope["original_max_position_embeddings"]
-        return getattr(config, "max_position_embeddings", None)
+        return max_positions(self.model.config.get_text_config())
 
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 
 from ensembles.base import Delta, FinishReason, GenerationRequest, Mixture, Sampling, TokenLogprob
 from ensembles.pooling import posterior, sampling
-from server.engines.transformers_engine.grammar import GrammarMask
+from server.engines.grammar import GrammarMask
 from server.engines.transformers_engine.kv_cache import RowCache
 from server.engines.transformers_engine.prompt import Prompt
 from server.engines.transformers_engine.token_report import describe, explained

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -27,12 +27,12 @@ from ensembles.errors import (
     EnsembleError,
     MemberError,
     ModelLoadError,
-    RequestError,
     UnsupportedError,
 )
 from ensembles.pooling import pool
+from server.engines import grammar
 from server.engines.engine import StepStats
-from server.engines.transformers_engine import grammar
+from server.engines.token_checks import check_ids, check_prompt
 from server.engines.transformers_engine.attention import Span
 from server.engines.transformers_engine.backbone import Backbone
 from server.engines.transformers_engine.choice import LiveChoice
@@ -138,7 +138,7 @@ class TransformersEngine:
                 "read it in windows"
             )
         asked = [self._members[name] for name in members]
-        _check_ids(token_ids, asked[0].vocab_size, "token_ids")
+        check_ids(token_ids, asked[0].vocab_size, "token_ids")
         if self._failure is not None:
             raise EngineDeadError(self._failure)
         if len(token_ids) < 2:
@@ -180,7 +180,7 @@ class TransformersEngine:
                 f"the prompt has {longest} tokens; this model's context holds {limit}, prompt and answer together",
                 param="messages" if request.messages is not None else "prompt",
             )
-        _check_ids(request.sampling.logit_bias, vocab_size, "logit_bias")
+        check_ids(request.sampling.logit_bias, vocab_size, "logit_bias")
         structure = request.sampling.grammar
         eos_ids = frozenset().union(*(member.eos_ids for member in members))
 
@@ -367,17 +367,10 @@ def _check_finite(job: Generation, logprobs: Sequence[torch.Tensor], pooled: tor
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, request: GenerationRequest) -> None:
     field = "messages" if request.messages is not None else "prompt"
-    if not all(prompts):
-        raise RequestError("the prompt has no tokens; there is nothing to continue", param=field)
-    _check_ids(prompts[0], vocab_size, field)
+    for token_ids in prompts:
+        check_prompt(token_ids, vocab_size, field)
     if request.prompt_logprobs is not None and any(ids != prompts[0] for ids in prompts):
         raise UnsupportedError(
             "prompt log-probabilities need one prompt for all members; these have different views of the conversation",
             param="prompt_logprobs",
         )
-
-
-def _check_ids(token_ids: Iterable[int], vocab_size: int, field: str) -> None:
-    for token_id in token_ids:
-        if not 0 <= token_id < vocab_size:
-            raise RequestError(f"token id {token_id} is outside the vocabulary of {vocab_size} tokens", param=field)

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ensembles.base import Delta, Done, GenerationRequest, MemberUsage, Mixture, PromptScored, Usage
+from server.engines.grammar import GrammarMask
 from server.engines.transformers_engine.attention import Span
 from server.engines.transformers_engine.choice import LiveChoice
-from server.engines.transformers_engine.grammar import GrammarMask
 from server.engines.transformers_engine.job import Job
 from server.engines.transformers_engine.prefix_cache import BlockKey, PrefixCache
 from server.engines.transformers_engine.prompt import Prompt

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Self
@@ -24,8 +24,9 @@ from ensembles.errors import (
     UnsupportedError,
 )
 from server.config import Config
+from server.engines import grammar
 from server.engines.engine import StepStats
-from server.engines.transformers_engine import grammar
+from server.engines.token_checks import check_ids, check_prompt
 from server.engines.vllm_engine.generation import Prepared, generate
 from server.engines.vllm_engine.model import VllmModel
 from server.engines.vllm_engine.parameters import check_supported
@@ -106,7 +107,7 @@ class VllmEngine:
         from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
         from vllm.v1.engine.exceptions import EngineGenerateError
 
-        model = self._model_of[next(iter(mixture.weights))]
+        model = self._model_running(mixture)
         llm = model.process.llm
         model.queue.check_room(request.priority)
         prepared = await asyncio.to_thread(self._prepare, mixture, request, method)
@@ -125,6 +126,16 @@ class VllmEngine:
         except EngineGenerateError as exc:
             raise MemberError(prepared.views[0].name, f"vLLM failed on this request ({exc.__cause__!r})") from exc
 
+    def _model_running(self, mixture: Mixture) -> VllmModel:
+        name = next(iter(mixture.weights))
+        if name not in self._model_of:
+            raise UnsupportedError(
+                f"model {name!r} is not listed and only lends its weights to adapters, so vLLM does not run it; set "
+                "`listed: true` for it",
+                param="model",
+            )
+        return self._model_of[name]
+
     def _prepare(self, mixture: Mixture, request: GenerationRequest, method: str) -> Prepared:
         """Read the request in the members' terms and check that it can be served. Runs in a worker thread."""
         views = [self.views[name] for name in mixture.weights]
@@ -134,10 +145,8 @@ class VllmEngine:
         field = "messages" if request.messages is not None else "prompt"
         if request.truncate_prompt_tokens is not None:
             token_ids = token_ids[-request.truncate_prompt_tokens :]
-        if not token_ids:
-            raise RequestError("the prompt has no tokens; there is nothing to continue", param=field)
-        _check_ids(token_ids, vocab_size, field)
-        _check_ids(request.sampling.logit_bias, vocab_size, "logit_bias")
+        check_prompt(token_ids, vocab_size, field)
+        check_ids(request.sampling.logit_bias, vocab_size, "logit_bias")
         check_supported(request, mixture)
         limit = self.max_model_len(mixture)
         if len(token_ids) >= limit:
@@ -170,9 +179,3 @@ def _prompt(views: Sequence[MemberView], request: GenerationRequest) -> list[int
             param="messages",
         )
     return first
-
-
-def _check_ids(token_ids: Iterable[int], vocab_size: int, field: str) -> None:
-    for token_id in token_ids:
-        if not 0 <= token_id < vocab_size:
-            raise RequestError(f"token id {token_id} is outside the vocabulary of {vocab_size} tokens", param=field)

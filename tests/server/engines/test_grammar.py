@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from ensembles.base import Grammar
 from ensembles.errors import RequestError, UnsupportedError
-from server.engines.transformers_engine import grammar
-from server.engines.transformers_engine.grammar import GrammarMask
+from server.engines import grammar
+from server.engines.grammar import GrammarMask
 from server.surface import Surface
 from tests.conftest import make_tokenizer
 

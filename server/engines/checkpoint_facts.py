@@ -1,0 +1,21 @@
+"""What a checkpoint's own files say that every engine goes by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def max_positions(text_config: Any) -> int | None:
+    """The context that a model was built for, if its config says so.
+
+    With longrope it is the one before the extension: beyond, the longest row would change the rotation of them all.
+    """
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return rope["original_max_position_embeddings"]
+    return getattr(text_config, "max_position_embeddings", None)
+
+
+def id_set(value: int | list[int] | None) -> frozenset[int]:
+    """Token ids as configs and tokenizers write them: one, several or none."""
+    return frozenset([value] if isinstance(value, int) else value or [])

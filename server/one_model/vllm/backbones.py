@@ -6,7 +6,7 @@ there are several. Every member has attention layers and a KV cache of its own u
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models.utils import maybe_prefix
@@ -73,28 +74,47 @@ def build_backbones(
 ) -> dict[str, Backbone]:
     """The backbones of a directory by the name that they are to have as attributes of the model with this `prefix`.
 
-    Raises `ModelLoadError` if a member's files cannot be found.
+    Raises `ModelLoadError` if a member's files cannot be found, or vLLM cannot build it.
     """
     found: dict[str, Backbone] = {}
     for letter, group in zip("abcdefghijklmnopqrstuvwxyz", groups(members), strict=False):
         # subtle: vLLM wants exactly one number in the name of an attention layer, that of the layer
         name = f"backbone_{letter}"
         checkpoint = resolve_checkpoint(members[group[0]]["path"], relative_to=folder)
-        arguments = {"vllm_config": member_config(vllm_config, checkpoint, name), "checkpoint": checkpoint}
-        with set_model_tag(name):
-            if len(group) == 1 and members[group[0]]["adapter"] is None:
-                found[name] = SeparateMember(index=group[0], prefix=maybe_prefix(prefix, name), **arguments)
-            else:
-                from server.one_model.vllm.shared_base import SharedBase
-
-                found[name] = SharedBase(
-                    members=[members[index] for index in group],
-                    indices=group,
-                    folder=folder,
-                    prefix=maybe_prefix(prefix, name),
-                    **arguments,
-                )
+        try:
+            with set_model_tag(name):
+                found[name] = _build(vllm_config, members, group, checkpoint, folder, maybe_prefix(prefix, name))
+        except ModelLoadError:
+            raise
+        except Exception as exc:  # quantisation and kernels raise what they like
+            names = " and ".join(repr(members[index]["name"]) for index in group)
+            raise ModelLoadError(
+                f"vLLM cannot build member {names} from {checkpoint} ({type(exc).__name__}: {exc})"
+            ) from exc
     return found
+
+
+def _build(
+    vllm_config: VllmConfig,
+    members: Sequence[Member],
+    group: tuple[int, ...],
+    checkpoint: Path,
+    folder: Path,
+    prefix: str,
+) -> Backbone:
+    config = member_config(vllm_config, checkpoint, prefix)
+    if len(group) == 1 and members[group[0]]["adapter"] is None:
+        return SeparateMember(vllm_config=config, index=group[0], checkpoint=checkpoint, prefix=prefix)
+    from server.one_model.vllm.shared_base import SharedBase
+
+    return SharedBase(
+        vllm_config=config,
+        members=[members[index] for index in group],
+        indices=group,
+        checkpoint=checkpoint,
+        folder=folder,
+        prefix=prefix,
+    )
 
 
 def groups(members: Sequence[Member]) -> list[tuple[int, ...]]:
@@ -105,18 +125,18 @@ def groups(members: Sequence[Member]) -> list[tuple[int, ...]]:
     return [tuple(group) for group in by_path.values()]
 
 
-def member_config(vllm_config: VllmConfig, checkpoint: Path, name: str) -> VllmConfig:
+def member_config(vllm_config: VllmConfig, checkpoint: Path, prefix: str) -> VllmConfig:
     """`vllm_config` with the model of `checkpoint` in place of the ensemble. KV layers stay the ensemble's.
 
-    name: the backbone's. It becomes part of what vLLM's compile cache goes by, which otherwise gives two members of one
-    shape the code of one of them.
+    prefix: of the backbone. It becomes part of what vLLM's compile cache goes by, which otherwise gives two members of
+    one shape the code of one of them.
     """
     hf_config = get_config(str(checkpoint), trust_remote_code=vllm_config.model_config.trust_remote_code)
     if hf_config.get_text_config() is not hf_config:
         raise ModelLoadError(
             f"{checkpoint}: members of an ensemble in vLLM are text models, this one reads other input"
         )
-    hf_config.ensemble_backbone = name
+    hf_config.ensemble_backbone = prefix
     head_dtype = getattr(vllm_config.model_config.hf_config, "head_dtype", None)
     if head_dtype is not None:  # --hf-overrides '{"head_dtype": "float32"}' is meant for every member's output head
         hf_config.head_dtype = head_dtype
@@ -125,10 +145,29 @@ def member_config(vllm_config: VllmConfig, checkpoint: Path, name: str) -> VllmC
     model_config.hf_text_config = hf_config
     model_config.model_arch_config = model_config.get_model_arch_config()
     model_config.model = str(checkpoint)
-    model_config.quantization = None
-    model_config._verify_quantization()  # reads the method off the member's own config
+    # Read off the member's own config; what --quantization asks for is meant for members that say nothing.
+    model_config._verify_quantization()
     config.quant_config = VllmConfig.get_quantization_config(model_config, config.load_config)
+    if config.quant_config is not None:
+        _read_own_names(config.quant_config, prefix)
     return config
+
+
+def _read_own_names(quant_config: QuantizationConfig, prefix: str) -> None:
+    """Let `quant_config` see layers by the names that its checkpoint has for them, without the backbone's.
+
+    Checkpoints say by name which layers are quantised, and how. With another name a layer would silently be taken for
+    one of another kind, and its weights for what they are not.
+    """
+
+    def of_own_name(method: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+        return lambda layer, prefix, *, backbone=f"{prefix}.": method(layer, prefix.removeprefix(backbone))
+
+    quant_config.get_quant_method = of_own_name(quant_config.get_quant_method)
+    online = quant_config.online_quantization_config
+    if online is not None:  # on top of the checkpoint's, from --quantization-config
+        online.get_quant_method = of_own_name(online.get_quant_method)
+        online.resolve_quant_method_cls = of_own_name(online.resolve_quant_method_cls)
 
 
 def directory_of(model: str) -> Path:

@@ -115,9 +115,10 @@ class LowRankRows(LinearMethodBase):
     """
 
     def __init__(self, method: QuantizeMethodBase, num_members: int, changed: slice) -> None:
-        """changed: the members that the layer's `members_a` and `members_b` are of."""
+        """changed: the members that the layer's `changes` are of."""
         self.method, self.num_members, self.changed = method, num_members, changed
         self.requires_device_loading = method.requires_device_loading
+        self.uses_meta_device = method.uses_meta_device
         self.supports_pre_processed_weights = method.supports_pre_processed_weights
 
     def create_weights(self, layer: nn.Module, *args: Any, **settings: Any) -> None:
@@ -129,8 +130,8 @@ class LowRankRows(LinearMethodBase):
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x: (T * K, in) -> (T * K, out)"""
         y = self.method.apply(layer, x, bias)
-        low = torch.bmm(self._of_members(x), layer.members_a)
-        self._of_members(y).baddbmm_(low, layer.members_b)
+        low = torch.bmm(self._of_members(x), layer.changes.a)
+        self._of_members(y).baddbmm_(low, layer.changes.b)
         return y
 
     def _of_members(self, rows: torch.Tensor) -> torch.Tensor:
@@ -191,8 +192,10 @@ def _add(layer: LinearBase, changes: Sequence[tuple[int, LowRank, int | str | No
         layer.weight_loader(b_part, change.b.to(b_part), *(() if shard is None else (shard,)))
         a[member].append(a_part.data.T)
         b[member].append(b_part.data.T)
-    layer.register_buffer("members_a", _stacked(a[changed], dim=1), persistent=False)  # (changed, in, rank)
-    layer.register_buffer("members_b", _stacked(b[changed], dim=0), persistent=False)  # (changed, rank, out)
+    # subtle: in a module of their own, since vLLM counts a layer's tensors to see when it has read them all
+    layer.changes = nn.Module()
+    layer.changes.register_buffer("a", _stacked(a[changed], dim=1), persistent=False)  # (changed, in, rank)
+    layer.changes.register_buffer("b", _stacked(b[changed], dim=0), persistent=False)  # (changed, rank, out)
     layer.quant_method = LowRankRows(layer.quant_method, num_members, changed)
     layer.requires_unquantized_input = True  # the products need x as it is
 

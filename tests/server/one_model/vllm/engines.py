@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,8 +103,9 @@ def reference_of(members: Mapping[str, Path]) -> Reference:
 class Judge:
     """Holds outputs to members that plain transformers ran alone."""
 
-    def __init__(self, members: Mapping[str, Path]) -> None:
-        self._reference = reference_of(members)
+    def __init__(self, members: Mapping[str, Path], reference: Callable[..., Any] | None = None) -> None:
+        """reference: in place of plain transformers on the members' folders."""
+        self._reference = reference or reference_of(members)
 
     def __call__(
         self,

@@ -95,6 +95,11 @@ class Hosting:
         """Why nothing hosted can answer any more; None while all is well."""
         return self._engine.failure if self._engine is not None else None
 
+    @property
+    def down(self) -> frozenset[str]:
+        """Hosted models that nothing answers for now."""
+        return self._engine.down if self._engine is not None else frozenset()
+
     def surface(self, name: str) -> Surface | None:
         """How model `name` reads and writes text: its own tokenizer, or that of its first member that has one."""
         if name in self._surfaces:

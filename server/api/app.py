@@ -51,7 +51,7 @@ def create_app(hosting: Hosting, *, metrics: Metrics) -> FastAPI:
     batches = BatchService(hosting, metrics)
     app.state.batches = batches
 
-    app.include_router(health_router(admission))
+    app.include_router(health_router(hosting, admission))
     app.include_router(metrics_router(metrics))
     for router in (
         models_router(hosting),

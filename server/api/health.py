@@ -9,17 +9,21 @@ from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
+from ensembles.base import Model
+from ensembles.errors import EngineRestartingError
+from ensembles.method import Method
 from server.api.admission import Admission
 from server.api.errors import documented
 from server.api.responses import Health, JSONResponse, Version
 
 if TYPE_CHECKING:
+    from server.hosting import Hosting
     from server.metrics import Metrics
 
 PACKAGE = "ensemble-server"
 
 
-def health_router(admission: Admission) -> APIRouter:
+def health_router(hosting: Hosting, admission: Admission) -> APIRouter:
     """Open to all: who asks has no key."""
     router = APIRouter(tags=["health"])
 
@@ -31,15 +35,34 @@ def health_router(admission: Admission) -> APIRouter:
     @router.get("/ready", response_model=None, responses={200: {"model": Health}} | documented(503))
     @router.get("/health", response_model=None, responses={200: {"model": Health}} | documented(503))
     async def health() -> Response:
-        """200 if requests are answered now, else 503 and why not."""
+        """200 if requests are answered now, be it of some models only; else 503 and why not."""
         await admission.check()
-        return JSONResponse({"status": "ok"})
+        return JSONResponse(health_of(hosting))
 
     @router.get("/version", response_model=None, responses={200: {"model": Version}})
     async def server_version() -> Response:
         return JSONResponse({"version": version(PACKAGE)})
 
     return router
+
+
+def health_of(hosting: Hosting) -> Health:
+    """Raises `EngineRestartingError` if none of the listed models can answer."""
+    if not hosting.down:
+        return {"status": "ok"}
+    parts = {name: _singles(hosting.models[name]) for name in hosting.listed}
+    down = [name for name, singles in parts.items() if singles <= hosting.down]
+    if down and len(down) == len(parts):
+        raise EngineRestartingError(f"the engines of all models are being started again: {', '.join(down)}")
+    impaired = [name for name, singles in parts.items() if singles & hosting.down and name not in down]
+    return {"status": "degraded", "down": down, "impaired": impaired}
+
+
+def _singles(model: Model) -> frozenset[str]:
+    """The models at the bottom of it, which answer by themselves."""
+    if not isinstance(model, Method):
+        return frozenset({model.name})
+    return frozenset().union(*(_singles(part) for part in model.models.values()))
 
 
 def metrics_router(metrics: Metrics) -> APIRouter:

@@ -208,7 +208,11 @@ class TokenizerInfo(TypedDict):
 
 
 class Health(TypedDict):
-    status: str
+    """`down`: listed models that cannot answer now; `impaired`: ensembles of which some part cannot."""
+
+    status: Literal["ok", "degraded"]
+    down: NotRequired[list[str]]
+    impaired: NotRequired[list[str]]
 
 
 class Version(TypedDict):

@@ -29,6 +29,10 @@ class Engine(MixtureHost, Protocol):
     def failure(self) -> str | None:
         """Why the engine is dead; None while it lives."""
 
+    @property
+    def down(self) -> frozenset[str]:
+        """Members that nothing answers for now."""
+
     def start(self) -> None:
         """Returns when requests can be answered; that may take minutes. Called from a thread of its own. Raises
         `ModelLoadError`."""

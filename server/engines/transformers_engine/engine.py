@@ -84,6 +84,10 @@ class TransformersEngine:
     def failure(self) -> str | None:
         return self._failure
 
+    @property
+    def down(self) -> frozenset[str]:
+        return frozenset() if self._failure is None else frozenset(self._members)
+
     def start(self) -> None:
         self._thread.start()
 

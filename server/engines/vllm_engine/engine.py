@@ -61,6 +61,10 @@ class VllmEngine:
         """None: what dies is started again, and until then only requests to it are refused."""
         return None
 
+    @property
+    def down(self) -> frozenset[str]:
+        return frozenset(member for member, model in self._model_of.items() if not model.process.is_running)
+
     def start(self) -> None:
         """Start vLLM for each model, one after the other: each measures how much memory is free. Returns when all are
         ready. Raises `ModelLoadError`.

@@ -67,11 +67,15 @@ class VllmProcess:
         asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
 
     @property
+    def is_running(self) -> bool:
+        return self._llm is not None and not self._llm.errored
+
+    @property
     def llm(self) -> AsyncLLM:
         """The running engine. Raises `EngineRestartingError` while there is none, `EngineDeadError` after `stop`."""
         if self._is_stopping:
             raise EngineDeadError("the engine was stopped")
-        if self._llm is None or self._llm.errored:
+        if not self.is_running:
             self._suspected.set()
             raise EngineRestartingError(
                 f"vLLM for {self.label} has died and is being started again; try again later",

@@ -60,6 +60,7 @@ class ScriptedHosting:
         self.embedder = ScriptedEmbedder()
         self.created = 1_700_000_000
         self.failure: str | None = None
+        self.down: frozenset[str] = frozenset()
         self._surfaces = surfaces
 
     def surface(self, name: str) -> Surface | None:

@@ -274,10 +274,10 @@ async def test_a_failed_forward_fails_its_requests_and_the_engine_goes_on(runnin
         with pytest.raises(MemberError, match="out of memory"):
             await collect(OnEngine(engine, MIX), ask())
         assert await text_of(engine, MIX, ask(seed=1))
-        assert engine.failure is None
+        assert engine.failure is None and not engine.down
 
 
-async def test_an_engine_whose_forwards_all_fail_dies_and_says_so(running, monkeypatch):
+async def test_an_engine_whose_forwards_all_fail_dies_and_says_so(running, members, monkeypatch):
     def broken(self, spans):
         raise RuntimeError("the device is gone")
 
@@ -288,6 +288,7 @@ async def test_an_engine_whose_forwards_all_fail_dies_and_says_so(running, monke
         ]
     assert [type(error) for error in errors] == [MemberError, MemberError, EngineDeadError, EngineDeadError]
     assert "the device is gone" in engine.failure
+    assert engine.down == set(members)
 
 
 async def test_stopping_ends_live_generations_with_an_error(running):

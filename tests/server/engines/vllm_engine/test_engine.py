@@ -186,12 +186,17 @@ async def test_a_dead_vllm_is_a_503_then_back_and_the_rest_of_the_server_lives(
             assert response.json()["error"]["code"] == "engine_restarting"
             assert int(response.headers["retry-after"]) >= 1
         assert (await chat("far")).json()["choices"][0]["message"]["content"] == "Hi"
-        assert (await client.get("/health")).status_code == 200
+        assert (await client.get("/health")).status_code == 503  # tight is all that is listed
+        monkeypatch.setattr(hosting, "listed", ["tight", "far"])
+        health = await client.get("/health")
+        assert (health.status_code, health.json()["status"]) == (200, "degraded")
+        assert (health.json()["down"], health.json()["impaired"]) == (["tight"], [])
 
         async with asyncio.timeout(540):  # seconds, on a machine of its own
             while (again := await chat("tight")).status_code == 503:
                 await asyncio.sleep(0.25)
         assert again.status_code == 200, again.text
+        assert (await client.get("/health")).json() == {"status": "ok"}
     assert "vLLM for tight died after" in caplog.text and "vLLM for tight runs again" in caplog.text
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert not alive, "workers of the dead engine hold memory"

@@ -92,13 +92,14 @@ async def test_one_that_cannot_be_asked_anything_is_shut_down() -> None:
 async def test_a_dead_one_is_replaced_and_meanwhile_says_when_to_come_back(caplog: pytest.LogCaptureFixture) -> None:
     first, second = FragileLLM(), FragileLLM()
     found = await opened(Factory(first, second))
-    assert found.llm is first
+    assert found.llm is first and found.is_running
     first.errored = True
+    assert not found.is_running
     with pytest.raises(EngineRestartingError, match="vLLM for a, b has died") as caught:
         _ = found.llm
     assert caught.value.retry_after_s >= 1
     await until(lambda: found.num_restarts == 1)
-    assert found.llm is second
+    assert found.llm is second and found.is_running
     assert first.is_shut_down and len(first.told) == 1
     assert "vLLM for a, b died after 0 s" in caplog.text and "runs again" in caplog.text
     await asyncio.to_thread(found.stop)

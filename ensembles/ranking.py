@@ -150,7 +150,7 @@ class Ranking(Method):
         calls = candidate_calls(config, self.models, request)
         is_by_logprob = config.judge is None and self._reranker is None
         if is_by_logprob:
-            calls = [replace(call, request=replace(call.request, top_logprobs=0)) for call in calls]
+            calls = [_with_logprobs(call) for call in calls]
         limits = [config.member_timeout_s, request.deadline_s and MEMBERS_SHARE * request.deadline_s]
         deadline_s = min((limit for limit in limits if limit is not None), default=None)
         outcomes = await fan_out(calls, ensemble=self.name, min_turnout=config.min_turnout, deadline_s=deadline_s)
@@ -201,6 +201,12 @@ class Ranking(Method):
             "place_bias": place_bias(first_wins),
         }
         return Comparison(elect(matrix).scores, total_usage(outcome.usage for outcome in outcomes), trace)
+
+
+def _with_logprobs(call: Call) -> Call:
+    """What each member of a mixture thinks of its tokens is not asked for: nobody would see it."""
+    explain = call.request.explain and not isinstance(call.model, DistributionModel)
+    return replace(call, request=replace(call.request, top_logprobs=0, explain=explain))
 
 
 def _silent_without_logprobs(outcome: Outcome) -> Outcome:

@@ -161,6 +161,26 @@ async def test_without_a_comparer_the_likeliest_answer_per_token_wins() -> None:
     assert answer.done.trace["margin"] == 1.0
 
 
+@dataclass
+class Mixed(Scored):
+    """A probability average on an engine that cannot show its members' views of a token."""
+
+    host: object = None
+    mixture: Mixture = field(default_factory=lambda: Mixture({"ann": 1.0, "bob": 1.0}))
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
+        if request.explain:
+            raise UnsupportedError("it does not show its members' views", param="ensemble.explain")
+        async for event in super().generate(request):
+            yield event
+
+
+async def test_views_of_tokens_that_no_trace_shows_are_not_asked_for() -> None:
+    answer = await collect(ranking({}, [Mixed("mix", "sure", (-1.0,)), Scored("bob", "unsure", (-2.0,))]), REQUEST)
+    assert answer.text == "sure"
+    assert answer.done.trace["scores"] == [-1.0, -2.0]
+
+
 async def test_members_without_log_probabilities_are_silent(talker: Callable) -> None:
     members = [Scored("ann", "words", ()), Scored("bob", "short", (-2.0,))]
     answer = await collect(ranking({}, members), REQUEST)

@@ -42,7 +42,7 @@ vllm-env: .venv-vllm/env.stamp ## install the CPU build of vLLM into .venv-vllm
 test-vllm: .venv-vllm/env.stamp ## run the tests that need vLLM, in .venv-vllm; ARGS go to pytest
 	@# Two processes: the environment, where vLLM looks for settings, is not the same for both.
 	$(VLLM_PYTEST) tests/server/one_model/vllm $(ARGS)
-	$(VLLM_PYTEST) tests/server/engines/vllm_engine tests/server/api/test_hosted_models.py $(ARGS)
+	$(VLLM_PYTEST) tests/server/engines/vllm_engine tests/server/api tests/clients/test_openai.py $(ARGS)
 
 reference: .venv/demo.stamp ## write the tables of configs/README.md anew
 	$(BIN)/python -m server.config_reference configs/README.md

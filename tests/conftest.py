@@ -1,4 +1,7 @@
-"""Tiny real models, made in seconds: random weights, one byte-level vocabulary trained on the spot."""
+"""Tiny real models, made in seconds: random weights, one byte-level vocabulary trained on the spot.
+
+And the engines that run them: what uses the fixture `engine` is run with each.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,11 @@ SAMPLE = (
     "The quick brown fox jumps over the lazy dog. def f(x): return x + 1\n"
     'To be, or not to be, that is the question. Ünïcödé 数学 😀 {} [] "key": 12.5, true, false\n'
 ) * 4
+
+ENGINES = {  # what a config says of each
+    "transformers": {"kind": "transformers"},
+    "vllm": {"kind": "vllm", "kv_cache_gb": 0.25, "options": {"enforce_eager": True}},
+}
 
 ModelMaker = Callable[..., Path]
 
@@ -108,6 +116,27 @@ def make_adapter(folder: Path, base: Path, *, seed: int, rank: int = 4, **change
     return folder
 
 
+def make_embedder(folder: Path, words: tuple[str, ...], *, max_tokens: int = 64) -> Path:
+    """A random BERT of two layers that knows `words`, as sentence-transformers loads it: equal texts are closest."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    BertModel(config).save_pretrained(folder)
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    transformer = Transformer(str(folder), max_seq_length=max_tokens)
+    pooling = Pooling(transformer.get_embedding_dimension())
+    SentenceTransformer(modules=[transformer, pooling, Normalize()]).save(str(folder / "sentences"))
+    return folder / "sentences"
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of tiny models of one vocabulary: llamas of different shapes, other families, adapters of `llama`."""
@@ -124,3 +153,27 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for seed, name in enumerate(("red", "green", "blue"), start=10):
         folders[name] = make_adapter(root / name, folders["llama"], seed=seed, rank=2 + seed % 3)
     return folders
+
+
+@pytest.fixture(scope="session", params=["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
+def engine(request: pytest.FixtureRequest) -> str:
+    """What uses this runs twice: with the embedded engine, and where vLLM is installed (`make test-vllm`) with vLLM."""
+    if request.param == "vllm":
+        pytest.importorskip("vllm", reason="needs vLLM: make test-vllm", exc_type=ImportError)
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def folders(engine: str, tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The models of `tiny`; for vLLM those that it is to run have heads of 32, as its attention on CPUs wants."""
+    if engine == "transformers":
+        return tiny
+    root = tmp_path_factory.mktemp("wide")
+    wide = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    llama = make_model(root / "llama", **wide)
+    return tiny | {
+        "llama": llama,
+        "deep": make_model(root / "deep", seed=1, num_hidden_layers=3, vocab_size=384, **wide),
+        "red": make_adapter(root / "red", llama, seed=10),
+        "green": make_adapter(root / "green", llama, seed=11),
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.conftest import ENGINES
+
 CONFIG = """
 models:
   llama: {{path: "{llama}"}}
@@ -22,7 +25,7 @@ models:
   mix: {{method: probability_average, members: {{llama: 1, deep: 2, red: 1}}}}
   adaptive: {{method: probability_average, members: [llama, deep, red], pool: posterior, share: 0.01}}
 server: {{port: 0, max_queue: 64}}
-engine: {{max_context: 512}}
+engine: {engine}
 """
 
 
@@ -33,10 +36,11 @@ class LiveServer:
 
 
 @pytest.fixture(scope="session")
-def live(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+def live(engine: str, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     folder = tmp_path_factory.mktemp("live")
     config = folder / "config.yaml"
-    config.write_text(CONFIG.format(**tiny))
+    block = ENGINES[engine] | {"max_context": 512}
+    config.write_text(CONFIG.format(engine=json.dumps(block), **folders))
     with server_of(config) as server:
         yield server
 
@@ -58,7 +62,7 @@ def server_of(config: Path) -> Iterator[LiveServer]:
 
 def _address(process: subprocess.Popen, log: Path) -> str:
     """The address that the server prints once it is ready."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         for line in log.read_text().splitlines():
             if line.startswith("Ready: "):

@@ -11,30 +11,14 @@ import pytest
 
 from ensembles.errors import ModelLoadError
 from server.embeddings import SentenceEmbedder
+from tests.conftest import make_embedder
 
 MAX_TOKENS = 8
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "green", "blue"]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-    )
-    BertModel(config).save_pretrained(folder)
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    transformer = Transformer(str(folder), max_seq_length=MAX_TOKENS)
-    pooling = Pooling(transformer.get_embedding_dimension())
-    SentenceTransformer(modules=[transformer, pooling, Normalize()]).save(str(folder / "sentences"))
-    return folder / "sentences"
+    return make_embedder(tmp_path_factory.mktemp("bert"), ("red", "green", "blue"), max_tokens=MAX_TOKENS)
 
 
 @pytest.fixture(scope="module")

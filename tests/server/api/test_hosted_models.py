@@ -8,88 +8,32 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import orjson
 import pytest
 import pytest_asyncio
 
-from server.api.app import create_app
-from server.api.serve import listening
-from server.config import parse_config
-from server.engines.engine import StepStats
-from server.hosting import Hosting
-from server.metrics import Metrics
-from tests.conftest import make_adapter, make_model
 from tests.reference import Reference
 from tests.server.api.conftest import events_of, until
 from tests.server.api.feature_table import FEATURES, PROBES
+from tests.server.api.houses import ASKED, House, open_house
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 TEXT = "The quick brown fox jumps over the lazy dog."
-CHAT = {"messages": [{"role": "user", "content": "def f(x): return?"}]}
 
 
-@dataclass
-class House:
-    client: httpx.AsyncClient
-    hosting: Hosting
-    steps: list[StepStats] = field(default_factory=list)
-
-    async def complete(self, **body: Any) -> dict[str, Any]:
-        return await self._post("/v1/completions", body)
-
-    async def chat(self, **body: Any) -> dict[str, Any]:
-        return await self._post("/v1/chat/completions", CHAT | body)
-
-    async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        response = await self.client.post(path, json=body)
-        assert response.status_code == 200, response.text
-        return response.json()
-
-
-def config_of(engine: str, folders: dict[str, Path]) -> dict[str, Any]:
+def models_of(folders: dict[str, Path]) -> dict[str, Any]:
     members = {"llama": 1, "red": 2, "deep": 1}
-    engines = {
-        "transformers": {"prefill_chunk": 16},
-        "vllm": {"kind": "vllm", "prefill_chunk": 16, "kv_cache_gb": 0.25, "options": {"enforce_eager": True}},
-    }
     return {
-        "models": {
-            "llama": {"path": str(folders["llama"]), "dtype": "float32"},
-            "deep": {"path": str(folders["deep"]), "dtype": "float32"},
-            "red": {"base": "llama", "adapter": str(folders["red"])},
-            "mix": {"method": "probability_average", "members": members},
-            "adaptive": {"method": "probability_average", "members": members, "pool": "posterior", "share": 0.01},
-        },
-        "server": {"max_queue": 16},
-        "engine": {"max_batch": 8, "max_context": 256, **engines[engine]},
-    }
-
-
-@pytest.fixture(scope="module", params=["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
-def engine(request: pytest.FixtureRequest) -> str:
-    if request.param == "vllm":
-        pytest.importorskip("vllm", reason="needs vLLM: make test-vllm", exc_type=ImportError)
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def folders(engine: str, tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    if engine == "transformers":
-        return tiny
-    root = tmp_path_factory.mktemp("wide")
-    wide = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
-    llama = make_model(root / "llama", **wide)  # vLLM's attention on CPUs takes heads of 32
-    return {
-        "llama": llama,
-        "deep": make_model(root / "deep", seed=1, num_hidden_layers=3, vocab_size=384, **wide),
-        "red": make_adapter(root / "red", llama, seed=10),
+        "llama": {"path": str(folders["llama"]), "dtype": "float32"},
+        "deep": {"path": str(folders["deep"]), "dtype": "float32"},
+        "red": {"base": "llama", "adapter": str(folders["red"])},
+        "mix": {"method": "probability_average", "members": members},
+        "adaptive": {"method": "probability_average", "members": members, "pool": "posterior", "share": 0.01},
     }
 
 
@@ -97,18 +41,10 @@ def folders(engine: str, tiny: dict[str, Path], tmp_path_factory: pytest.TempPat
 async def house(
     engine: str, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[House]:
-    steps: list[StepStats] = []
-    folder = tmp_path_factory.mktemp("house")
-    config = parse_config(config_of(engine, folders), source=folder / "config.yaml")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ENSEMBLE_CACHE", str(folder / "cache"))
-        async with Hosting.open(config, on_step=steps.append) as hosting:
-            server = config.server.model_copy(update={"port": 0})
-            async with (
-                listening(create_app(hosting, metrics=Metrics()), server) as port,
-                httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=300) as client,
-            ):
-                yield House(client, hosting, steps)
+    models, folder = models_of(folders), tmp_path_factory.mktemp("house")
+    limits = {"max_batch": 8, "max_context": 256, "prefill_chunk": 16}
+    async with open_house(engine, models, folder, limits=limits, server={"max_queue": 16}) as house:
+        yield house
 
 
 @pytest.fixture
@@ -184,7 +120,7 @@ async def test_weights_of_a_request_win_over_the_configs(house):
 )
 @pytest.mark.parametrize("stream", [True, False])
 async def test_wrong_overrides_are_a_400_that_names_them(house, override, param, stream):
-    body = CHAT | {"model": "mix", "ensemble": override, "stream": stream}
+    body = ASKED | {"model": "mix", "ensemble": override, "stream": stream}
     response = await house.client.post("/v1/chat/completions", json=body)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
@@ -194,7 +130,7 @@ async def test_wrong_overrides_are_a_400_that_names_them(house, override, param,
 async def test_streamed_text_equals_whole_text(house, model):
     body = {"model": model, "max_tokens": 24, "seed": 5, "n": 2, "ignore_eos": True, "logprobs": True}
     whole = await house.chat(**body)
-    response = await house.client.post("/v1/chat/completions", json=CHAT | body | {"stream": True})
+    response = await house.client.post("/v1/chat/completions", json=ASKED | body | {"stream": True})
     texts, tokens = ["", ""], [[], []]
     for event in events_of(response.text)[:-1]:
         choice = orjson.loads(event)["choices"][0]
@@ -303,7 +239,7 @@ async def test_a_forced_tool_call_has_valid_arguments(house):
 
 
 async def test_a_client_that_leaves_frees_its_rows_at_once(house):
-    body = CHAT | {"model": "mix", "stream": True, "max_tokens": 200, "ignore_eos": True, "n": 2}
+    body = ASKED | {"model": "mix", "stream": True, "max_tokens": 200, "ignore_eos": True, "n": 2}
     async with house.client.stream("POST", "/v1/chat/completions", json=body) as response:
         async for _ in response.aiter_lines():
             break
@@ -318,7 +254,7 @@ async def test_a_client_that_leaves_frees_its_rows_at_once(house):
 
 async def test_a_full_queue_is_a_429_and_those_inside_are_answered(house):
     """8 run, 16 wait: of 40 requests some must be refused, and a refused one says when to come back."""
-    body = CHAT | {"model": "llama", "max_tokens": 150, "ignore_eos": True}
+    body = ASKED | {"model": "llama", "max_tokens": 150, "ignore_eos": True}
     responses = await asyncio.gather(*(house.client.post("/v1/chat/completions", json=body) for _ in range(40)))
     refused = [response for response in responses if response.status_code == 429]
     assert {response.status_code for response in responses} == {200, 429}

@@ -1,48 +1,34 @@
-"""Votes and rankings as models behind the HTTP door, over tiny real models: one contract for all of them."""
+"""Votes and rankings as models behind the HTTP door, over tiny real models: one contract for all of them.
+
+Once with the embedded engine, and where vLLM is installed with vLLM.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 import pytest_asyncio
 
-from server.api.app import create_app
-from server.config import parse_config
-from server.engines.engine import StepStats
-from server.hosting import Hosting
-from server.metrics import Metrics
-from tests.server.api.conftest import until
+from tests.server.api.houses import ASKED, House, open_house
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-ASK = {"messages": [{"role": "user", "content": "def f(x): return?"}], "max_tokens": 6, "seed": 7}
+ASK = ASKED | {"max_tokens": 6, "seed": 7}
 METHODS = ["crowd", "major", "judged", "likely", "nested"]
 
 
-@dataclass
-class House:
-    client: httpx.AsyncClient
-    last_step: StepStats | None = None
-
-    async def chat(self, model: str, **more: Any) -> dict[str, Any]:
-        response = await self.client.post("/v1/chat/completions", json={**ASK, "model": model, **more})
-        assert response.status_code == 200, response.text
-        return response.json()
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def house(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[House]:
+async def house(
+    engine: str, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[House]:
     models = {
-        "llama": {"path": str(tiny["llama"])},
-        "deep": {"path": str(tiny["deep"])},
-        "red": {"base": "llama", "adapter": str(tiny["red"])},
+        "llama": {"path": str(folders["llama"])},
+        "deep": {"path": str(folders["deep"])},
+        "red": {"base": "llama", "adapter": str(folders["red"])},
         "mix": {"method": "probability_average", "members": ["llama", "deep"]},
         "crowd": {"method": "crowd_vote", "members": ["llama", "deep", "red"], "similarity": ["rouge_l_char"]},
         "major": {"method": "majority", "members": ["llama", "deep"], "samples": 3},
@@ -50,17 +36,8 @@ async def house(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
         "likely": {"method": "ranking", "members": ["llama", "mix"], "samples": 2},
         "nested": {"method": "crowd_vote", "members": ["judged", "major", "mix"]},
     }
-    config = parse_config({"models": models}, source=tmp_path_factory.mktemp("votes") / "votes.yaml")
-    house = House(client=None)
-
-    def remember(step: StepStats) -> None:
-        house.last_step = step
-
-    async with Hosting.open(config, on_step=remember) as hosting:
-        app = create_app(hosting, metrics=Metrics())
-        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://house", timeout=60) as house.client:
-            yield house
+    async with open_house(engine, models, tmp_path_factory.mktemp("votes"), body=ASK) as house:
+        yield house
 
 
 @pytest.mark.parametrize("model", METHODS)
@@ -107,15 +84,11 @@ async def test_several_choices_begin_with_the_single_one_and_differ(house: House
 
 @pytest.mark.parametrize("model", METHODS)
 async def test_a_client_that_leaves_frees_every_row(house: House, model: str) -> None:
-    house.last_step = None
     asked = asyncio.create_task(house.chat(model, max_tokens=300, ignore_eos=True))
-    await until(lambda: house.last_step is not None and house.last_step.num_running > 0, timeout_s=20)
+    await house.until_busy()
     asked.cancel()
     await asyncio.gather(asked, return_exceptions=True)
-    await asyncio.sleep(0.3)
-    settled = house.last_step
-    await asyncio.sleep(0.3)
-    assert house.last_step is settled, "the engine still steps for nobody"
+    await house.assert_idle()
 
 
 async def test_the_judge_gives_preferences_from_both_orders(house: House) -> None:

@@ -16,6 +16,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 VLLM_BIN := .venv-vllm/bin
 VLLM_INSTALL := $(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check
 VLLM_PYTEST := HF_HUB_OFFLINE=1 $(VLLM_BIN)/python -m pytest -m vllm
+VLLM_CLIENTS := tests/clients/test_openai.py tests/clients/test_batches.py
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-slow lint vllm-env test-vllm reference constraints vllm-pins clean
@@ -42,7 +43,7 @@ vllm-env: .venv-vllm/env.stamp ## install the CPU build of vLLM into .venv-vllm
 test-vllm: .venv-vllm/env.stamp ## run the tests that need vLLM, in .venv-vllm; ARGS go to pytest
 	@# Two processes: the environment, where vLLM looks for settings, is not the same for both.
 	$(VLLM_PYTEST) tests/server/one_model/vllm $(ARGS)
-	$(VLLM_PYTEST) tests/server/engines/vllm_engine tests/server/api tests/clients/test_openai.py $(ARGS)
+	$(VLLM_PYTEST) tests/server/engines/vllm_engine tests/server/api $(VLLM_CLIENTS) $(ARGS)
 
 reference: .venv/demo.stamp ## write the tables of configs/README.md anew
 	$(BIN)/python -m server.config_reference configs/README.md

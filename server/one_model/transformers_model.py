@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ensembles.errors import ModelLoadError
 from ensembles.pooling import effective_weights, pool
 from server.checkpoints import resolve_checkpoint
 from server.one_model.configuration import EnsembleConfig
@@ -57,7 +58,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         """Loads the members that DIR names. device_map, attn_implementation and, instead of the
         dtypes that DIR names, dtype go to each of them.
 
-        Raises `ModelLoadError` if a member's weights cannot be found.
+        Raises `ModelLoadError` if a member's weights cannot be found, or transformers cannot load them.
         """
         folder = Path(pretrained_model_name_or_path)
         if config is None:
@@ -69,9 +70,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             path = member["path"]
             if path not in backbones:
                 checkpoint = resolve_checkpoint(path, relative_to=folder)
-                backbones[path] = AutoModelForCausalLM.from_pretrained(
-                    checkpoint, local_files_only=True, **{"dtype": member["dtype"], **settings}
-                )
+                backbones[path] = _backbone(member["name"], checkpoint, {"dtype": member["dtype"], **settings})
             if member["adapter"] is not None:
                 backbones[path] = _with_adapter(backbones[path], folder / member["adapter"], member["name"])
         model = cls(config, backbones).eval()
@@ -163,6 +162,24 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = self._new_cache()
             if generation_config.is_assistant:
                 model_kwargs["past_key_values"].activate_past_recording()
+
+
+def _backbone(name: str, checkpoint: Path, settings: Mapping[str, Any]) -> PreTrainedModel:
+    """The model of `checkpoint`, quantised if that is. name: of its first member."""
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            checkpoint, local_files_only=True, output_loading_info=True, **settings
+        )
+    except Exception as exc:  # each kind of quantisation wants another package, and says so in its own way
+        raise ModelLoadError(
+            f"member {name!r}: {checkpoint} cannot be loaded as a causal LM ({type(exc).__name__}: {exc})"
+        ) from exc
+    if missing := sorted(report["missing_keys"]):  # transformers has filled them with random numbers
+        raise ModelLoadError(
+            f"member {name!r}: {checkpoint} lacks {len(missing)} weights of {type(model).__name__}, for example "
+            f"{missing[0]}; download or save the model again"
+        )
+    return model
 
 
 def _with_adapter(backbone: PreTrainedModel | PeftModel, folder: Path, name: str) -> PeftModel:

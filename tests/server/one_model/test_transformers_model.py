@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from ensembles.errors import ModelLoadError
 from server.config import parse_config
 from server.one_model.evidence import NUM_KEPT
 from server.one_model.export import export
@@ -171,3 +174,19 @@ def test_importing_the_package_registers_the_type(tiny, tmp_path):
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     assert isinstance(config, server.one_model.EnsembleConfig)
     assert AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).config.pool == "arithmetic"
+
+
+def test_a_member_that_transformers_cannot_load_is_named(tiny, tmp_path):
+    folder = exported(tiny, MIXTURES["arithmetic"], tmp_path / "out", copy=True)
+    weights = folder / "weights" / "deep" / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(
+        ModelLoadError, match=r"member 'deep': .* lacks 1 weights of LlamaForCausalLM, .*1\.mlp\.up_proj"
+    ):
+        load(folder)
+    config = folder / "weights" / "deep" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "llamb"}))
+    with pytest.raises(ModelLoadError, match=r"member 'deep': .* cannot be loaded as a causal LM"):
+        load(folder)

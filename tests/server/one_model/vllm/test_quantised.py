@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
@@ -130,3 +131,23 @@ def test_what_cannot_be_quantised_as_asked_is_refused_by_name(family, tmp_path):
         engine(folder, quantization="fp8_per_channel", dtype="bfloat16"),
     ):
         pass
+
+
+def test_in_transformers_a_quantised_member_is_what_transformers_makes_of_it(family, tmp_path):
+    """It rounds inputs in another way than vLLM, so the two are not held to each other."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    members = {"llama": family["eight"], "red": family["red"], "tight": family["tight"]}
+    directory = exported(members, tmp_path / "out", members=dict.fromkeys(members, 1))
+    ensemble = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+    alone = {
+        "llama": AutoModelForCausalLM.from_pretrained(family["eight"]),
+        "red": PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(family["eight"]), family["red"]),
+        "tight": plain_model(family["tight"]),
+    }
+    token_ids = torch.arange(5, 45)
+    with torch.no_grad():
+        found = ensemble(token_ids[None]).logits[0].numpy()
+    expected, _ = ModelsReference(alone, VOCAB_SIZE)("arithmetic", dict.fromkeys(members, 1.0), token_ids.tolist())
+    np.testing.assert_allclose(found, expected, atol=EQUAL_NATS)

@@ -84,13 +84,10 @@ def build_backbones(
         try:
             with set_model_tag(name):
                 found[name] = _build(vllm_config, members, group, checkpoint, folder, maybe_prefix(prefix, name))
-        except ModelLoadError:
-            raise
         except Exception as exc:  # quantisation and kernels raise what they like
             names = " and ".join(repr(members[index]["name"]) for index in group)
-            raise ModelLoadError(
-                f"vLLM cannot build member {names} from {checkpoint} ({type(exc).__name__}: {exc})"
-            ) from exc
+            cause = exc if isinstance(exc, ModelLoadError) else f"{type(exc).__name__}: {exc}"
+            raise ModelLoadError(f"vLLM cannot build member {names} from {checkpoint} ({cause})") from exc
     return found
 
 
@@ -149,8 +146,18 @@ def member_config(vllm_config: VllmConfig, checkpoint: Path, prefix: str) -> Vll
     model_config._verify_quantization()
     config.quant_config = VllmConfig.get_quantization_config(model_config, config.load_config)
     if config.quant_config is not None:
+        _refuse_cache_of_its_own(config, checkpoint)
         _read_own_names(config.quant_config, prefix)
     return config
+
+
+def _refuse_cache_of_its_own(config: VllmConfig, checkpoint: Path) -> None:
+    """vLLM would give every member that is built later an 8-bit cache, too, without scales for it."""
+    if getattr(config.quant_config, "kv_cache_scheme", None) is not None and config.cache_config.cache_dtype == "auto":
+        raise ModelLoadError(
+            f"{checkpoint} asks for a quantised KV cache, and all members of an ensemble have one kind of it; choose "
+            "it for all with --kv-cache-dtype (fp8, bfloat16, ...)"
+        )
 
 
 def _read_own_names(quant_config: QuantizationConfig, prefix: str) -> None:

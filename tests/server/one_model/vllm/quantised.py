@@ -17,7 +17,7 @@ from tests.reference import pooled
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
 
 
-def make_quantised(folder: Path, source: Path, *, kept: Collection[str] = ()) -> Path:
+def make_quantised(folder: Path, source: Path, *, kept: Collection[str] = (), **config_changes: Any) -> Path:
     """`source` with the linear layers of its blocks in int8, but for those `kept` (compressed-tensors' W8A8).
 
     A scale per output channel in the file; a scale per row of the input is found when it runs.
@@ -45,7 +45,7 @@ def make_quantised(folder: Path, source: Path, *, kept: Collection[str] = ()) ->
                 "input_activations": INT8 | {"strategy": "token", "dynamic": True},
             }
         },
-    }
+    } | config_changes
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 

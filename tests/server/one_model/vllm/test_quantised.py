@@ -131,6 +131,11 @@ def test_what_cannot_be_quantised_as_asked_is_refused_by_name(family, tmp_path):
         engine(folder, quantization="fp8_per_channel", dtype="bfloat16"),
     ):
         pass
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    members["eight"] = make_quantised(tmp_path / "cached", family["source"], kv_cache_scheme=scheme)
+    folder = exported(members, tmp_path / "cached out", members=WEIGHTS)
+    with pytest.raises(ModelLoadError, match=r"member 'eight'.*asks for a quantised KV cache"), engine(folder):
+        pass
 
 
 def test_in_transformers_a_quantised_member_is_what_transformers_makes_of_it(family, tmp_path):

@@ -327,14 +327,11 @@ def interrupted(config: Path, source: Path, output: Path, *, times: int) -> subp
     process = subprocess.Popen(
         [*map(str, command), "--concurrency", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    journal = output.with_name(f"{output.name}.job-wal")
+    log = output.with_name(f"{output.name}.job-wal")  # SQLite's: answers are in it as they are
     begun_s = time.monotonic()
-    sizes: set[int] = set()
-    while (
-        len(sizes) < 4 and process.poll() is None and time.monotonic() - begun_s < 400
-    ):  # loading takes its time on a busy machine
-        if journal.exists():
-            sizes.add(journal.stat().st_size)  # grows with every group of answers
+    while process.poll() is None and time.monotonic() - begun_s < 400:  # loading takes its time on a busy machine
+        if log.exists() and b'"finish_reason"' in log.read_bytes():
+            break
         time.sleep(0.02)
     for _ in range(times):
         process.send_signal(signal.SIGINT)

@@ -83,6 +83,12 @@ class Method(ABC):
         calls = {name: model.num_calls() if isinstance(model, Method) else 1 for name, model in self.models.items()}
         return (config or self.config).num_calls(calls)
 
+    @property
+    def singles(self) -> frozenset[str]:
+        """The models at the bottom of it, which answer by themselves."""
+        parts = (part.singles if isinstance(part, Method) else {part.name} for part in self.models.values())
+        return frozenset().union(*parts)
+
     @abstractmethod
     def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
         """See `ensembles.base.Model.generate`."""

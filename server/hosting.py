@@ -96,6 +96,11 @@ class Hosting:
         return self._engine.failure if self._engine is not None else None
 
     @property
+    def num_restarts(self) -> int:
+        """How often an engine has died and was started again."""
+        return self._engine.num_restarts if self._engine is not None else 0
+
+    @property
     def down(self) -> frozenset[str]:
         """Hosted models that nothing answers for now."""
         return self._engine.down if self._engine is not None else frozenset()

@@ -9,7 +9,6 @@ from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
-from ensembles.base import Model
 from ensembles.errors import EngineRestartingError
 from ensembles.method import Method
 from server.api.admission import Admission
@@ -50,19 +49,13 @@ def health_of(hosting: Hosting) -> Health:
     """Raises `EngineRestartingError` if none of the listed models can answer."""
     if not hosting.down:
         return {"status": "ok"}
-    parts = {name: _singles(hosting.models[name]) for name in hosting.listed}
+    models = {name: hosting.models[name] for name in hosting.listed}
+    parts = {name: model.singles if isinstance(model, Method) else {name} for name, model in models.items()}
     down = [name for name, singles in parts.items() if singles <= hosting.down]
     if down and len(down) == len(parts):
         raise EngineRestartingError(f"the engines of all models are being started again: {', '.join(down)}")
     impaired = [name for name, singles in parts.items() if singles & hosting.down and name not in down]
     return {"status": "degraded", "down": down, "impaired": impaired}
-
-
-def _singles(model: Model) -> frozenset[str]:
-    """The models at the bottom of it, which answer by themselves."""
-    if not isinstance(model, Method):
-        return frozenset({model.name})
-    return frozenset().union(*(_singles(part) for part in model.models.values()))
 
 
 def metrics_router(metrics: Metrics) -> APIRouter:

@@ -30,6 +30,10 @@ class Engine(MixtureHost, Protocol):
         """Why the engine is dead; None while it lives."""
 
     @property
+    def num_restarts(self) -> int:
+        """How often something of it has died and was started again."""
+
+    @property
     def down(self) -> frozenset[str]:
         """Members that nothing answers for now."""
 

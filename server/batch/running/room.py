@@ -58,6 +58,12 @@ def is_text_level(row: Row, hosting: Hosting) -> bool:
     return model is not None and _asks_others(model)
 
 
+def lacks_members(row: Row, hosting: Hosting) -> bool:
+    """Whether the row's model is an ensemble of texts that would go on now without members whose engine is down."""
+    model = _model_of(row, hosting)
+    return model is not None and _asks_others(model) and bool(model.singles & hosting.down)
+
+
 def _model_of(row: Row, hosting: Hosting) -> Model | None:
     name = row.body.get("model") or hosting.listed[0]
     return hosting.models.get(name) if isinstance(name, str) else None

@@ -22,7 +22,7 @@ from ensembles.errors import EngineDeadError, OverloadedError
 from server.batch.job.identity import seeded
 from server.batch.job.rows import Row, RowResult
 from server.batch.running.answering import answer as answer_row
-from server.batch.running.room import Room, is_text_level, num_sequences, sequences_of
+from server.batch.running.room import Room, is_text_level, lacks_members, num_sequences, sequences_of
 
 if TYPE_CHECKING:
     from ensembles.base import MemberUsage
@@ -103,8 +103,6 @@ async def run(
     Raises `EngineDeadError` if the engine died, `StorageError` if results cannot be written, and `ConfigError` if a
     model is not what it was when the job began. What was recorded is kept, and the job can be continued.
     """
-    if hosting.failure is not None:
-        raise EngineDeadError(hosting.failure)
     await asyncio.to_thread(_bind_models, store, hosting)
     one = _Run(store, hosting, concurrency, deadline_s, priority, budget, stop, answer, on_progress)
     return await one.to_end()
@@ -215,7 +213,12 @@ class _Run:
         """What to record for a row; None if it stays pending because the time was over before it had an answer."""
         num_tries = 0
         while not self._is_time_up():
-            began = self._clock()
+            if self._hosting.failure is not None:
+                raise EngineDeadError(self._hosting.failure)
+            if lacks_members(row, self._hosting):
+                await asyncio.sleep(TICK_S)
+                continue
+            began, num_restarts = self._clock(), self._hosting.num_restarts
             left_s = None if self._deadline is None else self._deadline - began
             allowed_s = self._budget.allowance_s(self._num_left + 1) if self._budget else None
             limits = [limit for limit in (left_s, allowed_s) if limit is not None]
@@ -228,6 +231,11 @@ class _Run:
                 continue
             if self._hosting.failure is not None:  # an ensemble may have taken dead members for silent ones
                 raise EngineDeadError(self._hosting.failure)
+            has_restarted = self._hosting.num_restarts != num_restarts and is_text_level(row, self._hosting)
+            if has_restarted or lacks_members(row, self._hosting):
+                if not self._is_time_up():
+                    continue
+                return replace(result, is_cut=True) if result.is_ok else None
             used_s = self._clock() - began
             if self._budget is not None:
                 self._budget.ended(allowed_s, used_s)

@@ -85,6 +85,10 @@ class TransformersEngine:
         return self._failure
 
     @property
+    def num_restarts(self) -> int:
+        return 0
+
+    @property
     def down(self) -> frozenset[str]:
         return frozenset() if self._failure is None else frozenset(self._members)
 

@@ -62,6 +62,10 @@ class VllmEngine:
         return None
 
     @property
+    def num_restarts(self) -> int:
+        return sum(model.process.num_restarts for model in self._models)
+
+    @property
     def down(self) -> frozenset[str]:
         return frozenset(member for member, model in self._model_of.items() if not model.process.is_running)
 

@@ -60,6 +60,7 @@ class ScriptedHosting:
         self.embedder = ScriptedEmbedder()
         self.created = 1_700_000_000
         self.failure: str | None = None
+        self.num_restarts = 0
         self.down: frozenset[str] = frozenset()
         self._surfaces = surfaces
 

@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 
 from ensembles.base import GenerationRequest, MemberUsage
+from ensembles.crowd_vote import CrowdVote
 from ensembles.errors import ConfigError, EngineDeadError, MemberError, OverloadedError, StorageError
+from ensembles.method import Services
 from server.batch.job.identity import Identity
 from server.batch.job.rows import BadRow, Row, RowResult
 from server.batch.job.store import Counts, JobStore
+from server.batch.running import runner
 from server.batch.running.answering import answer
 from server.batch.running.room import Room, num_sequences, sequences_of
 from server.batch.running.runner import Progress, RowBudget, Summary, run
@@ -248,6 +251,71 @@ async def test_an_answer_from_the_moment_of_death_is_not_believed(store: JobStor
     assert texts(store) == [None]
     with pytest.raises(EngineDeadError, match="out of memory"):
         await run(store, hosting)
+
+
+@pytest.fixture
+def crowd(scripted):
+    """A vote of two, each of whom says its name."""
+    hosting = scripted(left=Script(("left",)), right=Script(("right",)))
+    config = CrowdVote.Config(
+        method="crowd_vote", members=["left", "right"], similarity={"rouge_l_word": 1}, min_turnout=1
+    )
+    hosting.models["crowd"] = CrowdVote("crowd", config, dict(hosting.models), Services())
+    hosting.listed.append("crowd")
+    return hosting
+
+
+async def test_rows_of_a_vote_wait_while_a_member_is_started_again(store: JobStore, crowd, monkeypatch) -> None:
+    monkeypatch.setattr(runner, "TICK_S", 0.01)
+    store.take_rows([*rows(2, model="crowd"), replace(rows(1, model="left")[0], index=2, custom_id="single")])
+    crowd.down = frozenset({"right"})
+    running = asyncio.create_task(run(store, crowd, concurrency=3))
+    async with asyncio.timeout(5):
+        while store.counts().ok == 0:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert texts(store) == [None, None, "left"]
+        assert crowd.models["right"].requests == []
+        crowd.down = frozenset()
+        assert (await running).counts.ok == 3
+    assert len(crowd.models["right"].requests) == 2
+
+
+@pytest.mark.parametrize("is_back", [False, True], ids=["still down", "back again"])
+async def test_a_vote_that_an_engine_left_meanwhile_is_taken_again(
+    store: JobStore, crowd, monkeypatch, is_back: bool
+) -> None:
+    monkeypatch.setattr(runner, "TICK_S", 0.01)
+    store.take_rows(rows(1, model="crowd"))
+    num_asked = 0
+
+    async def answer_while_dying(*args: Any, **kwargs: Any) -> RowResult:
+        nonlocal num_asked
+        num_asked += 1
+        if num_asked > 1:
+            return await answer(*args, **kwargs)
+        crowd.down = frozenset() if is_back else frozenset({"right"})
+        crowd.num_restarts = int(is_back)
+        asyncio.get_running_loop().call_later(0.05, setattr, crowd, "down", frozenset())
+        result = await answer(*args, **kwargs)
+        return replace(result, body={**result.body, "choices": [{"message": {"content": "of one voter alone"}}]})
+
+    async with asyncio.timeout(5):
+        await run(store, crowd, answer=answer_while_dying)
+    assert num_asked == 2 and texts(store) == ["left"]
+
+
+async def test_at_the_deadline_a_vote_that_lacks_members_is_better_than_none(store: JobStore, crowd) -> None:
+    store.take_rows(rows(1, model="crowd"))
+
+    async def answer_late(*args: Any, **kwargs: Any) -> RowResult:
+        crowd.down = frozenset({"right"})
+        await asyncio.sleep(0.3)
+        return await answer(*args, **kwargs)
+
+    summary = await run(store, crowd, answer=answer_late, deadline_s=0.2)
+    assert summary.ended == "deadline" and summary.counts == Counts(total=1, ok=1, failed=0, cut=1)
+    assert texts(store) == ["left"]
 
 
 async def test_results_that_cannot_be_kept_end_the_run(

@@ -1,6 +1,6 @@
 """The state for vLLM's V2 model runner: its interface, and what it hands to forwards.
 
-The runner itself does not start here: vLLM wants Triton for it, with a backend for CPUs.
+The runner itself needs Triton (`on_v2_runner.py` runs other tests here on it).
 """
 
 from __future__ import annotations

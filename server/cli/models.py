@@ -86,7 +86,8 @@ def _size(model: HostedModel, config: Config) -> _Size:
         own = read_weights(Path(model.adapter)) if model.adapter is not None else Weights(0, 0)
         storage += (model.adapter or "",)
     context = min(config.engine.max_context, shape.max_positions or config.engine.max_context)
-    bytes_per_number = DTYPE_BYTES.get(root.dtype) or max(1, round(base.num_bytes / base.num_parameters))
+    # Weights may be quantised; caches have 16 bits at least.
+    bytes_per_number = DTYPE_BYTES.get(root.dtype) or max(2, round(base.num_bytes / base.num_parameters))
     return _Size(
         storage, own.num_parameters, own.bytes_as(root.dtype), shape.kv_bytes(context, bytes_per_number), context
     )

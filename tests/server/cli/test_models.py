@@ -49,6 +49,14 @@ def test_each_model_is_shown_with_its_size(ensemble: Callable[..., Run], config:
     assert row(run, "mix")[1:4] == ["probability_average", "base, tuned x2", "pool=posterior share=0.01"]
 
 
+def test_the_cache_of_quantised_weights_is_not_quantised(ensemble: Callable[..., Run], checkpoint: Path) -> None:
+    save_file({"weight": np.zeros(1024, np.int8)}, checkpoint / "model.safetensors")
+    config = checkpoint.parent / "c.yaml"
+    config.write_text("models: {base: {path: tiny}}\n", encoding="utf-8")
+    run = ensemble("models", config)
+    assert row(run, "base")[4:] == ["1.0 k", "1.0 kB", "16.4 kB", "128"]  # 8192 numbers of 16 bits
+
+
 def test_weights_that_two_entries_share_count_once(ensemble: Callable[..., Run], config: Path) -> None:
     run = ensemble("models", config)
     assert "Weights: 4.3 kB in all." in run.out  # 4096 + 200

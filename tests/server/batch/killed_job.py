@@ -65,6 +65,7 @@ def run_and_kill(config: Path, rows: Path, output: Path, *, num_kills: int, num_
 
 
 def run_aloud(config: Path, rows: Path, output: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
     has_begun = False
 
     def note(progress: Progress) -> None:

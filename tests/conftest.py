@@ -32,6 +32,9 @@ ENGINES = {  # what a config says of each
     "vllm": {"kind": "vllm", "kv_cache_gb": 0.25, "options": {"enforce_eager": True}},
 }
 
+# What vLLM's attention on CPUs takes: heads of 32.
+WIDE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+
 ModelMaker = Callable[..., Path]
 
 
@@ -169,11 +172,10 @@ def folders(engine: str, tiny: dict[str, Path], tmp_path_factory: pytest.TempPat
     if engine == "transformers":
         return tiny
     root = tmp_path_factory.mktemp("wide")
-    wide = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
-    llama = make_model(root / "llama", **wide)
+    llama = make_model(root / "llama", **WIDE)
     return tiny | {
         "llama": llama,
-        "deep": make_model(root / "deep", seed=1, num_hidden_layers=3, vocab_size=384, **wide),
+        "deep": make_model(root / "deep", seed=1, num_hidden_layers=3, vocab_size=384, **WIDE),
         "red": make_adapter(root / "red", llama, seed=10),
         "green": make_adapter(root / "green", llama, seed=11),
     }

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ensembles.base import Choice
+
 
 @lru_cache(maxsize=32)
 def plain_model(folder: Path, adapter: Path | None = None):
@@ -59,6 +61,12 @@ def pooled(
         path.append(current)
     by_token = np.stack(path, axis=1)
     return np.log(np.einsum("kt,ktv->tv", by_token, np.exp(logprobs))), by_token
+
+
+def differences(choice: Choice, after: np.ndarray) -> list[float]:
+    """Nats between what a choice reports, of tokens and alternatives, and the expected `after` (T, V)."""
+    seen = [(step, entry) for step, token in enumerate(choice.tokens) for entry in (token, *token.top)]
+    return [abs(entry.logprob - after[step, entry.token_id]) for step, entry in seen]
 
 
 class Reference:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ensembles.errors import ModelLoadError
 from ensembles.pooling import effective_weights, pool
+from server.causal_lm import load_causal_lm
 from server.checkpoints import resolve_checkpoint
 from server.one_model.configuration import EnsembleConfig
 from server.one_model.evidence import EvidenceLayer
@@ -167,19 +168,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 def _backbone(name: str, checkpoint: Path, settings: Mapping[str, Any]) -> PreTrainedModel:
     """The model of `checkpoint`, quantised if that is. name: of its first member."""
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            checkpoint, local_files_only=True, output_loading_info=True, **settings
-        )
-    except Exception as exc:  # each kind of quantisation wants another package, and says so in its own way
-        raise ModelLoadError(
-            f"member {name!r}: {checkpoint} cannot be loaded as a causal LM ({type(exc).__name__}: {exc})"
-        ) from exc
-    if missing := sorted(report["missing_keys"]):  # transformers has filled them with random numbers
-        raise ModelLoadError(
-            f"member {name!r}: {checkpoint} lacks {len(missing)} weights of {type(model).__name__}, for example "
-            f"{missing[0]}; download or save the model again"
-        )
-    return model
+        return load_causal_lm(checkpoint, **settings)
+    except ModelLoadError as exc:
+        raise ModelLoadError(f"member {name!r}: {exc}") from exc
 
 
 def _with_adapter(backbone: PreTrainedModel | PeftModel, folder: Path, name: str) -> PeftModel:

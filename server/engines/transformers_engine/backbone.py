@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ensembles.errors import ModelLoadError
+from server.causal_lm import load_causal_lm
 from server.engines.checkpoint_facts import id_set, max_positions
 from server.engines.transformers_engine.adapters import AdapterRows, stack_adapters
 from server.engines.transformers_engine.attention import IMPLEMENTATION, Rows, Span
@@ -37,21 +38,8 @@ class Backbone:
 
         Raises `ModelLoadError` naming the rule that is broken; the caller knows the member's name.
         """
-        try:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                local_files_only=True,
-                output_loading_info=True,
-            )
-            model = model.to(device).eval()
-        except Exception as exc:  # transformers raises whatever its parts raise: a corrupt file comes as a dozen types
-            raise ModelLoadError(f"{folder} cannot be loaded as a causal LM ({type(exc).__name__}: {exc})") from exc
-        if missing := sorted(report["missing_keys"]):  # transformers has filled them with random numbers
-            raise ModelLoadError(
-                f"{folder} lacks {len(missing)} weights of {type(model).__name__}, for example {missing[0]}; "
-                "download or save the model again"
-            )
+        torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+        model = load_causal_lm(folder, dtype=torch_dtype, device=device).eval()
         rows = stack_adapters(model, adapters) if adapters else None
         backbone = cls(model.requires_grad_(False), rows, vocab_size)
         backbone._prepare(folder)

@@ -33,11 +33,10 @@ from server.engines.vllm_engine import process
 from server.engines.vllm_engine.engine import VllmEngine
 from server.hosting import Hosting
 from server.metrics import Metrics
-from tests.conftest import make_adapter, make_model
+from tests.conftest import WIDE, make_adapter, make_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
 
-WIDE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 SAY = {"messages": [{"role": "user", "content": "Say hello."}]}
 
 

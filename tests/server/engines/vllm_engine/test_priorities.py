@@ -15,7 +15,7 @@ from ensembles.errors import OverloadedError
 from server.config import parse_config
 from server.engines.engine import StepStats
 from server.hosting import Hosting
-from tests.conftest import make_model
+from tests.conftest import WIDE, make_model
 from tests.server.api.conftest import until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
@@ -68,9 +68,8 @@ def steps() -> list[StepStats]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def hosting(steps: list[StepStats], tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hosting]:
     root = tmp_path_factory.mktemp("priorities")
-    shape = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
     blocks = {
-        "models": {"only": {"path": str(make_model(root / "model", **shape)), "dtype": "float32"}},
+        "models": {"only": {"path": str(make_model(root / "model", **WIDE)), "dtype": "float32"}},
         "server": {"max_queue": QUEUE},
         "engine": {
             "kind": "vllm",

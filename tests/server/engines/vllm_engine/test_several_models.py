@@ -20,12 +20,11 @@ from ensembles.errors import EngineRestartingError
 from server.config import parse_config
 from server.engines.vllm_engine.model import VllmModel
 from server.hosting import Hosting
-from tests.conftest import make_model
-from tests.reference import Reference
+from tests.conftest import WIDE, make_model
+from tests.reference import Reference, differences
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
 
-SHAPE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 NUM_LAYERS = {"left": 2, "right": 2, "solo": 4}
 KV_CACHE_GB = 0.1
 PROMPT = (5, 9, 40, 7, 100)
@@ -36,9 +35,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """`solo` has a vocabulary of its own, so it could not be on one vLLM model with the others."""
     root = tmp_path_factory.mktemp("models")
     return {
-        "left": make_model(root / "left", vocab_size=320, **SHAPE),
-        "right": make_model(root / "right", seed=1, **SHAPE),
-        "solo": make_model(root / "solo", seed=2, vocab_size=321, extra=("<|solo|>",), **SHAPE, num_hidden_layers=4),
+        "left": make_model(root / "left", vocab_size=320, **WIDE),
+        "right": make_model(root / "right", seed=1, **WIDE),
+        "solo": make_model(root / "solo", seed=2, vocab_size=321, extra=("<|solo|>",), **WIDE, num_hidden_layers=4),
     }
 
 
@@ -72,9 +71,7 @@ def worst_difference(folders: dict[str, Path], weights: dict[str, float], answer
     [choice] = answer.choices
     reference = Reference({name: (folders[name], None) for name in weights}, vocab_size)
     expected, _ = reference("arithmetic", weights, [*PROMPT, *choice.token_ids])
-    after = expected[len(PROMPT) - 1 :]
-    found = [(step, seen) for step, token in enumerate(choice.tokens) for seen in (token, *token.top)]
-    return max(abs(seen.logprob - after[step, seen.token_id]) for step, seen in found)
+    return max(differences(choice, expected[len(PROMPT) - 1 :]))
 
 
 async def test_both_answer_for_themselves(hosting: Hosting, folders: dict[str, Path]) -> None:
@@ -89,7 +86,7 @@ async def test_they_divide_the_memory_for_caches(hosting: Hosting) -> None:
     for member, model in vllm_models(hosting).items():
         cache = model.process.llm.vllm_config.cache_config
         num_layers = sum(NUM_LAYERS[part] for part in model.plan.placement.parts)
-        bytes_per_token = 2 * num_layers * SHAPE["num_key_value_heads"] * SHAPE["head_dim"] * 4
+        bytes_per_token = 2 * num_layers * WIDE["num_key_value_heads"] * WIDE["head_dim"] * 4
         allocated[member] = cache.num_gpu_blocks * cache.block_size * bytes_per_token
         share = cache.kv_cache_memory_bytes
         assert 0.9 * share < allocated[member] <= share

@@ -15,12 +15,11 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 from ensembles.base import GenerationRequest, Sampling, collect
 from server.config import parse_config
 from server.hosting import Hosting
-from tests.conftest import make_adapter, make_model
-from tests.reference import Reference
+from tests.conftest import WIDE, make_adapter, make_model
+from tests.reference import Reference, differences
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
 
-SHAPE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 WEIGHTS = {"base": 1, "red": 2, "other": 1}
 PROMPT = (5, 9, 40, 7, 100)
 
@@ -28,11 +27,11 @@ PROMPT = (5, 9, 40, 7, 100)
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    base = make_model(root / "base", **SHAPE)
+    base = make_model(root / "base", **WIDE)
     return {
         "base": base,
         "red": make_adapter(root / "red", base, seed=3),
-        "other": make_model(root / "other", seed=1, **SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 2}),
+        "other": make_model(root / "other", seed=1, **WIDE | {"num_attention_heads": 4, "num_key_value_heads": 2}),
     }
 
 
@@ -62,10 +61,9 @@ async def test_two_workers_say_what_one_would(
     [choice] = answer.choices
     places = {name: (folders[name], None) for name in ("base", "other")} | {"red": (folders["base"], folders["red"])}
     expected, _ = Reference(places, 320)(pool, weights, [*PROMPT, *choice.token_ids], share)
-    after = expected[len(PROMPT) - 1 :]
-    seen = [(step, entry) for step, token in enumerate(choice.tokens) for entry in (token, *token.top)]
-    assert len(seen) == 16 * 4
-    assert max(abs(entry.logprob - after[step, entry.token_id]) for step, entry in seen) < 1e-3
+    found = differences(choice, expected[len(PROMPT) - 1 :])
+    assert len(found) == 16 * 4
+    assert max(found) < 1e-3
 
 
 async def test_there_are_two_workers(hosting: Hosting) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from server.config import parse_config
 from server.one_model.export import export
-from tests.conftest import make_adapter, make_model
+from tests.conftest import WIDE, make_adapter, make_model
 from tests.reference import Reference
 
 VOCAB_SIZE = 320
@@ -26,25 +26,24 @@ TEXTS = (
     "The",
 )
 # What vLLM's attention kernels for CPUs take: heads of 32.
-SHAPE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 
 
 def make_members(root: Path) -> dict[str, Path]:
     """Models of one vocabulary that differ in family, depth, width, heads and padding, and adapters of `llama`."""
     gpt2 = {"n_embd": 64, "n_head": 2}
     folders = {
-        "llama": make_model(root / "llama", **SHAPE),
-        "twin": make_model(root / "twin", seed=5, **SHAPE),
+        "llama": make_model(root / "llama", **WIDE),
+        "twin": make_model(root / "twin", seed=5, **WIDE),
         "deep": make_model(
             root / "deep",
             seed=1,
             vocab_size=384,
-            **SHAPE | {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 96},
+            **WIDE | {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 96},
         ),
-        "tight": make_model(root / "tight", seed=6, vocab_size=VOCAB_SIZE, **SHAPE),
-        "qwen": make_model(root / "qwen", "qwen3", seed=2, **SHAPE),
+        "tight": make_model(root / "tight", seed=6, vocab_size=VOCAB_SIZE, **WIDE),
+        "qwen": make_model(root / "qwen", "qwen3", seed=2, **WIDE),
         "gpt2": make_model(root / "gpt2", "gpt2", seed=3, **gpt2),
-        "gemma": make_model(root / "gemma", "gemma3_text", seed=4, **SHAPE),
+        "gemma": make_model(root / "gemma", "gemma3_text", seed=4, **WIDE),
     }
     for seed, name in enumerate(("red", "green"), start=10):
         folders[name] = make_adapter(root / name, folders["llama"], seed=seed)

@@ -9,10 +9,9 @@ import torch
 pytest.importorskip("vllm")
 
 from ensembles.errors import ModelLoadError
-from tests.conftest import make_adapter, make_model
+from tests.conftest import WIDE, make_adapter, make_model
 from tests.reference import plain_model, pooled
 from tests.server.one_model.vllm.engines import (
-    SHAPE,
     TEXTS,
     VOCAB_SIZE,
     Judge,
@@ -39,7 +38,7 @@ WHOLE = {"prompt_logprobs": -1, "max_tokens": 1, "logprobs": None}
 def family(members, tmp_path_factory):
     """`tight` in float32; `eight` in int8, of which `source` are the weights before they were rounded; adapters."""
     root = tmp_path_factory.mktemp("quantised")
-    source = make_model(root / "source", seed=5, vocab_size=VOCAB_SIZE, **SHAPE)
+    source = make_model(root / "source", seed=5, vocab_size=VOCAB_SIZE, **WIDE)
     return {
         "tight": members["tight"],
         "source": source,

@@ -26,6 +26,7 @@ RUN pip install --no-cache-dir -c constraints.txt uv \
 COPY README.md ./
 COPY ensembles ensembles/
 COPY server server/
+COPY src src/
 RUN uv pip install --system --no-deps .
 
 COPY configs configs/

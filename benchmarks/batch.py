@@ -43,13 +43,13 @@ import httpx
 from benchmarks import batch_latency, batch_memory
 from benchmarks.batch_rows import chat_body, prompts
 from benchmarks.http import live_server
-from server.batch.job.identity import Identity
-from server.batch.job.rows import Row
-from server.batch.job.store import JobStore
-from server.batch.running.runner import run
-from server.checkpoints import resolve_checkpoint
-from server.config import load_config
-from server.hosting import Hosting
+from ensemble_server.server.batch.job.identity import Identity
+from ensemble_server.server.batch.job.rows import Row
+from ensemble_server.server.batch.job.store import JobStore
+from ensemble_server.server.batch.running.runner import run
+from ensemble_server.server.config.blocks import load_config
+from ensemble_server.server.hosting import Hosting
+from ensemble_server.server.weights.checkpoints import resolve_checkpoint
 
 CLIENT_THREADS = 16
 PLAIN_BATCH = 16

@@ -11,15 +11,15 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.batch_rows import chat_body
-from ensembles.base import Delta, Done, Event, GenerationRequest, Usage
-from server.batch.job.identity import Identity
-from server.batch.job.rows import Row
-from server.batch.job.store import JobStore
-from server.batch.results.output_line import write_output
-from server.batch.running.runner import run
-from server.config import parse_config
-from server.embeddings import SentenceEmbedder
-from server.hosting import Hosting
+from ensemble_server.ensembles.base import Delta, Done, Event, GenerationRequest, Usage
+from ensemble_server.server.batch.job.identity import Identity
+from ensemble_server.server.batch.job.rows import Row
+from ensemble_server.server.batch.job.store import JobStore
+from ensemble_server.server.batch.results.output_line import write_output
+from ensemble_server.server.batch.running.runner import run
+from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.hosting import Hosting
+from ensemble_server.server.weights.embeddings import SentenceEmbedder
 
 QUESTION = "Tell me about the history of computing, part {}. " + "Think step by step. " * 40
 

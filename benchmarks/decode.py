@@ -31,12 +31,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ensembles.base import GenerationRequest, Mixture, Sampling
-from server.checkpoints import resolve_checkpoint
-from server.config import HostedModel
-from server.engines.transformers_engine.engine import TransformersEngine
-from server.members import load_members
-from server.torch_threads import in_own_thread
+from ensemble_server.ensembles.base import GenerationRequest, Mixture, Sampling
+from ensemble_server.server.config.blocks import HostedModel
+from ensemble_server.server.engines.transformers_engine.engine import TransformersEngine
+from ensemble_server.server.engines.transformers_engine.members import load_members
+from ensemble_server.server.weights.checkpoints import resolve_checkpoint
+from ensemble_server.server.weights.threads import in_own_thread
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EXPERTS = Path(__file__).parent.parent / "experts"

@@ -28,9 +28,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import httpx
 
-from ensembles.base import Delta, GenerationRequest, Sampling
-from server.config import load_config
-from server.hosting import Hosting
+from ensemble_server.ensembles.base import Delta, GenerationRequest, Sampling
+from ensemble_server.server.config.blocks import load_config
+from ensemble_server.server.hosting import Hosting
 
 CONCURRENCIES = (1, 4, 16)
 QUESTION = "Tell me about the history of computing, part {}."
@@ -101,7 +101,7 @@ async def together(streams: Sequence[AsyncIterator[int]]) -> tuple[float, list[S
 
 @asynccontextmanager
 async def live_server(config: Path) -> AsyncIterator[httpx.AsyncClient]:
-    async with live([sys.executable, "-m", "server", "serve", str(config)]) as client:
+    async with live([sys.executable, "-m", "ensemble_server", "serve", str(config)]) as client:
         yield client
 
 

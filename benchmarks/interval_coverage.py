@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ensembles.comparison import bootstrap
-from ensembles.comparison.intervals import Estimate
+from ensemble_server.ensembles.comparison import bootstrap
+from ensemble_server.ensembles.comparison.intervals import Estimate
 
 NUM_TRIALS = 2000
 NUM_RESAMPLES = 1000

@@ -58,7 +58,7 @@ def command_of(arm: str, root: Path) -> list[str]:
     }
     file = root / f"{arm}.yaml"
     file.write_text(yaml.safe_dump(config))
-    return [sys.executable, "-m", "server", "serve", str(file)]
+    return [sys.executable, "-m", "ensemble_server", "serve", str(file)]
 
 
 async def measure(options: argparse.Namespace) -> dict[str, list[float]]:

@@ -26,8 +26,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 
-from ensembles.voting.similarity import characters, cosine_similarity, rouge_l
-from server.embeddings import SentenceEmbedder
+from ensemble_server.ensembles.voting.similarity import characters, cosine_similarity, rouge_l
+from ensemble_server.server.weights.embeddings import SentenceEmbedder
 
 LEAST_SECONDS = 0.5  # that an arm is timed for; fast ones are called many times
 ANSWERS = Path(__file__).parent.parent / "data" / "crowd" / "crowd_llm_vicuna.jsonl"

@@ -24,10 +24,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 
-from ensembles.crowd_vote import count, hold_vote
-from ensembles.voting.answer_extraction import extract
-from ensembles.voting.majority import plurality
-from server.embeddings import SentenceEmbedder
+from ensemble_server.ensembles.crowd_vote import count, hold_vote
+from ensemble_server.ensembles.voting.answer_extraction import extract
+from ensemble_server.ensembles.voting.majority import plurality
+from ensemble_server.server.weights.embeddings import SentenceEmbedder
 
 CROWD = Path(__file__).parent.parent / "data" / "crowd"
 POOLS = [CROWD / "crowd_gsm8k_4sys.jsonl", CROWD / "crowd_llm_vicuna.jsonl"]

@@ -25,14 +25,14 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from ensembles.base import Delta, Done, Event, GenerationRequest, Model
-from ensembles.candidates import CandidateConfig, candidate_calls, candidates_trace
-from ensembles.crowd_vote import hold_vote
-from ensembles.errors import DeadlineError, ModelLoadError, UnsupportedError
-from ensembles.fan_out import Outcome, answered_members, fan_out, total_usage
-from ensembles.method import Method, Services
-from ensembles.text_level import check_num_calls, check_text_level, overridden
-from ensembles.voting.similarity import SimilarityBlend
+from ensemble_server.ensembles.base import Delta, Done, Event, GenerationRequest, Model
+from ensemble_server.ensembles.candidates import CandidateConfig, candidate_calls, candidates_trace
+from ensemble_server.ensembles.crowd_vote import hold_vote
+from ensemble_server.ensembles.errors import DeadlineError, ModelLoadError, UnsupportedError
+from ensemble_server.ensembles.fan_out import Outcome, answered_members, fan_out, total_usage
+from ensemble_server.ensembles.method import Method, Services
+from ensemble_server.ensembles.text_level import check_num_calls, check_text_level, overridden
+from ensemble_server.ensembles.voting.similarity import SimilarityBlend
 
 OVERRIDABLE = ("weights", "samples", "layers", "top_k", "similarity", "temperature", "min_turnout")
 

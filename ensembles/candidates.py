@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from ensembles.base import GenerationRequest, Model
-from ensembles.fan_out import Call, Outcome
-from ensembles.text_level import TextLevelConfig, member_request
+from ensemble_server.ensembles.base import GenerationRequest, Model
+from ensemble_server.ensembles.fan_out import Call, Outcome
+from ensemble_server.ensembles.text_level import TextLevelConfig, member_request
 
 
 class CandidateConfig(TextLevelConfig):

@@ -23,14 +23,26 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from ensembles.base import Done, Embedder, Event, GenerationRequest, Model
-from ensembles.candidates import CandidateConfig, candidate_calls, candidates_trace
-from ensembles.errors import ModelLoadError, UnsupportedError
-from ensembles.fan_out import answered_members, fan_out, total_usage
-from ensembles.method import Method, Services
-from ensembles.text_level import as_delta, check_num_calls, check_text_level, independent_choices, overridden
-from ensembles.voting.consensus import Consensus, elect, equal_texts
-from ensembles.voting.similarity import SimilarityBlend, SimilarityName, blend, cosine_similarity, rouge_l
+from ensemble_server.ensembles.base import Done, Embedder, Event, GenerationRequest, Model
+from ensemble_server.ensembles.candidates import CandidateConfig, candidate_calls, candidates_trace
+from ensemble_server.ensembles.errors import ModelLoadError, UnsupportedError
+from ensemble_server.ensembles.fan_out import answered_members, fan_out, total_usage
+from ensemble_server.ensembles.method import Method, Services
+from ensemble_server.ensembles.text_level import (
+    as_delta,
+    check_num_calls,
+    check_text_level,
+    independent_choices,
+    overridden,
+)
+from ensemble_server.ensembles.voting.consensus import Consensus, elect, equal_texts
+from ensemble_server.ensembles.voting.similarity import (
+    SimilarityBlend,
+    SimilarityName,
+    blend,
+    cosine_similarity,
+    rouge_l,
+)
 
 OVERRIDABLE = ("weights", "samples", "similarity", "temperature", "prune", "min_turnout")
 

@@ -25,12 +25,12 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ensembles.base import Delta, Done, Event, GenerationRequest, Model, Usage
-from ensembles.errors import ModelLoadError, UnsupportedError
-from ensembles.exchange.agreement import judge, merge_alike, tokens_left
-from ensembles.exchange.prompts import Peer, exchange_prompt, round_messages, round_text, with_persona
-from ensembles.exchange.topologies import TopologyName, who_hears_whom
-from ensembles.exchange.transcript import (
+from ensemble_server.ensembles.base import Delta, Done, Event, GenerationRequest, Model, Usage
+from ensemble_server.ensembles.errors import ModelLoadError, UnsupportedError
+from ensemble_server.ensembles.exchange.agreement import judge, merge_alike, tokens_left
+from ensemble_server.ensembles.exchange.prompts import Peer, exchange_prompt, round_messages, round_text, with_persona
+from ensemble_server.ensembles.exchange.topologies import TopologyName, who_hears_whom
+from ensemble_server.ensembles.exchange.transcript import (
     FinalRule,
     Participant,
     Reply,
@@ -41,9 +41,9 @@ from ensembles.exchange.transcript import (
     Transcript,
     minutes,
 )
-from ensembles.fan_out import Call, Outcome, fan_out, total_usage
-from ensembles.method import Method, Services
-from ensembles.text_level import (
+from ensemble_server.ensembles.fan_out import Call, Outcome, fan_out, total_usage
+from ensemble_server.ensembles.method import Method, Services
+from ensemble_server.ensembles.text_level import (
     TextLevelConfig,
     check_num_calls,
     check_text_level,
@@ -51,8 +51,8 @@ from ensembles.text_level import (
     member_request,
     overridden,
 )
-from ensembles.voting.answer_extraction import AnswerKind, extract
-from ensembles.voting.similarity import cosine_similarity
+from ensemble_server.ensembles.voting.answer_extraction import AnswerKind, extract
+from ensemble_server.ensembles.voting.similarity import cosine_similarity
 
 OVERRIDABLE = (
     "weights",

@@ -17,8 +17,18 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import reduce
 
-from ensembles.base import Answer, Choice, Delta, Done, GenerationRequest, MemberUsage, Model, PromptScored, Usage
-from ensembles.errors import (
+from ensemble_server.ensembles.base import (
+    Answer,
+    Choice,
+    Delta,
+    Done,
+    GenerationRequest,
+    MemberUsage,
+    Model,
+    PromptScored,
+    Usage,
+)
+from ensemble_server.ensembles.errors import (
     DeadlineError,
     EngineDeadError,
     EnsembleError,

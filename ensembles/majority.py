@@ -23,13 +23,19 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from ensembles.base import Done, Event, GenerationRequest, Usage
-from ensembles.candidates import CandidateConfig, candidate_calls, candidates_trace
-from ensembles.fan_out import Call, FanOut, Outcome, answered_members, check_turnout
-from ensembles.method import Method
-from ensembles.text_level import as_delta, check_num_calls, check_text_level, independent_choices, overridden
-from ensembles.voting.answer_extraction import AnswerKind, extract
-from ensembles.voting.majority import PENDING, Vote, agreement, is_decided, plurality, tally
+from ensemble_server.ensembles.base import Done, Event, GenerationRequest, Usage
+from ensemble_server.ensembles.candidates import CandidateConfig, candidate_calls, candidates_trace
+from ensemble_server.ensembles.fan_out import Call, FanOut, Outcome, answered_members, check_turnout
+from ensemble_server.ensembles.method import Method
+from ensemble_server.ensembles.text_level import (
+    as_delta,
+    check_num_calls,
+    check_text_level,
+    independent_choices,
+    overridden,
+)
+from ensemble_server.ensembles.voting.answer_extraction import AnswerKind, extract
+from ensemble_server.ensembles.voting.majority import PENDING, Vote, agreement, is_decided, plurality, tally
 
 OVERRIDABLE = ("weights", "samples", "answer", "early_stop", "temperature", "min_turnout")
 

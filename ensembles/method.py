@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from ensembles.base import Embedder, Event, GenerationRequest, Model, Reranker
+from ensemble_server.ensembles.base import Embedder, Event, GenerationRequest, Model, Reranker
 
 
 def _names_to_weights(value: Any) -> Any:

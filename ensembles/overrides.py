@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from ensembles.errors import RequestError
+from ensemble_server.ensembles.errors import RequestError
 
 
 def check_overrides(overrides: Mapping[str, Any], allowed: Collection[str], members: Collection[str]) -> None:

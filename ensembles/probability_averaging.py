@@ -17,10 +17,10 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from ensembles.base import DistributionModel, Event, GenerationRequest, Mixture, Model, PoolName
-from ensembles.errors import ModelLoadError, RequestError
-from ensembles.method import Method, MethodConfig, Services
-from ensembles.overrides import check_overrides
+from ensemble_server.ensembles.base import DistributionModel, Event, GenerationRequest, Mixture, Model, PoolName
+from ensemble_server.ensembles.errors import ModelLoadError, RequestError
+from ensemble_server.ensembles.method import Method, MethodConfig, Services
+from ensemble_server.ensembles.overrides import check_overrides
 
 POOLS = ("arithmetic", "geometric", "posterior")
 MAX_WEIGHT = 1e6  # in size; a log-probability times a weight must fit into float32 with digits to spare

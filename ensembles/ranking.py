@@ -27,14 +27,20 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field, model_validator
 
-from ensembles.base import DistributionModel, Done, Event, GenerationRequest, Model, Usage
-from ensembles.candidates import CandidateConfig, candidate_calls, candidates_trace
-from ensembles.errors import DeadlineError, MemberError, ModelLoadError
-from ensembles.fan_out import Call, Outcome, answered_members, check_turnout, fan_out, total_usage
-from ensembles.method import Method, Services
-from ensembles.text_level import as_delta, check_num_calls, check_text_level, independent_choices, overridden
-from ensembles.voting.consensus import elect, ranked
-from ensembles.voting.pairwise import (
+from ensemble_server.ensembles.base import DistributionModel, Done, Event, GenerationRequest, Model, Usage
+from ensemble_server.ensembles.candidates import CandidateConfig, candidate_calls, candidates_trace
+from ensemble_server.ensembles.errors import DeadlineError, MemberError, ModelLoadError
+from ensemble_server.ensembles.fan_out import Call, Outcome, answered_members, check_turnout, fan_out, total_usage
+from ensemble_server.ensembles.method import Method, Services
+from ensemble_server.ensembles.text_level import (
+    as_delta,
+    check_num_calls,
+    check_text_level,
+    independent_choices,
+    overridden,
+)
+from ensemble_server.ensembles.voting.consensus import elect, ranked
+from ensemble_server.ensembles.voting.pairwise import (
     CRITERION,
     comparison_request,
     mean_logprob,

@@ -5,17 +5,17 @@ from __future__ import annotations
 from difflib import get_close_matches
 from importlib import import_module
 
-from ensembles.errors import ConfigError
-from ensembles.method import Method
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.ensembles.method import Method
 
 METHODS: dict[str, str] = {
-    "probability_average": "ensembles.probability_averaging:ProbabilityAverage",
-    "crowd_vote": "ensembles.crowd_vote:CrowdVote",
-    "majority": "ensembles.majority:Majority",
-    "ranking": "ensembles.ranking:Ranking",
-    "exchange_of_thought": "ensembles.exchange_of_thought:ExchangeOfThought",
-    "answer_fusion": "ensembles.answer_fusion:AnswerFusion",
-    "routing": "ensembles.routing:Routing",
+    "probability_average": "ensemble_server.ensembles.probability_averaging:ProbabilityAverage",
+    "crowd_vote": "ensemble_server.ensembles.crowd_vote:CrowdVote",
+    "majority": "ensemble_server.ensembles.majority:Majority",
+    "ranking": "ensemble_server.ensembles.ranking:Ranking",
+    "exchange_of_thought": "ensemble_server.ensembles.exchange_of_thought:ExchangeOfThought",
+    "answer_fusion": "ensemble_server.ensembles.answer_fusion:AnswerFusion",
+    "routing": "ensemble_server.ensembles.routing:Routing",
 }
 
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ensembles.base import (
+from ensemble_server.ensembles.base import (
     DistributionModel,
     Done,
     Event,
@@ -37,7 +37,7 @@ from ensembles.base import (
     Model,
     PoolName,
 )
-from ensembles.errors import (
+from ensemble_server.ensembles.errors import (
     EngineDeadError,
     EnsembleError,
     MemberError,
@@ -46,11 +46,11 @@ from ensembles.errors import (
     TurnoutError,
     UnsupportedError,
 )
-from ensembles.gating import gate_vector, mixture_weights, softmax
-from ensembles.mergekit_moe import MoeConfig, routes
-from ensembles.method import Method, MethodConfig, Services
-from ensembles.probability_averaging import mixture_of
-from ensembles.text_level import overridden
+from ensemble_server.ensembles.gating import gate_vector, mixture_weights, softmax
+from ensemble_server.ensembles.mergekit_moe import MoeConfig, routes
+from ensemble_server.ensembles.method import Method, MethodConfig, Services
+from ensemble_server.ensembles.probability_averaging import mixture_of
+from ensemble_server.ensembles.text_level import overridden
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,11 +12,11 @@ from typing import TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from ensembles.base import Choice, Delta, Done, Event, GenerationRequest, Model
-from ensembles.errors import RequestError, UnsupportedError
-from ensembles.fan_out import Call, fan_out, total_usage
-from ensembles.method import Method, MethodConfig
-from ensembles.overrides import check_overrides
+from ensemble_server.ensembles.base import Choice, Delta, Done, Event, GenerationRequest, Model
+from ensemble_server.ensembles.errors import RequestError, UnsupportedError
+from ensemble_server.ensembles.fan_out import Call, fan_out, total_usage
+from ensemble_server.ensembles.method import Method, MethodConfig
+from ensemble_server.ensembles.overrides import check_overrides
 
 
 class TextLevelConfig(MethodConfig):

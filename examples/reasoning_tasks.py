@@ -22,11 +22,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from scipy.stats import binomtest
 
-from ensembles.base import GenerationRequest, Model, Sampling, collect
-from ensembles.errors import EnsembleError
-from ensembles.voting.answer_extraction import AnswerKind, extract, same_answer
-from server.config import load_config
-from server.hosting import Hosting
+from ensemble_server.ensembles.base import GenerationRequest, Model, Sampling, collect
+from ensemble_server.ensembles.errors import EnsembleError
+from ensemble_server.ensembles.voting.answer_extraction import AnswerKind, extract, same_answer
+from ensemble_server.server.config.blocks import load_config
+from ensemble_server.server.hosting import Hosting
 
 ROOT = Path(__file__).parent.parent
 

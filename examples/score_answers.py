@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ensembles.comparison import bootstrap
-from ensembles.comparison.proportions import wilson
-from ensembles.voting.answer_extraction import extract, same_answer
+from ensemble_server.ensembles.comparison import bootstrap
+from ensemble_server.ensembles.comparison.proportions import wilson
+from ensemble_server.ensembles.voting.answer_extraction import extract, same_answer
 
 
 def main() -> None:

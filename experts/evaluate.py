@@ -17,7 +17,7 @@ from peft import PeftModel
 from train import BASE, DOMAINS, ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from server.checkpoints import resolve_checkpoint
+from ensemble_server.server.weights.checkpoints import resolve_checkpoint
 
 EXPERTS = ROOT / "experts"
 

@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from server.checkpoints import resolve_checkpoint
+from ensemble_server.server.weights.checkpoints import resolve_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 DOMAINS = ("code", "jargon", "shakespeare")

@@ -10,20 +10,20 @@ from functools import partial
 from graphlib import TopologicalSorter
 from typing import Self
 
-from ensembles.base import Embedder, Event, GenerationRequest, Mixture, MixtureHost, Model
-from ensembles.method import Method, MethodConfig, Services
-from ensembles.probability_averaging import overridden
-from ensembles.registry import method_class
-from server.config import Config, HostedModel, RemoteModel, VllmEngineConfig
-from server.embeddings import SentenceEmbedder
-from server.engines.engine import Engine, StepStats
-from server.engines.remote import RemoteChat
-from server.engines.transformers_engine.engine import TransformersEngine
-from server.fingerprints import fingerprint
-from server.members import load_members
-from server.reranking import CrossEncoderReranker
-from server.surface import Surface
-from server.torch_threads import in_own_thread
+from ensemble_server.ensembles.base import Embedder, Event, GenerationRequest, Mixture, MixtureHost, Model
+from ensemble_server.ensembles.method import Method, MethodConfig, Services
+from ensemble_server.ensembles.probability_averaging import overridden
+from ensemble_server.ensembles.registry import method_class
+from ensemble_server.server.config.blocks import Config, HostedModel, RemoteModel, VllmEngineConfig
+from ensemble_server.server.config.fingerprints import fingerprint
+from ensemble_server.server.engines.engine import Engine, StepStats
+from ensemble_server.server.engines.remote.remote import RemoteChat
+from ensemble_server.server.engines.transformers_engine.engine import TransformersEngine
+from ensemble_server.server.engines.transformers_engine.members import load_members
+from ensemble_server.server.weights.embeddings import SentenceEmbedder
+from ensemble_server.server.weights.reranking import CrossEncoderReranker
+from ensemble_server.server.weights.surface import Surface
+from ensemble_server.server.weights.threads import in_own_thread
 
 
 class SingleMember:
@@ -123,7 +123,7 @@ async def _engine(
 ) -> tuple[Engine, dict[str, Surface]]:
     """The engine that the config asks for, ready to be started, and how its members read text."""
     if isinstance(config.engine, VllmEngineConfig):
-        from server.engines.vllm_engine.engine import VllmEngine
+        from ensemble_server.server.engines.vllm_engine.engine import VllmEngine
 
         vllm = await VllmEngine.planned(config, on_step=on_step)
         return vllm, {name: view.surface for name, view in vllm.views.items()}

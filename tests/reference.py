@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ensembles.base import Choice
+from ensemble_server.ensembles.base import Choice
 
 
 @lru_cache(maxsize=32)

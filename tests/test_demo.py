@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from ensembles.base import Answer, GenerationRequest, Sampling, collect
-from ensembles.pooling import posterior
-from server.config import load_config
-from server.hosting import Hosting
+from ensemble_server.ensembles.base import Answer, GenerationRequest, Sampling, collect
+from ensemble_server.ensembles.pooling import posterior
+from ensemble_server.server.config.blocks import load_config
+from ensemble_server.server.hosting import Hosting
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
@@ -77,7 +77,7 @@ async def test_greedy_answers_stream_and_repeat(demo):
 
 
 async def test_structured_output_on_the_real_vocabulary(demo):
-    from ensembles.base import Grammar
+    from ensemble_server.ensembles.base import Grammar
 
     schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
     schema["additionalProperties"] = False

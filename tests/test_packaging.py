@@ -21,10 +21,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from server.checkpoints import PACKAGED_MODELS
-from server.cli.app import COMMANDS
-from server.cli.doctor import EXTRAS
-from server.config import load_config
+from ensemble_server.server.cli.app import COMMANDS
+from ensemble_server.server.cli.doctor import EXTRAS
+from ensemble_server.server.config.blocks import load_config
+from ensemble_server.server.weights.checkpoints import PACKAGED_MODELS
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -79,7 +79,7 @@ def test_all_that_is_copied_exists_and_is_not_ignored(instructions: list[tuple[s
     kept = {rule[1:] for rule in rules if rule.startswith("!")}
     assert "*" in rules  # so that only what is named goes in
     copied = [source for value in values(instructions, "COPY") for source in shlex.split(value)[:-1]]
-    assert {"ensembles", "server", "configs", "experts", "pyproject.toml", "constraints.txt"} <= set(copied)
+    assert {"ensembles", "server", "src", "configs", "experts", "pyproject.toml", "constraints.txt"} <= set(copied)
     for source in copied:
         assert (ROOT / source).exists(), f"COPY {source}: there is no such file"
         assert source in kept, f"COPY {source}: .dockerignore leaves it out"
@@ -180,7 +180,7 @@ def test_every_import_belongs_to_a_declared_requirement() -> None:
     providers = {**packages_distributions(), "vllm": ["vllm"]}  # which has an environment of its own
     for file, module in imports():
         top = module.partition(".")[0]
-        if top in sys.stdlib_module_names or top in {"ensembles", "server"}:
+        if top in sys.stdlib_module_names or top == "ensemble_server":
             continue
         names = {"pydantic"} if top == "pydantic_core" else {canonicalize_name(name) for name in providers[top]}
         assert names & declared, f"{file} imports {module}, which pyproject.toml does not name"
@@ -197,7 +197,8 @@ def imports() -> Iterator[tuple[str, str]]:
 
 
 def test_ideas_know_nothing_of_the_server() -> None:
-    assert [(file, module) for file, module in imports() if "/ensembles/" in file and module.startswith("server")] == []
+    hosting = "ensemble_server.server"
+    assert [pair for pair in imports() if "/ensembles/" in pair[0] and pair[1].startswith(hosting)] == []
 
 
 def test_the_script_and_the_commands_exist() -> None:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy.special import ndtr, ndtri, stdtrit
 
-from ensembles.comparison.intervals import Estimate, Interval, IntervalMethod
+from ensemble_server.ensembles.comparison.intervals import Estimate, Interval, IntervalMethod
 
 NUM_RESAMPLES = 10_000
 MIN_UNITS_FOR_BCA = 10

@@ -13,12 +13,12 @@ from typing import Literal
 
 import numpy as np
 
-from ensembles.comparison import bootstrap
-from ensembles.comparison.bootstrap import NUM_RESAMPLES
-from ensembles.comparison.effect_size import cohens_d_z, cohens_h, discordant_odds
-from ensembles.comparison.intervals import Estimate
-from ensembles.comparison.power import minimal_detectable_effect
-from ensembles.comparison.significance import McNemar, mcnemar, sign_flip
+from ensemble_server.ensembles.comparison import bootstrap
+from ensemble_server.ensembles.comparison.bootstrap import NUM_RESAMPLES
+from ensemble_server.ensembles.comparison.effect_size import cohens_d_z, cohens_h, discordant_odds
+from ensemble_server.ensembles.comparison.intervals import Estimate
+from ensemble_server.ensembles.comparison.power import minimal_detectable_effect
+from ensemble_server.ensembles.comparison.significance import McNemar, mcnemar, sign_flip
 
 
 @dataclass(frozen=True)

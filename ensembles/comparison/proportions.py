@@ -6,7 +6,7 @@ import math
 
 from scipy.special import ndtri
 
-from ensembles.comparison.intervals import Interval
+from ensemble_server.ensembles.comparison.intervals import Interval
 
 
 def wilson(num_right: int, num_items: int, *, level: float = 0.95) -> Interval:

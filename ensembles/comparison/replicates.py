@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ensembles.comparison.bootstrap import NUM_RESAMPLES
-from ensembles.comparison.intervals import Estimate, Interval
+from ensemble_server.ensembles.comparison.bootstrap import NUM_RESAMPLES
+from ensemble_server.ensembles.comparison.intervals import Estimate, Interval
 
 
 def crossed_ratio_difference(

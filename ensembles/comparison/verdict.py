@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ensembles.comparison.intervals import Interval
+from ensemble_server.ensembles.comparison.intervals import Interval
 
 Verdict = Literal["better", "worse", "no difference shown", "inconclusive"]
 

@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from ensembles.exchange.transcript import Reply, Round, Settings, State, StopReason, Transcript
-from ensembles.voting.majority import TOLERANCE, plurality, tally
+from ensemble_server.ensembles.exchange.transcript import Reply, Round, Settings, State, StopReason, Transcript
+from ensemble_server.ensembles.voting.majority import TOLERANCE, plurality, tally
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ensembles.base import Message
-from ensembles.voting.answer_extraction import AnswerKind
+from ensemble_server.ensembles.base import Message
+from ensemble_server.ensembles.voting.answer_extraction import AnswerKind
 
 ENDINGS: dict[AnswerKind, str] = {
     "number": 'End with the sentence "The answer is N.", where N is your final number.',

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ensembles.exchange.topologies import TopologyName
-from ensembles.voting.answer_extraction import AnswerKind
+from ensemble_server.ensembles.exchange.topologies import TopologyName
+from ensemble_server.ensembles.voting.answer_extraction import AnswerKind
 
 StopRule = Literal["unanimity", "majority", "repeat"]
 StopReason = Literal["unanimity", "majority", "all_left", "max_rounds", "token_budget", "time_budget"]

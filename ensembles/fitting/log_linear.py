@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from ensembles.pooling.geometric import FLOOR_NATS
+from ensemble_server.ensembles.pooling.geometric import FLOOR_NATS
 
 if TYPE_CHECKING:
     from torch import Tensor

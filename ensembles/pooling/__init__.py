@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ensembles.pooling import arithmetic, geometric
+from ensemble_server.ensembles.pooling import arithmetic, geometric
 
 if TYPE_CHECKING:
     import torch
 
-    from ensembles.base import PoolName
+    from ensemble_server.ensembles.base import PoolName
 
 _POOLS = {"arithmetic": arithmetic.pool, "posterior": arithmetic.pool, "geometric": geometric.pool}
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ensembles.base import Sampling
+from ensemble_server.ensembles.base import Sampling
 
 GREEDY_BELOW = 1e-5  # lower temperatures mean "the most likely token", and would overflow float32 (vLLM's limit)
 CANDIDATES = 1024  # top_p looks here first: sorting a whole vocabulary of 49k takes 20 times as long on CPU

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ensembles.base import GenerationRequest, Grammar, Sampling, TokenLogprob
+from ensemble_server.ensembles.base import GenerationRequest, Grammar, Sampling, TokenLogprob
 
 LETTERS = ("A", "B")
 NUM_ALTERNATIVES = 20  # how many of the likeliest tokens are read; the most that APIs give

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from starlette.exceptions import HTTPException
 from starlette.types import Receive
 
-from ensembles.errors import EngineDeadError
-from server.api.errors import CLIENT_LEFT
+from ensemble_server.ensembles.errors import EngineDeadError
+from ensemble_server.server.api.errors import CLIENT_LEFT
 
 if TYPE_CHECKING:
-    from server.hosting import Hosting
+    from ensemble_server.server.hosting import Hosting
 
 T = TypeVar("T")
 

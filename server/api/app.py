@@ -11,24 +11,24 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from server.api.admission import Admission
-from server.api.auth import OPEN_PATHS, RequireKey, configured_keys
-from server.api.batches import batches_router
-from server.api.chat import chat_router
-from server.api.completions import completions_router
-from server.api.embeddings import embeddings_router
-from server.api.errors import install_error_handlers
-from server.api.files import files_router
-from server.api.health import PACKAGE, health_router, metrics_router
-from server.api.models import models_router
-from server.api.request_log import RequestLog
-from server.api.tokenization import tokenization_router
-from server.api.vote import vote_router
-from server.batch.uploads.service import BatchService
+from ensemble_server.server.api.admission import Admission
+from ensemble_server.server.api.auth import OPEN_PATHS, RequireKey, configured_keys
+from ensemble_server.server.api.batches import batches_router
+from ensemble_server.server.api.chat import chat_router
+from ensemble_server.server.api.completions import completions_router
+from ensemble_server.server.api.embeddings import embeddings_router
+from ensemble_server.server.api.errors import install_error_handlers
+from ensemble_server.server.api.files import files_router
+from ensemble_server.server.api.health import PACKAGE, health_router, metrics_router
+from ensemble_server.server.api.models import models_router
+from ensemble_server.server.api.request_log import RequestLog
+from ensemble_server.server.api.tokenization import tokenization_router
+from ensemble_server.server.api.vote import vote_router
+from ensemble_server.server.batch.uploads.service import BatchService
 
 if TYPE_CHECKING:
-    from server.hosting import Hosting
-    from server.metrics import Metrics
+    from ensemble_server.server.hosting import Hosting
+    from ensemble_server.server.metrics import Metrics
 
 EXPOSED_HEADERS = ["x-request-id", "x-ignored-parameters", "retry-after"]
 

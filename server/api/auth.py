@@ -13,8 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.api.errors import error_response
-from server.config import ServerConfig
+from ensemble_server.server.api.errors import error_response
+from ensemble_server.server.config.blocks import ServerConfig
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from typing_extensions import TypedDict
 
-from server.batch.uploads.catalogue import Batch, Purpose, Status, StoredFile
+from ensemble_server.server.batch.uploads.catalogue import Batch, Purpose, Status, StoredFile
 
 
 class FileObject(TypedDict):

@@ -10,21 +10,21 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ensembles.errors import RequestError
-from server.api.admission import Admission
-from server.api.auth import owner_of
-from server.api.batch_objects import BatchList, BatchObject, batch_object
-from server.api.errors import documented
-from server.api.files import After, Lifetime, page_of
-from server.api.json_body import strict_json_route
-from server.api.messages import WHOLE, Part
-from server.api.protocol import ParameterCheck, ignored_header
-from server.api.responses import JSONResponse
-from server.batch.job.rows import Url
-from server.batch.uploads.service import BatchService
+from ensemble_server.ensembles.errors import RequestError
+from ensemble_server.server.api.admission import Admission
+from ensemble_server.server.api.auth import owner_of
+from ensemble_server.server.api.batch_objects import BatchList, BatchObject, batch_object
+from ensemble_server.server.api.errors import documented
+from ensemble_server.server.api.files import After, Lifetime, page_of
+from ensemble_server.server.api.json_body import strict_json_route
+from ensemble_server.server.batch.job.rows import Url
+from ensemble_server.server.batch.uploads.service import BatchService
+from ensemble_server.server.requests.messages import WHOLE, Part
+from ensemble_server.server.requests.protocol import ParameterCheck, ignored_header
+from ensemble_server.server.requests.responses import JSONResponse
 
 if TYPE_CHECKING:
-    from server.hosting import Hosting
+    from ensemble_server.server.hosting import Hosting
 
 MAX_LISTED = 100
 MAX_WINDOW_S = 30 * 24 * 3600

@@ -11,12 +11,16 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ensembles.base import Choice, Delta, GenerationRequest, PromptScored
-from ensembles.errors import RequestError, UnsupportedError
-from server.api.admission import Admission
-from server.api.chunks import Part, streamed
-from server.api.errors import documented
-from server.api.generation import (
+from ensemble_server.ensembles.base import Choice, Delta, GenerationRequest, PromptScored
+from ensemble_server.ensembles.errors import RequestError, UnsupportedError
+from ensemble_server.server.api.admission import Admission
+from ensemble_server.server.api.errors import documented
+from ensemble_server.server.api.json_body import strict_json_route
+from ensemble_server.server.api.models import requested_model
+from ensemble_server.server.api.request_log import RequestRecord, record_of
+from ensemble_server.server.api.streaming import EventStream
+from ensemble_server.server.requests.chunks import Part, streamed
+from ensemble_server.server.requests.generation import (
     Generations,
     PromptAnswer,
     check_stream_options,
@@ -25,20 +29,16 @@ from server.api.generation import (
     prompt_tokens_kept,
     sampling_of,
 )
-from server.api.json_body import strict_json_route
-from server.api.logprobs import completion_logprobs, prompt_logprobs
-from server.api.models import requested_model
-from server.api.protocol import CompletionBody, ParameterCheck, Prompt, ignored_header
-from server.api.request_log import RequestRecord, record_of
-from server.api.responses import Completion, CompletionChoice, JSONResponse
-from server.api.streaming import EventStream
-from server.api.structured_output import requested_grammar
-from server.api.terms import Terms
+from ensemble_server.server.requests.logprobs import completion_logprobs, prompt_logprobs
+from ensemble_server.server.requests.protocol import CompletionBody, ParameterCheck, Prompt, ignored_header
+from ensemble_server.server.requests.responses import Completion, CompletionChoice, JSONResponse
+from ensemble_server.server.requests.structured_output import requested_grammar
+from ensemble_server.server.requests.terms import Terms
 
 if TYPE_CHECKING:
-    from server.hosting import Hosting
-    from server.metrics import Metrics
-    from server.surface import Surface
+    from ensemble_server.server.hosting import Hosting
+    from ensemble_server.server.metrics import Metrics
+    from ensemble_server.server.weights.surface import Surface
 
 
 # --- the requests -------------------------------------------------------------------------------------------------

@@ -12,19 +12,19 @@ from pydantic import Field, PlainValidator
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ensembles.errors import ContextLengthError, UnsupportedError
-from server.api.admission import Admission
-from server.api.errors import documented
-from server.api.json_body import strict_json_route
-from server.api.messages import WHOLE, Part
-from server.api.models import unknown_model
-from server.api.protocol import MAX_EMBEDDING_INPUTS, ParameterCheck, ignored_header
-from server.api.request_log import record_of
-from server.api.responses import EmbeddingList, JSONResponse
+from ensemble_server.ensembles.errors import ContextLengthError, UnsupportedError
+from ensemble_server.server.api.admission import Admission
+from ensemble_server.server.api.errors import documented
+from ensemble_server.server.api.json_body import strict_json_route
+from ensemble_server.server.api.models import unknown_model
+from ensemble_server.server.api.request_log import record_of
+from ensemble_server.server.requests.messages import WHOLE, Part
+from ensemble_server.server.requests.protocol import MAX_EMBEDDING_INPUTS, ParameterCheck, ignored_header
+from ensemble_server.server.requests.responses import EmbeddingList, JSONResponse
 
 if TYPE_CHECKING:
-    from server.embeddings import SentenceEmbedder
-    from server.hosting import Hosting
+    from ensemble_server.server.hosting import Hosting
+    from ensemble_server.server.weights.embeddings import SentenceEmbedder
 
 
 def _texts(value: Any) -> list[str]:

@@ -25,7 +25,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 from typing_extensions import TypedDict
 
-from ensembles import errors
+from ensemble_server.ensembles import errors
 
 logger = logging.getLogger(__name__)
 

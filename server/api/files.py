@@ -14,18 +14,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from ensembles.errors import RequestError
-from server.api.admission import Admission
-from server.api.auth import owner_of
-from server.api.batch_objects import FileDeleted, FileList, FileObject, file_object
-from server.api.errors import documented
-from server.api.multipart import read_upload, refuse_other_origins
-from server.api.protocol import ParameterCheck, ignored_header
-from server.api.responses import JSONResponse
-from server.batch.uploads.service import BatchService
+from ensemble_server.ensembles.errors import RequestError
+from ensemble_server.server.api.admission import Admission
+from ensemble_server.server.api.auth import owner_of
+from ensemble_server.server.api.batch_objects import FileDeleted, FileList, FileObject, file_object
+from ensemble_server.server.api.errors import documented
+from ensemble_server.server.api.multipart import read_upload, refuse_other_origins
+from ensemble_server.server.batch.uploads.service import BatchService
+from ensemble_server.server.requests.protocol import ParameterCheck, ignored_header
+from ensemble_server.server.requests.responses import JSONResponse
 
 if TYPE_CHECKING:
-    from server.hosting import Hosting
+    from ensemble_server.server.hosting import Hosting
 
 MAX_LISTED = 10_000
 MAX_FILENAME_CHARS = 255

@@ -9,15 +9,15 @@ from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
-from ensembles.errors import EngineRestartingError
-from ensembles.method import Method
-from server.api.admission import Admission
-from server.api.errors import documented
-from server.api.responses import Health, JSONResponse, Version
+from ensemble_server.ensembles.errors import EngineRestartingError
+from ensemble_server.ensembles.method import Method
+from ensemble_server.server.api.admission import Admission
+from ensemble_server.server.api.errors import documented
+from ensemble_server.server.requests.responses import Health, JSONResponse, Version
 
 if TYPE_CHECKING:
-    from server.hosting import Hosting
-    from server.metrics import Metrics
+    from ensemble_server.server.hosting import Hosting
+    from ensemble_server.server.metrics import Metrics
 
 PACKAGE = "ensemble-server"
 

@@ -15,8 +15,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from ensembles.errors import RequestError
-from server.api.errors import CLIENT_LEFT
+from ensemble_server.ensembles.errors import RequestError
+from ensemble_server.server.api.errors import CLIENT_LEFT
 
 DRAIN_FACTOR = 4  # a body this many times too large is read to its end, so that its sender comes to read the 413
 

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter
 
-from ensembles.base import Model
-from ensembles.errors import RequestError, UnknownModelError
-from ensembles.method import Method
-from server.api.errors import documented, shortened
-from server.api.responses import JSONResponse, ModelList, ModelObject
-from server.findings import nearest
+from ensemble_server.ensembles.base import Model
+from ensemble_server.ensembles.errors import RequestError, UnknownModelError
+from ensemble_server.ensembles.method import Method
+from ensemble_server.server.api.errors import documented, shortened
+from ensemble_server.server.config.problems import nearest
+from ensemble_server.server.requests.responses import JSONResponse, ModelList, ModelObject
 
 if TYPE_CHECKING:
-    from server.hosting import Hosting
+    from ensemble_server.server.hosting import Hosting
 
 OWNER = "ensemble-server"
 

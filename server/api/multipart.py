@@ -12,9 +12,9 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
-from ensembles.errors import EnsembleError, RequestError
-from server.api.errors import CLIENT_LEFT, shortened
-from server.api.json_body import DRAIN_FACTOR
+from ensemble_server.ensembles.errors import EnsembleError, RequestError
+from ensemble_server.server.api.errors import CLIENT_LEFT, shortened
+from ensemble_server.server.api.json_body import DRAIN_FACTOR
 
 MAX_FIELDS = 32
 MAX_FIELD_BYTES = 4096

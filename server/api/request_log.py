@@ -16,10 +16,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import error_response, shortened
+from ensemble_server.server.api.errors import error_response, shortened
 
 if TYPE_CHECKING:
-    from server.metrics import Metrics
+    from ensemble_server.server.metrics import Metrics
 
 logger = logging.getLogger("ensemble.access")
 

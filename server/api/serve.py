@@ -19,15 +19,15 @@ import uvicorn
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ensembles.errors import ConfigError
-from server.api.admission import RETRY_SOON, Admission
-from server.api.errors import error_response
-from server.api.logs import configure_logging
-from server.api.responses import JSONResponse
-from server.metrics import Metrics
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.api.admission import RETRY_SOON, Admission
+from ensemble_server.server.api.errors import error_response
+from ensemble_server.server.api.logs import configure_logging
+from ensemble_server.server.metrics import Metrics
+from ensemble_server.server.requests.responses import JSONResponse
 
 if TYPE_CHECKING:
-    from server.config import Config, ServerConfig
+    from ensemble_server.server.config.blocks import Config, ServerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +60,8 @@ async def serve(config: Config, *, on_ready: Callable[[int], None] | None = None
 
 
 async def _load_and_answer(config: Config, entrance: Entrance, stop: StopSignals, ready: Callable[[], None]) -> None:
-    from server.api.app import create_app
-    from server.hosting import Hosting
+    from ensemble_server.server.api.app import create_app
+    from ensemble_server.server.hosting import Hosting
 
     metrics = Metrics()
     async with Hosting.open(config, on_step=metrics.observe_step) as hosting:

@@ -21,8 +21,8 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.api.admission import Admission
-from server.api.errors import CLIENT_LEFT, error_object
+from ensemble_server.server.api.admission import Admission
+from ensemble_server.server.api.errors import CLIENT_LEFT, error_object
 
 logger = logging.getLogger(__name__)
 

@@ -9,18 +9,18 @@ from fastapi import APIRouter
 from pydantic import Discriminator, Field, Tag
 from starlette.responses import Response
 
-from ensembles.errors import RequestError, UnsupportedError
-from server.api.errors import documented
-from server.api.json_body import strict_json_route
-from server.api.messages import ChatMessage, ChatTool, Part, template_messages
-from server.api.models import requested_model
-from server.api.protocol import TokenId
-from server.api.responses import DetokenizedText, JSONResponse, TokenizerInfo, Tokens
-from server.api.tool_use import tool_definition
+from ensemble_server.ensembles.errors import RequestError, UnsupportedError
+from ensemble_server.server.api.errors import documented
+from ensemble_server.server.api.json_body import strict_json_route
+from ensemble_server.server.api.models import requested_model
+from ensemble_server.server.requests.messages import ChatMessage, ChatTool, Part, template_messages
+from ensemble_server.server.requests.protocol import TokenId
+from ensemble_server.server.requests.responses import DetokenizedText, JSONResponse, TokenizerInfo, Tokens
+from ensemble_server.server.requests.tool_use import tool_definition
 
 if TYPE_CHECKING:
-    from server.hosting import Hosting
-    from server.surface import Surface
+    from ensemble_server.server.hosting import Hosting
+    from ensemble_server.server.weights.surface import Surface
 
 
 class TokenizeText(Part):

@@ -10,19 +10,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
-from ensembles.base import Embedder
-from ensembles.crowd_vote import hold_vote
-from ensembles.errors import RequestError, UnsupportedError
-from ensembles.voting.similarity import SimilarityBlend
-from server.api.admission import Admission
-from server.api.errors import documented
-from server.api.json_body import strict_json_route
-from server.api.messages import Part
-from server.api.protocol import ParameterCheck, ignored_header
-from server.api.responses import JSONResponse
+from ensemble_server.ensembles.base import Embedder
+from ensemble_server.ensembles.crowd_vote import hold_vote
+from ensemble_server.ensembles.errors import RequestError, UnsupportedError
+from ensemble_server.ensembles.voting.similarity import SimilarityBlend
+from ensemble_server.server.api.admission import Admission
+from ensemble_server.server.api.errors import documented
+from ensemble_server.server.api.json_body import strict_json_route
+from ensemble_server.server.requests.messages import Part
+from ensemble_server.server.requests.protocol import ParameterCheck, ignored_header
+from ensemble_server.server.requests.responses import JSONResponse
 
 if TYPE_CHECKING:
-    from server.hosting import Hosting
+    from ensemble_server.server.hosting import Hosting
 
 MAX_CANDIDATES = 256
 MAX_CHARS = 500_000  # of all candidates together; ROUGE-L takes time with its square, about a second for this

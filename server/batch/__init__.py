@@ -1,6 +1,6 @@
 """Batch generation: rows in, answers out, nothing lost. `run_batch` is the whole of it in one call.
 
-from server.batch import run_batch
+from ensemble_server.server.batch import run_batch
 
 answers = run_batch("config.yaml", ["What is 2 + 2?", "And 3?"], "answers.jsonl", model="trio", max_tokens=64)
 for text in answers.texts():
@@ -9,7 +9,7 @@ for text in answers.texts():
 
 from __future__ import annotations
 
-from server.batch.job.rows import URLS, BadRow, Row, RowResult, Url
-from server.batch.notebook import Answers, run_batch, run_batch_async
+from ensemble_server.server.batch.job.rows import URLS, BadRow, Row, RowResult, Url
+from ensemble_server.server.batch.notebook import Answers, run_batch, run_batch_async
 
 __all__ = ["URLS", "Answers", "BadRow", "Row", "RowResult", "Url", "run_batch", "run_batch_async"]

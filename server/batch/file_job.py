@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ensembles.errors import ConfigError
-from server.batch.job.identity import Identity
-from server.batch.job.rows import BadRow, Row
-from server.batch.job.store import JobStore
-from server.batch.placement.shards import SHARD, Shard
-from server.batch.results.submission import SampleSubmission
-from server.batch.source.inputs import Recipe, read_rows
-from server.batch.source.records import SourceKind, read_records
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.batch.job.identity import Identity
+from ensemble_server.server.batch.job.rows import BadRow, Row
+from ensemble_server.server.batch.job.store import JobStore
+from ensemble_server.server.batch.placement.shards import SHARD, Shard
+from ensemble_server.server.batch.results.submission import SampleSubmission
+from ensemble_server.server.batch.source.inputs import Recipe, read_rows
+from ensemble_server.server.batch.source.records import SourceKind, read_records
 
 NUM_BAD_SHOWN = 5
 

@@ -18,19 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from ensembles.errors import ConfigError
-from server.batch.job.identity import Identity, model_fingerprints
-from server.batch.job.rows import Row, Url
-from server.batch.job.store import JobStore, job_path
-from server.batch.results.output_line import write_output
-from server.batch.source.inputs import Recipe, read_rows
-from server.batch.source.records import BadRecord, Record, kind_of_source, read_records
-from server.batch.source.template import PromptTemplate
-from server.config import Config, load_config, parse_config
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.batch.job.identity import Identity, model_fingerprints
+from ensemble_server.server.batch.job.rows import Row, Url
+from ensemble_server.server.batch.job.store import JobStore, job_path
+from ensemble_server.server.batch.results.output_line import write_output
+from ensemble_server.server.batch.source.inputs import Recipe, read_rows
+from ensemble_server.server.batch.source.records import BadRecord, Record, kind_of_source, read_records
+from ensemble_server.server.batch.source.template import PromptTemplate
+from ensemble_server.server.config.blocks import Config, load_config, parse_config
 
 if TYPE_CHECKING:
-    from server.batch.running.runner import Progress, Summary
-    from server.hosting import Hosting
+    from ensemble_server.server.batch.running.runner import Progress, Summary
+    from ensemble_server.server.hosting import Hosting
 
 InputRow = str | Mapping[str, Any] | Row
 _URLS_BY_KEY: Mapping[str, Url] = {
@@ -164,7 +164,7 @@ async def _summary(
     deadline_s: float | None,
     on_progress: Callable[[Progress], None] | None,
 ) -> Summary:
-    from server.batch.running.runner import Summary, run
+    from ensemble_server.server.batch.running.runner import Summary, run
 
     if not store.num_to_run():  # nothing needs to be loaded
         return Summary("finished", store.counts(), 0, 0, store.spent(), 0.0)
@@ -174,7 +174,7 @@ async def _summary(
 
 @asynccontextmanager
 async def _opened(config: Config, hosting: Hosting | None) -> AsyncIterator[Hosting]:
-    from server.hosting import Hosting
+    from ensemble_server.server.hosting import Hosting
 
     if hosting is not None:
         yield hosting

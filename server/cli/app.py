@@ -18,19 +18,19 @@ import typer
 from typer.core import TyperGroup
 
 COMMANDS: dict[str, str] = {
-    "serve": "server.cli.serve:serve",
-    "chat": "server.cli.chat:chat",
-    "models": "server.cli.models:models",
-    "batch": "server.cli.batch:batch",
-    "batch merge": "server.cli.batch_merge:merge",
-    "batch submission": "server.cli.batch_submission:submission",
-    "vote": "server.cli.vote:vote",
-    "replay": "server.cli.replay:replay",
-    "fit": "server.cli.fit:fit",
-    "compare": "server.cli.compare:compare",
-    "merge": "server.cli.merge:merge",
-    "export": "server.cli.export:export",
-    "doctor": "server.cli.doctor:doctor",
+    "serve": "ensemble_server.server.cli.serve:serve",
+    "chat": "ensemble_server.server.cli.chat:chat",
+    "models": "ensemble_server.server.cli.models:models",
+    "batch": "ensemble_server.server.cli.batch:batch",
+    "batch merge": "ensemble_server.server.cli.batch_merge:merge",
+    "batch submission": "ensemble_server.server.cli.batch_submission:submission",
+    "vote": "ensemble_server.server.cli.vote:vote",
+    "replay": "ensemble_server.server.cli.replay:replay",
+    "fit": "ensemble_server.server.cli.fit:fit",
+    "compare": "ensemble_server.server.cli.compare:compare",
+    "merge": "ensemble_server.server.cli.merge:merge",
+    "export": "ensemble_server.server.cli.export:export",
+    "doctor": "ensemble_server.server.cli.doctor:doctor",
 }
 
 
@@ -104,7 +104,7 @@ def main() -> None:
 
 def _described(exc: Exception) -> str:
     """The message of an error that is meant for users; any other with its class, and how to learn more."""
-    from ensembles.errors import EnsembleError
+    from ensemble_server.ensembles.errors import EnsembleError
 
     if isinstance(exc, EnsembleError | OSError):
         return str(exc)

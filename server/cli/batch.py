@@ -13,8 +13,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from server.cli.batch_files import STDIO, InputOptions, OutputOptions
-from server.cli.batch_options import RequestOptions, parsed
+from ensemble_server.server.cli.batch_files import STDIO, InputOptions, OutputOptions
+from ensemble_server.server.cli.batch_options import RequestOptions, parsed
 
 INTERRUPTED = 130
 INPUT, REQUESTS, OUTPUT, RUN = "What goes in", "What is asked", "What comes out", "How it runs"
@@ -223,10 +223,10 @@ def batch(
     if output != STDIO and output.exists() and source != STDIO and output.samefile(source):
         raise typer.BadParameter("would overwrite its own input", param_hint="--output")
 
-    from server.batch.running.budget import parse_duration
-    from server.cli.batch_answer import BatchRun
-    from server.cli.batch_run import run_job
-    from server.config import load_config
+    from ensemble_server.server.batch.running.budget import parse_duration
+    from ensemble_server.server.cli.batch_answer import BatchRun
+    from ensemble_server.server.cli.batch_run import run_job
+    from ensemble_server.server.config.blocks import load_config
 
     limits_s = {
         "deadline_s": parsed("--deadline", parse_duration, deadline),
@@ -257,7 +257,7 @@ def batch(
                 ray_workers=ray,
             )
             if dry_run:
-                from server.cli.batch_dry_run import dry_run_job
+                from ensemble_server.server.cli.batch_dry_run import dry_run_job
 
                 code = dry_run_job(run, num_probes=probe)
             else:

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 
-from server.batch.file_job import FileJob
-from server.batch.job.identity import model_fingerprints
-from server.batch.job.store import JobStore
-from server.batch.results.outputs import OutputForm
-from server.batch.results.submission import SampleSubmission
-from server.batch.running.budget import TimeBudget
-from server.batch.running.progress import ProgressView, duration
-from server.config import Config
+from ensemble_server.server.batch.file_job import FileJob
+from ensemble_server.server.batch.job.identity import model_fingerprints
+from ensemble_server.server.batch.job.store import JobStore
+from ensemble_server.server.batch.results.outputs import OutputForm
+from ensemble_server.server.batch.results.submission import SampleSubmission
+from ensemble_server.server.batch.running.budget import TimeBudget
+from ensemble_server.server.batch.running.progress import ProgressView, duration
+from ensemble_server.server.config.blocks import Config
 
 if TYPE_CHECKING:
-    from server.batch.running.runner import Summary
-    from server.hosting import Hosting
+    from ensemble_server.server.batch.running.runner import Summary
+    from ensemble_server.server.hosting import Hosting
 
 Ended = Literal["finished", "deadline", "stopped"]
 
@@ -73,8 +73,8 @@ async def answer_rows(run: BatchRun, store: JobStore, console: Console) -> Ended
 
 
 async def _resident(run: BatchRun, store: JobStore, stop: asyncio.Event, view: ProgressView) -> Summary:
-    from server.batch.running.runner import run as run_rows
-    from server.hosting import Hosting
+    from ensemble_server.server.batch.running.runner import run as run_rows
+    from ensemble_server.server.hosting import Hosting
 
     async with Hosting.open(run.config) as hosting:
         limits = [left for limit in (run.deadline_s, run.time_budget_s) if (left := run.left_s(limit)) is not None]
@@ -91,10 +91,10 @@ async def _resident(run: BatchRun, store: JobStore, stop: asyncio.Event, view: P
 
 async def _member_by_member(run: BatchRun, store: JobStore, stop: asyncio.Event, say: Callable[[str], None]) -> Summary:
     """What members answered is kept beside the job, as JOB.calls, for the rounds after and for other jobs."""
-    from server.batch.placement.call_log import CallLog
-    from server.batch.placement.memory_estimate import estimated_memory
-    from server.batch.placement.phases import check_can_be_sequential
-    from server.batch.placement.sequential import run_sequential
+    from ensemble_server.server.batch.placement.call_log import CallLog
+    from ensemble_server.server.batch.placement.memory_estimate import estimated_memory
+    from ensemble_server.server.batch.placement.phases import check_can_be_sequential
+    from ensemble_server.server.batch.placement.sequential import run_sequential
 
     names = list(model_fingerprints(store.model_names(), run.config))
     for name in names:
@@ -115,7 +115,7 @@ async def _member_by_member(run: BatchRun, store: JobStore, stop: asyncio.Event,
 
 def answer_on_ray(run: BatchRun, store: JobStore, console: Console) -> Ended:
     """Answer what has no answer yet on a cluster. Ctrl-C raises `KeyboardInterrupt`; what has come back is kept."""
-    from server.batch.placement.ray_data import RayOptions, run_on_ray
+    from ensemble_server.server.batch.placement.ray_data import RayOptions, run_on_ray
 
     assert run.ray_workers is not None, "asked of runs on Ray only"
     with ProgressView(console, is_shown=run.has_progress) as view:
@@ -126,7 +126,7 @@ def answer_on_ray(run: BatchRun, store: JobStore, console: Console) -> Ended:
 
 def _budget(run: BatchRun, store: JobStore, hosting: Hosting) -> TimeBudget | None:
     """How the rows share the time; None if nothing limits them one by one."""
-    from server.batch.running.room import num_sequences, sequences_of
+    from ensemble_server.server.batch.running.room import num_sequences, sequences_of
 
     if run.time_budget_s is None and run.per_row_max_s is None:
         return None

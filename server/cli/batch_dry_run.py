@@ -6,13 +6,13 @@ import asyncio
 
 import typer
 
-from server.batch.file_job import CheckedInput
-from server.batch.job.rows import Row
-from server.batch.running.estimate import Estimate, Probe, PromptCount, evenly_chosen, probe
-from server.batch.running.progress import duration, spend
-from server.cli.batch_answer import BatchRun
-from server.cli.batch_run import report_bad_rows
-from server.hosting import Hosting
+from ensemble_server.server.batch.file_job import CheckedInput
+from ensemble_server.server.batch.job.rows import Row
+from ensemble_server.server.batch.running.estimate import Estimate, Probe, PromptCount, evenly_chosen, probe
+from ensemble_server.server.batch.running.progress import duration, spend
+from ensemble_server.server.cli.batch_answer import BatchRun
+from ensemble_server.server.cli.batch_run import report_bad_rows
+from ensemble_server.server.hosting import Hosting
 
 OK, SOMETHING_IS_WRONG = 0, 1
 

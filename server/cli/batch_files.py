@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from server.cli.batch_options import RequestOptions, parsed, summarised
+from ensemble_server.server.cli.batch_options import RequestOptions, parsed, summarised
 
 if TYPE_CHECKING:
-    from server.batch.file_job import FileJob
-    from server.batch.job.rows import Url
-    from server.batch.results.outputs import OutputForm, OutputFormat
-    from server.batch.results.submission import SampleSubmission
-    from server.batch.source.records import SourceKind
+    from ensemble_server.server.batch.file_job import FileJob
+    from ensemble_server.server.batch.job.rows import Url
+    from ensemble_server.server.batch.results.outputs import OutputForm, OutputFormat
+    from ensemble_server.server.batch.results.submission import SampleSubmission
+    from ensemble_server.server.batch.source.records import SourceKind
 
 STDIO = Path("-")
 FOLDER_TEMPLATE = "{{ text }}"  # of a folder of texts, if none is given
@@ -37,11 +37,11 @@ class InputOptions:
 
     def file_job(self, requests: RequestOptions, *, seed: int, stack: ExitStack) -> FileJob:
         """The job of this input. Standard input is read to its end into a file that goes when `stack` is closed."""
-        from server.batch.file_job import FileJob
-        from server.batch.placement.shards import Shard
-        from server.batch.source.inputs import Recipe
-        from server.batch.source.records import kind_of_source
-        from server.batch.source.template import PromptTemplate
+        from ensemble_server.server.batch.file_job import FileJob
+        from ensemble_server.server.batch.placement.shards import Shard
+        from ensemble_server.server.batch.source.inputs import Recipe
+        from ensemble_server.server.batch.source.records import kind_of_source
+        from ensemble_server.server.batch.source.template import PromptTemplate
 
         kind = kind_of_source(self.source, self.format or ("jsonl" if self.source == STDIO else None))
         text = FOLDER_TEMPLATE if kind == "folder" and self.template is None else self.template
@@ -108,7 +108,7 @@ class OutputOptions:
         """The sample submission, if there is one and this job can be held against it."""
         if self.sample_submission is None:
             return None
-        from server.batch.results.submission import SampleSubmission
+        from ensemble_server.server.batch.results.submission import SampleSubmission
 
         hint = "--sample-submission"
         if (num_cells := len(job.recipe.grid.cells)) > 1:
@@ -122,8 +122,8 @@ class OutputOptions:
 
     def form(self, sample: SampleSubmission | None) -> OutputForm:
         """How the output is written. Columns must be those of the sample, which says itself what two columns show."""
-        from server.batch.results.columns import check_batch_columns, parse_columns
-        from server.batch.results.outputs import OutputForm
+        from ensemble_server.server.batch.results.columns import check_batch_columns, parse_columns
+        from ensemble_server.server.batch.results.outputs import OutputForm
 
         if self._format == "jsonl":
             return OutputForm("jsonl", is_zipped=self.is_zipped)
@@ -138,7 +138,7 @@ class OutputOptions:
 
     def job_file(self, stack: ExitStack) -> Path:
         """Where the job is kept: where --job says, else beside the output; that of standard output is not kept."""
-        from server.batch.job.store import job_path
+        from ensemble_server.server.batch.job.store import job_path
 
         if self.job is not None:
             return self.job

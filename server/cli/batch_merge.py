@@ -31,7 +31,7 @@ def merge(
 
     Exit codes: 0 every row has an answer, 1 failed and nothing written, 2 called wrongly, 3 some rows have none.
     """
-    from server.batch.placement.shards import merge_jobs, merge_outputs
+    from ensemble_server.server.batch.placement.shards import merge_jobs, merge_outputs
 
     if any(output.exists() and output.samefile(shard) for shard in shards):
         raise typer.BadParameter("would overwrite one of the shards", param_hint="--output")

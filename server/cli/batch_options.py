@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import typer
 
 if TYPE_CHECKING:
-    from server.batch.source.grid import Grid
-    from server.config import Config
+    from ensemble_server.server.batch.source.grid import Grid
+    from ensemble_server.server.config.blocks import Config
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ class RequestOptions:
 
     def check_models(self, config: Config) -> None:
         """Refuse models that the config does not have."""
-        from server.findings import nearest
+        from ensemble_server.server.config.problems import nearest
 
         for name in self.axes().get("model", ()):
             if name not in config.models:
@@ -48,7 +48,7 @@ class RequestOptions:
 
     def axes(self) -> dict[str, tuple[Any, ...]]:
         """Every key of a body for which values were given, with all of them; those with several span the grid."""
-        from server.batch.source.grid import parse_numbers, parse_seeds, parse_words
+        from ensemble_server.server.batch.source.grid import parse_numbers, parse_seeds, parse_words
 
         values = {
             "model": parsed("--model", parse_words, self.model),
@@ -58,7 +58,7 @@ class RequestOptions:
         return {key: found for key, found in values.items() if found}
 
     def grid(self) -> Grid:
-        from server.batch.source.grid import Grid
+        from ensemble_server.server.batch.source.grid import Grid
 
         try:
             return Grid({key: values for key, values in self.axes().items() if len(values) > 1})

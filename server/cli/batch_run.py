@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from ensembles.errors import EnsembleError
-from server.batch.file_job import CheckedInput
-from server.batch.job.identity import model_fingerprints
-from server.batch.job.store import Counts, JobStore
-from server.batch.results.columns import Column
-from server.batch.results.outputs import write_job
-from server.batch.running.progress import spend
-from server.cli.batch_answer import BatchRun, Ended, answer_on_ray, answer_rows
+from ensemble_server.ensembles.errors import EnsembleError
+from ensemble_server.server.batch.file_job import CheckedInput
+from ensemble_server.server.batch.job.identity import model_fingerprints
+from ensemble_server.server.batch.job.store import Counts, JobStore
+from ensemble_server.server.batch.results.columns import Column
+from ensemble_server.server.batch.results.outputs import write_job
+from ensemble_server.server.batch.running.progress import spend
+from ensemble_server.server.cli.batch_answer import BatchRun, Ended, answer_on_ray, answer_rows
 
 OK, SOME_ROWS_FAILED, INTERRUPTED = 0, 3, 130
 

@@ -36,9 +36,9 @@ def submission(
 
     Exit codes: 0 every row has an answer, 1 failed, 2 called wrongly, 3 some rows took the fallback.
     """
-    from server.batch.results.columns import Column, parse_columns
-    from server.batch.results.outputs import OutputForm, write_lines
-    from server.batch.results.submission import SampleSubmission
+    from ensemble_server.server.batch.results.columns import Column, parse_columns
+    from ensemble_server.server.batch.results.outputs import OutputForm, write_lines
+    from ensemble_server.server.batch.results.submission import SampleSubmission
 
     chosen = parse_columns(columns)
     if sample_submission is not None:
@@ -59,8 +59,8 @@ def submission(
 
 def _lines(results: Path) -> Iterator[Mapping[str, Any]]:
     """The lines of a file of results. Raises `ConfigError` at one that is none."""
-    from ensembles.errors import ConfigError
-    from server.batch.source.records import Record, read_records
+    from ensemble_server.ensembles.errors import ConfigError
+    from ensemble_server.server.batch.source.records import Record, read_records
 
     for record in read_records(results, "jsonl"):
         if not isinstance(record, Record):

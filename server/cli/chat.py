@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 if TYPE_CHECKING:
-    from ensembles.base import Done, Message, Model, Sampling
+    from ensemble_server.ensembles.base import Done, Message, Model, Sampling
 
 HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer."
 
@@ -38,8 +38,8 @@ def chat(
     ] = None,
 ) -> None:
     """Chat with a model. With --message, or text on standard input: ask once, print the answer alone, and exit."""
-    from ensembles.base import Sampling
-    from server.cli.partner import partner
+    from ensemble_server.ensembles.base import Sampling
+    from ensemble_server.server.cli.partner import partner
 
     if message is None and not sys.stdin.isatty():
         message = sys.stdin.read().strip()
@@ -77,7 +77,7 @@ class Conversation:
 
         Raises what the model raises; the question is then as if it had not been asked.
         """
-        from ensembles.base import Delta, Done, GenerationRequest
+        from ensemble_server.ensembles.base import Delta, Done, GenerationRequest
 
         question = {"role": "user", "content": text}
         request = GenerationRequest(messages=(*self._system, *self.messages, question), sampling=self._sampling)
@@ -109,7 +109,7 @@ def _converse(runner: asyncio.Runner, conversation: Conversation) -> None:
     """Ask and answer until /exit or the end of input."""
     from rich.console import Console
 
-    from ensembles.errors import EnsembleError
+    from ensemble_server.ensembles.errors import EnsembleError
 
     with suppress(ImportError):
         import readline  # noqa: F401 - gives input() its line editing

@@ -19,8 +19,8 @@ import typer
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from server.compare.results import ArmResult, Difference, Results
-    from server.compare.running.listener import Listener
+    from ensemble_server.server.compare.results import ArmResult, Difference, Results
+    from ensemble_server.server.compare.running.listener import Listener
 
 SOME_ARMS_FAILED = 3
 INTERRUPTED = 130
@@ -44,10 +44,10 @@ def compare(
     Writes results.json, report.md and report.html. What was measured before stays as long as nothing that it depends on
     has changed; so a comparison that was stopped goes on with the same command.
     """
-    from server.compare.planning.plan import load_plan
+    from ensemble_server.server.compare.planning.plan import load_plan
 
     loaded = load_plan(plan)
-    from server.compare.run import report_again, run_comparison
+    from ensemble_server.server.compare.run import report_again, run_comparison
 
     try:
         if report_only:

@@ -69,7 +69,7 @@ def _mark(finding: Finding) -> str:
 def _system() -> Iterator[Finding]:
     import psutil
 
-    from server.checkpoints import cache_folder
+    from ensemble_server.server.weights.checkpoints import cache_folder
 
     yield Finding("python", f"{platform.python_version()} at {sys.executable}, {platform.platform()}")
     memory = psutil.virtual_memory()
@@ -124,7 +124,7 @@ def _devices() -> Iterator[Finding]:
 
 def _models() -> Iterator[Finding]:
     """Models that packages carry, and whether the hub may be asked for others."""
-    from server.checkpoints import PACKAGED_MODELS
+    from ensemble_server.server.weights.checkpoints import PACKAGED_MODELS
 
     for name, packaged in PACKAGED_MODELS.items():
         installed = _installed(packaged.distribution)

@@ -17,8 +17,8 @@ def export(
     ] = False,
 ) -> None:
     """Write an ensemble as ONE model directory that transformers and vLLM load: generate(), lm-eval, vllm serve."""
-    from server.config import load_config
-    from server.one_model.export import export as write
+    from ensemble_server.server.config.blocks import load_config
+    from ensemble_server.server.one_model.export import export as write
 
     write(load_config(config), name, folder, copy=copy)
     typer.echo(

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ensembles.probability_averaging import ProbabilityAverage
-    from server.compare.arms.held_back import JudgedFit
-    from server.compare.measures.documents import Documents
-    from server.config import Config
+    from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
+    from ensemble_server.server.compare.arms.held_back import JudgedFit
+    from ensemble_server.server.compare.measures.documents import Documents
+    from ensemble_server.server.config.blocks import Config
 
 MARGIN_BITS_PER_BYTE = 0.01  # the smallest difference that the verdict takes for one that matters
 
@@ -58,9 +58,9 @@ def fit(
     Prints them; --out and --in-place also write them into a config, whose comments stay. Of a posterior pool the share
     is fitted. Never fit to text that you will measure on.
     """
-    from server.compare.arms.fitting import check_fittable
-    from server.compare.measures.documents import read_documents
-    from server.config import load_config
+    from ensemble_server.server.compare.arms.fitting import check_fittable
+    from ensemble_server.server.compare.measures.documents import read_documents
+    from ensemble_server.server.config.blocks import load_config
 
     files = [*(text or ()), *(more or ())]
     if not files:
@@ -99,9 +99,9 @@ def fit(
 
 
 async def _fit(config: Config, name: str, texts: Sequence[Documents], settings: dict[str, Any]) -> JudgedFit:
-    from server.compare.arms.held_back import fit_and_judge
-    from server.excerpt import excerpt
-    from server.hosting import Hosting
+    from ensemble_server.server.compare.arms.held_back import fit_and_judge
+    from ensemble_server.server.config.excerpt import excerpt
+    from ensemble_server.server.hosting import Hosting
 
     async with Hosting.open(excerpt(config, [name])) as hosting:
         with _progress() as on_progress:
@@ -132,7 +132,7 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
 
 def report_lines(name: str, entry: ProbabilityAverage.Config, judged: JudgedFit) -> Iterator[str]:
     """The weights before and after, each member alone, and the gain with its interval and a verdict."""
-    from ensembles.comparison.verdict import verdict
+    from ensemble_server.ensembles.comparison.verdict import verdict
 
     fitted, difference = judged.fitted, judged.difference.difference
     yield f"{name} ({fitted.pool}), fitted to {fitted.num_tokens} tokens of {judged.num_fitted} documents"
@@ -156,7 +156,7 @@ def report_lines(name: str, entry: ProbabilityAverage.Config, judged: JudgedFit)
 
 
 def _write(config: Path, target: Path, name: str, judged: JudgedFit) -> None:
-    from server.config_edit import with_share, with_weights, write_config
+    from ensemble_server.server.config.edit import with_share, with_weights, write_config
 
     source = config.read_bytes().decode("utf-8")  # not read_text, which would change line ends
     fitted = judged.fitted

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.table import Table
 
-    from ensembles.method import MethodConfig
-    from server.config import Config, HostedModel, ModelEntry
+    from ensemble_server.ensembles.method import MethodConfig
+    from ensemble_server.server.config.blocks import Config, HostedModel, ModelEntry
 
 NOT_SETTINGS = {"method", "members", "listed"}
 
@@ -28,7 +28,7 @@ def models(
     """
     from rich.console import Console
 
-    from server.config import load_config
+    from ensemble_server.server.config.blocks import load_config
 
     loaded = load_config(config)
     sizes, problems = _sizes(loaded)
@@ -59,8 +59,8 @@ class _Size:
 
 def _sizes(config: Config) -> tuple[dict[str, _Size], list[str]]:
     """The size of each hosted member that can be loaded, and why the others cannot."""
-    from ensembles.errors import ModelLoadError
-    from server.config import HostedModel
+    from ensemble_server.ensembles.errors import ModelLoadError
+    from ensemble_server.server.config.blocks import HostedModel
 
     sizes: dict[str, _Size] = {}
     problems: list[str] = []
@@ -74,8 +74,8 @@ def _sizes(config: Config) -> tuple[dict[str, _Size], list[str]]:
 
 
 def _size(model: HostedModel, config: Config) -> _Size:
-    from server.checkpoints import resolve_checkpoint
-    from server.footprint import DTYPE_BYTES, Weights, read_shape, read_weights
+    from ensemble_server.server.weights.checkpoints import resolve_checkpoint
+    from ensemble_server.server.weights.footprint import DTYPE_BYTES, Weights, read_shape, read_weights
 
     root = model if model.base is None else config.models[model.base]
     folder = resolve_checkpoint(root.path, relative_to=config.source.parent, may_download=False)
@@ -116,7 +116,7 @@ def _table(config: Config, sizes: Mapping[str, _Size]) -> Table:
 
 def _described(model: ModelEntry) -> tuple[str, str, str]:
     """Kind, what it is made of, and its other settings."""
-    from server.config import HostedModel, RemoteModel
+    from ensemble_server.server.config.blocks import HostedModel, RemoteModel
 
     if isinstance(model, RemoteModel):
         return "remote", model.url, _settings(model, {"url", "listed"})

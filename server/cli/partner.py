@@ -10,11 +10,11 @@ from pathlib import Path
 import httpx
 import typer
 
-from ensembles.base import Model
-from ensembles.errors import ConfigError, EnsembleError, UnknownModelError
-from server.config import RemoteModel, load_config
-from server.engines.remote import RemoteChat
-from server.findings import nearest
+from ensemble_server.ensembles.base import Model
+from ensemble_server.ensembles.errors import ConfigError, EnsembleError, UnknownModelError
+from ensemble_server.server.config.blocks import RemoteModel, load_config
+from ensemble_server.server.config.problems import nearest
+from ensemble_server.server.engines.remote.remote import RemoteChat
 
 
 @asynccontextmanager
@@ -27,7 +27,7 @@ async def partner(target: str, name: str | None, api_key_env: str | None) -> Asy
     config = load_config(Path(target))
     wanted = _chosen(name, config.main_model, list(config.models))
     typer.echo(f"Loading {', '.join(config.models)} ...", err=True)
-    from server.hosting import Hosting  # loads torch
+    from ensemble_server.server.hosting import Hosting  # loads torch
 
     async with Hosting.open(config) as hosting:
         yield hosting.models[wanted]

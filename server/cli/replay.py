@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ensembles.exchange.transcript import State, Transcript
+    from ensemble_server.ensembles.exchange.transcript import State, Transcript
 
 TRANSCRIPT_KEYS = {"settings", "rounds", "states"}
 
@@ -37,7 +37,7 @@ def replay(
     """
     from rich.console import Console
 
-    from ensembles.exchange import agreement
+    from ensemble_server.ensembles.exchange import agreement
 
     console = Console()
     if not console.is_terminal:
@@ -61,8 +61,8 @@ def _read(path: Path) -> list[Transcript]:
     """Raises `ConfigError` if there is no transcript, or one that is not whole."""
     from pydantic import ValidationError
 
-    from ensembles.errors import ConfigError
-    from ensembles.exchange.transcript import Transcript
+    from ensemble_server.ensembles.errors import ConfigError
+    from ensemble_server.ensembles.exchange.transcript import Transcript
 
     try:
         found = list(_transcripts_in(json.loads(path.read_bytes())))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from server.config import Config, ServerConfig
+    from ensemble_server.server.config.blocks import Config, ServerConfig
 
 
 def serve(
@@ -23,14 +23,14 @@ def serve(
     ] = None,
 ) -> None:
     """Serve the models of a config behind an OpenAI-compatible API. Ctrl-C stops it once live requests are done."""
-    from server.config import load_config
+    from ensemble_server.server.config.blocks import load_config
 
     loaded = load_config(config)
     given = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     loaded = loaded.model_copy(update={"server": loaded.server.model_copy(update=given)})
     typer.echo(f"Loading {', '.join(loaded.models)} from {config} ...")
 
-    from server.api.serve import serve as serve_api
+    from ensemble_server.server.api.serve import serve as serve_api
 
     asyncio.run(serve_api(loaded, on_ready=lambda port: typer.echo(_welcome(loaded, port))))
 

@@ -18,9 +18,9 @@ import typer
 if TYPE_CHECKING:
     import numpy as np
 
-    from ensembles.base import Embedder
-    from ensembles.voting.answer_extraction import AnswerKind
-    from server.vote_files import CandidateRow, Row
+    from ensemble_server.ensembles.base import Embedder
+    from ensemble_server.ensembles.voting.answer_extraction import AnswerKind
+    from ensemble_server.server.batch.vote_files import CandidateRow, Row
 
 NUM_ROWS_AT_ONCE = 64  # rows whose texts are embedded together
 SOME_ROWS_FAILED = 3
@@ -70,8 +70,8 @@ def vote(
     """
     from pydantic import TypeAdapter, ValidationError
 
-    from ensembles.voting.similarity import SimilarityBlend
-    from server.vote_files import read_candidates, read_scores, read_systems
+    from ensemble_server.ensembles.voting.similarity import SimilarityBlend
+    from ensemble_server.server.batch.vote_files import read_candidates, read_scores, read_systems
 
     files = files or []
     if bool(files) == (scores is not None):
@@ -104,7 +104,7 @@ def vote(
         sink = sys.stdout.buffer if output is None else stack.enter_context(output.open("wb"))
         embedder = None
         if "embedding" in blend and scores is None and answer is None:
-            from server.embeddings import SentenceEmbedder
+            from ensemble_server.server.weights.embeddings import SentenceEmbedder
 
             embedder = SentenceEmbedder(embedding)
             stack.callback(embedder.close)
@@ -166,7 +166,7 @@ async def vote_on_rows(
     `explain` adds the ranking, the matrices and the candidates, so that `read_scores` can replay the vote. Each
     distinct text of NUM_ROWS_AT_ONCE rows is embedded once.
     """
-    from server.vote_files import BadRow
+    from ensemble_server.server.batch.vote_files import BadRow
 
     for chunk in _chunks(rows):
         known = await _Embedded.of(chunk, embedder) if embedder is not None else None
@@ -179,9 +179,9 @@ async def vote_on_rows(
 
 async def count_answers(rows: Iterable[Row], kind: AnswerKind) -> AsyncIterator[dict[str, Any]]:
     """The report of each row's majority, in the rows' order; of a bad row, what is wrong with it."""
-    from ensembles.voting.answer_extraction import extract
-    from ensembles.voting.majority import agreement, plurality, tally
-    from server.vote_files import BadRow
+    from ensemble_server.ensembles.voting.answer_extraction import extract
+    from ensemble_server.ensembles.voting.majority import agreement, plurality, tally
+    from ensemble_server.server.batch.vote_files import BadRow
 
     for row in rows:
         if isinstance(row, BadRow):
@@ -213,7 +213,7 @@ class _Embedded:
 
     @classmethod
     async def of(cls, rows: Sequence[Row], embedder: Embedder) -> _Embedded:
-        from server.vote_files import BadRow
+        from ensemble_server.server.batch.vote_files import BadRow
 
         texts = list(dict.fromkeys(text for row in rows if not isinstance(row, BadRow) for text in row.texts or ()))
         return cls(embedder.name, dict(zip(texts, await embedder.embed(texts), strict=True)))
@@ -227,7 +227,7 @@ class _Embedded:
 async def _vote(
     row: CandidateRow, similarity: Mapping[str, float], embedder: Embedder | None, prune: float | None, explain: bool
 ) -> dict[str, Any]:
-    from ensembles.crowd_vote import count, hold_vote
+    from ensemble_server.ensembles.crowd_vote import count, hold_vote
 
     texts = row.texts or tuple(f"candidate {index}" for index in range(len(row.weights)))
     if not row.matrices:

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ensembles.comparison.verdict import Verdict
-from server.compare.running.atomic_write import write_atomically
+from ensemble_server.ensembles.comparison.verdict import Verdict
+from ensemble_server.server.compare.running.atomic_write import write_atomically
 
 Interval = tuple[float, float]
 ArmKind = Literal["member", "remote", "ensemble", "merge", "cost_matched"]

@@ -13,24 +13,31 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ensembles.errors import ConfigError
-from server.compare.analysis.flips import flips
-from server.compare.analysis.statistics import compute_results
-from server.compare.arms.candidates import ArmModel, Candidate, Entry, as_arm_model, build_candidates, kind_of
-from server.compare.arms.footprint import groups
-from server.compare.arms.matched import measure_matched
-from server.compare.arms.preparation import config_with, prepare
-from server.compare.measures.documents import Documents
-from server.compare.measures.task_measure import Task
-from server.compare.planning.blocks import Arm, PlanFile
-from server.compare.planning.plan import Plan
-from server.compare.planning.sources import read_tasks, read_texts
-from server.compare.provenance import provenance
-from server.compare.results import Results
-from server.compare.running.listener import Listener
-from server.compare.running.measuring import measure_group
-from server.compare.running.records import Facts, Failure, Records
-from server.compare.running.work import Work, introduce
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.compare.analysis.flips import flips
+from ensemble_server.server.compare.analysis.statistics import compute_results
+from ensemble_server.server.compare.arms.candidates import (
+    ArmModel,
+    Candidate,
+    Entry,
+    as_arm_model,
+    build_candidates,
+    kind_of,
+)
+from ensemble_server.server.compare.arms.footprint import groups
+from ensemble_server.server.compare.arms.matched import measure_matched
+from ensemble_server.server.compare.arms.preparation import config_with, prepare
+from ensemble_server.server.compare.measures.documents import Documents
+from ensemble_server.server.compare.measures.task_measure import Task
+from ensemble_server.server.compare.planning.blocks import Arm, PlanFile
+from ensemble_server.server.compare.planning.plan import Plan
+from ensemble_server.server.compare.planning.sources import read_tasks, read_texts
+from ensemble_server.server.compare.provenance import provenance
+from ensemble_server.server.compare.results import Results
+from ensemble_server.server.compare.running.listener import Listener
+from ensemble_server.server.compare.running.measuring import measure_group
+from ensemble_server.server.compare.running.records import Facts, Failure, Records
+from ensemble_server.server.compare.running.work import Work, introduce
 
 RESULTS_FILE = "results.json"
 
@@ -75,7 +82,7 @@ def report_again(plan: Plan, folder: Path) -> Results:
 
 def write_results(plan: Plan, folder: Path, texts: Mapping[str, Documents], tasks: Mapping[str, Task]) -> Results:
     """`results.json` and the report, from the records and facts in `folder`."""
-    from server.compare.report import write_report
+    from ensemble_server.server.compare.report import write_report
 
     records, facts = Records(folder), Facts.load(folder)
     baseline = records.get(plan.file.baseline)

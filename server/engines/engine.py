@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ensembles.base import MixtureHost
+from ensemble_server.ensembles.base import MixtureHost
 
 
 @dataclass(frozen=True)

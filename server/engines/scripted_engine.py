@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ensembles.base import (
+from ensemble_server.ensembles.base import (
     Delta,
     Done,
     Event,
@@ -30,10 +30,10 @@ from ensembles.base import (
     TokenLogprob,
     Usage,
 )
-from ensembles.errors import MemberError
+from ensemble_server.ensembles.errors import MemberError
 
 if TYPE_CHECKING:
-    from server.surface import Surface
+    from ensemble_server.server.weights.surface import Surface
 
 LOGPROB = math.log(0.5)  # of every scripted token; alternative k has 0.5 ** (k + 1)
 

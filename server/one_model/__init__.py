@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from server.one_model.configuration import EnsembleConfig
-from server.one_model.transformers_model import EnsembleForCausalLM
+from ensemble_server.server.one_model.configuration import EnsembleConfig
+from ensemble_server.server.one_model.transformers_model import EnsembleForCausalLM
 
 AutoConfig.register("ensemble", EnsembleConfig, exist_ok=True)
 AutoModelForCausalLM.register(EnsembleConfig, EnsembleForCausalLM, exist_ok=True)

@@ -16,8 +16,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ensembles.base import Mixture
-from ensembles.probability_averaging import mixture_of
+from ensemble_server.ensembles.base import Mixture
+from ensemble_server.ensembles.probability_averaging import mixture_of
 
 
 class EnsembleConfig(PreTrainedConfig):

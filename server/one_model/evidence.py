@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from ensembles.pooling import posterior
+from ensemble_server.ensembles.pooling import posterior
 
 # Positions whose distributions are kept. Assisted generation takes back at most as many tokens as it drafted.
 NUM_KEPT = 64

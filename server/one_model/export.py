@@ -15,17 +15,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ensembles.errors import ConfigError, ModelLoadError
-from ensembles.probability_averaging import ProbabilityAverage
-from server.checkpoints import resolve_checkpoint
-from server.config import Config, HostedModel
-from server.findings import nearest
+from ensemble_server.ensembles.errors import ConfigError, ModelLoadError
+from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
+from ensemble_server.server.config.blocks import Config, HostedModel
+from ensemble_server.server.config.problems import nearest
+from ensemble_server.server.weights.checkpoints import resolve_checkpoint
 
 REMOTE_CODE = "ensemble_directory.py"
 _REMOTE_CODE_TEXT = '''"""Leads transformers to the package that reads this directory: pip install ensemble-server"""
 
-from server.one_model.configuration import EnsembleConfig
-from server.one_model.transformers_model import EnsembleForCausalLM
+from ensemble_server.server.one_model.configuration import EnsembleConfig
+from ensemble_server.server.one_model.transformers_model import EnsembleForCausalLM
 
 __all__ = ["EnsembleConfig", "EnsembleForCausalLM"]
 '''
@@ -154,7 +154,7 @@ def _write_prior(weights: list[float], folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from ensembles.pooling import effective_weights
+    from ensemble_server.ensembles.pooling import effective_weights
 
     prior = torch.tensor(effective_weights(weights), dtype=torch.float32)
     save_file({"prior": prior}, folder / "model.safetensors", metadata={"format": "pt"})
@@ -165,7 +165,7 @@ def _write_config(
 ) -> None:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    from server.one_model.configuration import EnsembleConfig
+    from ensemble_server.server.one_model.configuration import EnsembleConfig
 
     shapes = [
         AutoConfig.from_pretrained(path, local_files_only=True).get_text_config() for path in checkpoints.values()

@@ -17,12 +17,12 @@ from torch import nn
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ensembles.errors import ModelLoadError
-from ensembles.pooling import effective_weights, pool
-from server.causal_lm import load_causal_lm
-from server.checkpoints import resolve_checkpoint
-from server.one_model.configuration import EnsembleConfig
-from server.one_model.evidence import EvidenceLayer
+from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.ensembles.pooling import effective_weights, pool
+from ensemble_server.server.one_model.configuration import EnsembleConfig
+from ensemble_server.server.one_model.evidence import EvidenceLayer
+from ensemble_server.server.weights.causal_lm import load_causal_lm
+from ensemble_server.server.weights.checkpoints import resolve_checkpoint
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -51,7 +51,7 @@ def server_of(config: Path) -> Iterator[LiveServer]:
     log = config.with_suffix(".log")
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     with log.open("w") as output:
-        command = [sys.executable, "-m", "server", "serve", str(config)]
+        command = [sys.executable, "-m", "ensemble_server", "serve", str(config)]
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
         yield LiveServer(_address(process, log), process)

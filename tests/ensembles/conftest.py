@@ -10,9 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ensembles.base import Delta, Done, Event, FinishReason, GenerationRequest, MemberUsage, Model, Usage
-from ensembles.method import Method, Services
-from ensembles.registry import method_class
+from ensemble_server.ensembles.base import (
+    Delta,
+    Done,
+    Event,
+    FinishReason,
+    GenerationRequest,
+    MemberUsage,
+    Model,
+    Usage,
+)
+from ensemble_server.ensembles.method import Method, Services
+from ensemble_server.ensembles.registry import method_class
 
 Speech = str | Exception | Callable[[GenerationRequest], str]
 

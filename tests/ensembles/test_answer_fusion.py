@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ensembles.answer_fusion import AnswerFusion, fused
-from ensembles.base import (
+from ensemble_server.ensembles.answer_fusion import AnswerFusion, fused
+from ensemble_server.ensembles.base import (
     Delta,
     Done,
     Event,
@@ -21,8 +21,15 @@ from ensembles.base import (
     Usage,
     collect,
 )
-from ensembles.errors import DeadlineError, MemberError, ModelLoadError, RequestError, TurnoutError, UnsupportedError
-from ensembles.method import Services
+from ensemble_server.ensembles.errors import (
+    DeadlineError,
+    MemberError,
+    ModelLoadError,
+    RequestError,
+    TurnoutError,
+    UnsupportedError,
+)
+from ensemble_server.ensembles.method import Services
 
 FOREVER = float("inf")
 QUESTION = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"})

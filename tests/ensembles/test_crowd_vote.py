@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from pydantic import ValidationError
 
-from ensembles.base import Delta, Done, GenerationRequest, Grammar, MemberUsage, Sampling, collect
-from ensembles.crowd_vote import hold_vote
-from ensembles.errors import (
+from ensemble_server.ensembles.base import Delta, Done, GenerationRequest, Grammar, MemberUsage, Sampling, collect
+from ensemble_server.ensembles.crowd_vote import hold_vote
+from ensemble_server.ensembles.errors import (
     ContextLengthError,
     MemberError,
     ModelLoadError,
@@ -17,8 +17,8 @@ from ensembles.errors import (
     TurnoutError,
     UnsupportedError,
 )
-from ensembles.method import Services
-from ensembles.registry import method_class
+from ensemble_server.ensembles.method import Services
+from ensemble_server.ensembles.registry import method_class
 
 REQUEST = GenerationRequest(messages=({"role": "user", "content": "Where is the cat?"},), explain=True)
 VOTE = {"method": "crowd_vote"}

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from ensembles import errors
-from ensembles.errors import ConfigError, EnsembleError, MemberError, RequestError, TurnoutError
+from ensemble_server.ensembles import errors
+from ensemble_server.ensembles.errors import ConfigError, EnsembleError, MemberError, RequestError, TurnoutError
 
 CLASSES = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, EnsembleError)]
 

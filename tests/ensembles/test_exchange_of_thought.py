@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ensembles.base import Answer, Delta, GenerationRequest, MemberUsage, Sampling, collect
-from ensembles.errors import (
+from ensemble_server.ensembles.base import Answer, Delta, GenerationRequest, MemberUsage, Sampling, collect
+from ensemble_server.ensembles.errors import (
     ContextLengthError,
     DeadlineError,
     MemberError,
@@ -19,10 +19,10 @@ from ensembles.errors import (
     TurnoutError,
     UnsupportedError,
 )
-from ensembles.exchange.agreement import replay
-from ensembles.exchange.transcript import Transcript
-from ensembles.exchange_of_thought import ExchangeOfThought
-from ensembles.method import Services
+from ensemble_server.ensembles.exchange.agreement import replay
+from ensemble_server.ensembles.exchange.transcript import Transcript
+from ensemble_server.ensembles.exchange_of_thought import ExchangeOfThought
+from ensemble_server.ensembles.method import Services
 
 FOREVER = float("inf")
 QUESTION = ({"role": "user", "content": "How many kittens?"},)

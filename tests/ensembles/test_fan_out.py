@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from ensembles.base import GenerationRequest, MemberUsage, Usage
-from ensembles.errors import (
+from ensemble_server.ensembles.base import GenerationRequest, MemberUsage, Usage
+from ensemble_server.ensembles.errors import (
     ContextLengthError,
     DeadlineError,
     EngineDeadError,
@@ -16,7 +16,7 @@ from ensembles.errors import (
     RequestError,
     TurnoutError,
 )
-from ensembles.fan_out import Call, FanOut, answered_members, fan_out, silent_members, total_usage
+from ensemble_server.ensembles.fan_out import Call, FanOut, answered_members, fan_out, silent_members, total_usage
 
 REQUEST = GenerationRequest(prompt="hello")
 FOREVER = float("inf")

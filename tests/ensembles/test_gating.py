@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ensembles.gating import gate_vector, mixture_weights, softmax
+from ensemble_server.ensembles.gating import gate_vector, mixture_weights, softmax
 
 numbers = st.floats(-1, 1, width=32)
 vectors = st.lists(st.lists(numbers, min_size=3, max_size=3).map(np.array), min_size=1, max_size=4)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensembles.label_probabilities import averaged, common_prefix_length, label_probabilities, likeliest
+from ensemble_server.ensembles.label_probabilities import averaged, common_prefix_length, label_probabilities, likeliest
 
 LOGPROBS = st.lists(st.floats(-60, 0), min_size=2, max_size=6).map(
     lambda values: {f"label {place}": value for place, value in enumerate(values)}

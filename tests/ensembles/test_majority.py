@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from pydantic import ValidationError
 
-from ensembles.base import Delta, GenerationRequest, MemberUsage, Sampling, collect
-from ensembles.errors import MemberError, RequestError, TurnoutError, UnsupportedError
-from ensembles.registry import method_class
+from ensemble_server.ensembles.base import Delta, GenerationRequest, MemberUsage, Sampling, collect
+from ensemble_server.ensembles.errors import MemberError, RequestError, TurnoutError, UnsupportedError
+from ensemble_server.ensembles.registry import method_class
 
 REQUEST = GenerationRequest(messages=({"role": "user", "content": "How many cats?"},), explain=True)
 SEEDED = replace(REQUEST, sampling=Sampling(seed=1))

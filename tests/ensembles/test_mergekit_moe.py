@@ -4,7 +4,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from ensembles.mergekit_moe import MoeConfig, routes
+from ensemble_server.ensembles.mergekit_moe import MoeConfig, routes
 
 # In the form of mergekit's own documentation, with every key that it knows.
 FILE = """

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ensembles.method import MethodConfig
+from ensemble_server.ensembles.method import MethodConfig
 
 
 def members(members: Any) -> dict[str, float]:

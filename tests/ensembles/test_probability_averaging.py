@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ensembles.base import Done, Event, GenerationRequest, Mixture, Usage, collect
-from ensembles.errors import ModelLoadError, RequestError
-from ensembles.method import Services
-from ensembles.probability_averaging import ProbabilityAverage, mixture_of, overridden
+from ensemble_server.ensembles.base import Done, Event, GenerationRequest, Mixture, Usage, collect
+from ensemble_server.ensembles.errors import ModelLoadError, RequestError
+from ensemble_server.ensembles.method import Services
+from ensemble_server.ensembles.probability_averaging import ProbabilityAverage, mixture_of, overridden
 
 
 @dataclass(eq=False)

@@ -11,11 +11,21 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from ensembles.base import Delta, Done, Event, GenerationRequest, MemberUsage, Mixture, TokenLogprob, Usage, collect
-from ensembles.errors import MemberError, ModelLoadError, RequestError, TurnoutError, UnsupportedError
-from ensembles.method import Services
-from ensembles.registry import method_class
-from server.reranking import CrossEncoderReranker
+from ensemble_server.ensembles.base import (
+    Delta,
+    Done,
+    Event,
+    GenerationRequest,
+    MemberUsage,
+    Mixture,
+    TokenLogprob,
+    Usage,
+    collect,
+)
+from ensemble_server.ensembles.errors import MemberError, ModelLoadError, RequestError, TurnoutError, UnsupportedError
+from ensemble_server.ensembles.method import Services
+from ensemble_server.ensembles.registry import method_class
+from ensemble_server.server.weights.reranking import CrossEncoderReranker
 
 REQUEST = GenerationRequest(
     messages=({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where is the cat?"}),

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from ensembles.errors import ConfigError
-from ensembles.method import Method, MethodConfig
-from ensembles.registry import METHODS, method_class
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.ensembles.method import Method, MethodConfig
+from ensemble_server.ensembles.registry import METHODS, method_class
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -38,6 +38,9 @@ def test_an_unknown_method_names_the_nearest_and_all() -> None:
 
 def test_the_menu_and_its_configs_load_without_torch() -> None:
     """So that a config can be checked, and --help printed, at once."""
-    code = "import sys; from ensembles.registry import *; [method_class(name) for name in METHODS]; print(*sys.modules)"
+    code = (
+        "import sys; from ensemble_server.ensembles.registry import *; "
+        "[method_class(name) for name in METHODS]; print(*sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "torch" not in done.stdout.split()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ensembles.base import (
+from ensemble_server.ensembles.base import (
     Delta,
     Done,
     Event,
@@ -17,7 +17,7 @@ from ensembles.base import (
     Usage,
     collect,
 )
-from ensembles.errors import (
+from ensemble_server.ensembles.errors import (
     MemberError,
     ModelLoadError,
     OverloadedError,
@@ -25,8 +25,8 @@ from ensembles.errors import (
     TurnoutError,
     UnsupportedError,
 )
-from ensembles.method import Method, Services
-from ensembles.routing import Routing
+from ensemble_server.ensembles.method import Method, Services
+from ensemble_server.ensembles.routing import Routing
 
 # The test embedder counts letters, so that a prompt of a's is like the example "a" and unlike "b".
 ROUTES = {"ann": {"positive_prompts": ["a"]}, "bob": {"positive_prompts": ["b"]}, "cas": {"positive_prompts": ["c"]}}

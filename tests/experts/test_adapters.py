@@ -50,8 +50,8 @@ def test_the_expert_beats_the_base_on_its_own_domain(domain):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from ensemble_server.server.weights.checkpoints import resolve_checkpoint
     from experts.bits_per_byte import score_windows
-    from server.checkpoints import resolve_checkpoint
 
     checkpoint = resolve_checkpoint(BASE, relative_to=ROOT)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)

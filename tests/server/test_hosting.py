@@ -9,11 +9,19 @@ from typing import Any
 
 import pytest
 
-from ensembles.base import Delta, DistributionModel, Done, GenerationRequest, PromptScored, Sampling, collect
-from ensembles.errors import EngineDeadError, ModelLoadError, RequestError
-from server.config import Config, parse_config
-from server.engines.engine import StepStats
-from server.hosting import Hosting
+from ensemble_server.ensembles.base import (
+    Delta,
+    DistributionModel,
+    Done,
+    GenerationRequest,
+    PromptScored,
+    Sampling,
+    collect,
+)
+from ensemble_server.ensembles.errors import EngineDeadError, ModelLoadError, RequestError
+from ensemble_server.server.config.blocks import Config, parse_config
+from ensemble_server.server.engines.engine import StepStats
+from ensemble_server.server.hosting import Hosting
 from tests.conftest import make_model
 
 EngineThreads = Callable[[], set[threading.Thread]]

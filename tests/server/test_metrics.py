@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from ensembles.base import MemberUsage, Usage
-from server.engines.engine import StepStats
-from server.metrics import Metrics
+from ensemble_server.ensembles.base import MemberUsage, Usage
+from ensemble_server.server.engines.engine import StepStats
+from ensemble_server.server.metrics import Metrics
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:

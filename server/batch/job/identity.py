@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from ensembles.text_level import derived_seed
-from server.batch.job.rows import Row
-from server.fingerprints import fingerprint
+from ensemble_server.ensembles.text_level import derived_seed
+from ensemble_server.server.batch.job.rows import Row
+from ensemble_server.server.config.fingerprints import fingerprint
 
 if TYPE_CHECKING:
-    from server.config import Config
+    from ensemble_server.server.config.blocks import Config
 
 UNSEEDED = frozenset({"/v1/embeddings", "/v1/classify"})  # nothing is drawn for these
 

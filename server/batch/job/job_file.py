@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ensembles.errors import ConfigError, EnsembleError, StorageError
-from server.batch.sqlite_transaction import transaction
+from ensemble_server.ensembles.errors import ConfigError, EnsembleError, StorageError
+from ensemble_server.server.batch.sqlite_transaction import transaction
 
 _APPLICATION_ID = 0x656E7362  # "ensb": tells a job from other people's SQLite files
 _VERSION = 1  # of the schema

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from pydantic_core import from_json
 
-from ensembles.base import MemberUsage
-from server.batch.job.identity import encoded_body, shared_digest
-from server.batch.job.rows import BadRow, Row, RowResult
+from ensemble_server.ensembles.base import MemberUsage
+from ensemble_server.server.batch.job.identity import encoded_body, shared_digest
+from ensemble_server.server.batch.job.rows import BadRow, Row, RowResult
 
 if TYPE_CHECKING:
-    from server.api.errors import ErrorObject
+    from ensemble_server.server.api.errors import ErrorObject
 
 
 def row_columns(row: Row | BadRow) -> tuple[Any, ...]:

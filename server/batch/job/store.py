@@ -17,12 +17,12 @@ from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from ensembles.base import MemberUsage
-from ensembles.errors import ConfigError
-from server.batch.job.identity import Identity
-from server.batch.job.job_file import JobFile
-from server.batch.job.row_columns import difference, result_columns, result_of, row_columns, row_of
-from server.batch.job.rows import BadRow, Row, RowResult
+from ensemble_server.ensembles.base import MemberUsage
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.batch.job.identity import Identity
+from ensemble_server.server.batch.job.job_file import JobFile
+from ensemble_server.server.batch.job.row_columns import difference, result_columns, result_of, row_columns, row_of
+from ensemble_server.server.batch.job.rows import BadRow, Row, RowResult
 
 _BLOCK = 256  # rows in one transaction or one page: memory stays flat
 _SCHEMA = """

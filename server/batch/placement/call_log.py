@@ -16,10 +16,10 @@ from typing import Any, Self
 import orjson
 from pydantic import ConfigDict, TypeAdapter
 
-from ensembles import errors
-from ensembles.base import Answer, Delta, Event, GenerationRequest, Mixture
-from ensembles.errors import EnsembleError, OverloadedError
-from server.batch.job.job_file import JobFile
+from ensemble_server.ensembles import errors
+from ensemble_server.ensembles.base import Answer, Delta, Event, GenerationRequest, Mixture
+from ensemble_server.ensembles.errors import EnsembleError, OverloadedError
+from ensemble_server.server.batch.job.job_file import JobFile
 
 _SCHEMA = """
     CREATE TABLE calls (

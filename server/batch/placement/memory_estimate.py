@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ensembles.method import MethodConfig
-from server.batch.placement.phases import Phase, phases
-from server.config import Config, HostedModel
+from ensemble_server.ensembles.method import MethodConfig
+from ensemble_server.server.batch.placement.phases import Phase, phases
+from ensemble_server.server.config.blocks import Config, HostedModel
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def estimated_memory(config: Config, names: Iterable[str]) -> MemoryEstimate:
 
 
 def _stored_bytes(config: Config, root: str) -> int:
-    from server.checkpoints import resolve_checkpoint
-    from server.footprint import read_weights
+    from ensemble_server.server.weights.checkpoints import resolve_checkpoint
+    from ensemble_server.server.weights.footprint import read_weights
 
     entry = config.models[root]
     assert isinstance(entry, HostedModel), f"{root!r} has weights"
@@ -63,7 +63,7 @@ def _stored_bytes(config: Config, root: str) -> int:
 
 
 def _adapter_bytes(config: Config, name: str) -> int:
-    from server.footprint import read_weights
+    from ensemble_server.server.weights.footprint import read_weights
 
     entry = config.models[name]
     if isinstance(entry, MethodConfig):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ensembles.errors import ConfigError
-from ensembles.exchange_of_thought import ExchangeOfThought
-from ensembles.method import MethodConfig
-from ensembles.probability_averaging import ProbabilityAverage
-from ensembles.routing import Routing
-from server.config import Config, RemoteModel
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.ensembles.exchange_of_thought import ExchangeOfThought
+from ensemble_server.ensembles.method import MethodConfig
+from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
+from ensemble_server.ensembles.routing import Routing
+from ensemble_server.server.config.blocks import Config, RemoteModel
 
 _REFUSED = {
     ExchangeOfThought.Config: "its members answer each other, so every round would load all of them again",

@@ -19,15 +19,15 @@ from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ensembles.errors import ConfigError, OverloadedError
-from server.batch.job.identity import model_fingerprints, seeded
-from server.batch.job.rows import Row, RowResult
-from server.batch.running.runner import Progress, Summary
+from ensemble_server.ensembles.errors import ConfigError, OverloadedError
+from ensemble_server.server.batch.job.identity import model_fingerprints, seeded
+from ensemble_server.server.batch.job.rows import Row, RowResult
+from ensemble_server.server.batch.running.runner import Progress, Summary
 
 if TYPE_CHECKING:
-    from ensembles.base import MemberUsage
-    from server.batch.job.store import JobStore
-    from server.config import Config
+    from ensemble_server.ensembles.base import MemberUsage
+    from ensemble_server.server.batch.job.store import JobStore
+    from ensemble_server.server.config.blocks import Config
 
 INSTALL = "pip install 'ensemble-server[ray]'"
 
@@ -146,7 +146,7 @@ class _Worker:
 
     def __init__(self, config: Config) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: a batch never asks a hub
-        from server.hosting import Hosting
+        from ensemble_server.server.hosting import Hosting
 
         self._runner = asyncio.Runner()
         self._models = AsyncExitStack()  # never closed: Ray ends the process
@@ -158,7 +158,7 @@ class _Worker:
         return {"result": [pickle.dumps((row.index, result)) for row, result in zip(rows, results, strict=True)]}
 
     async def _answered(self, rows: Sequence[Row]) -> list[RowResult]:
-        from server.batch.running.room import Room, num_sequences, sequences_of
+        from ensemble_server.server.batch.running.room import Room, num_sequences, sequences_of
 
         room = Room(num_sequences(self._hosting))
         async with asyncio.TaskGroup() as group:
@@ -172,7 +172,7 @@ class _Worker:
         return [task.result() for task in tasks]
 
     async def _one(self, row: Row) -> RowResult:
-        from server.batch.running.answering import answer
+        from ensemble_server.server.batch.running.answering import answer
 
         while True:
             try:

@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ensembles.base import Embedder, Model
-from ensembles.method import MethodConfig, Services
-from server.batch.placement.call_log import Call, CallLog, RecordedDistributions, RecordedModel
-from server.batch.placement.phases import composed, singles
-from server.config import Config, RemoteModel
-from server.fingerprints import fingerprint
-from server.hosting import Hosting, compose
+from ensemble_server.ensembles.base import Embedder, Model
+from ensemble_server.ensembles.method import MethodConfig, Services
+from ensemble_server.server.batch.placement.call_log import Call, CallLog, RecordedDistributions, RecordedModel
+from ensemble_server.server.batch.placement.phases import composed, singles
+from ensemble_server.server.config.blocks import Config, RemoteModel
+from ensemble_server.server.config.fingerprints import fingerprint
+from ensemble_server.server.hosting import Hosting, compose
 
 if TYPE_CHECKING:
-    from server.surface import Surface
+    from ensemble_server.server.weights.surface import Surface
 
 
 class _ReplayedHosting(Hosting):
@@ -26,9 +26,9 @@ class _ReplayedHosting(Hosting):
         self._surfaces: dict[str, Surface] = {}
 
     def surface(self, name: str) -> Surface | None:
-        from server.checkpoints import resolve_checkpoint
-        from server.members import member_surface
-        from server.surface import load_tokenizer
+        from ensemble_server.server.engines.transformers_engine.members import member_surface
+        from ensemble_server.server.weights.checkpoints import resolve_checkpoint
+        from ensemble_server.server.weights.surface import load_tokenizer
 
         entry = self.config.models[name]
         if isinstance(entry, MethodConfig):
@@ -44,8 +44,8 @@ class _ReplayedHosting(Hosting):
 
 
 def replayed_hosting(config: Config, names: Sequence[str], log: CallLog, note: Callable[[Call], None]) -> Hosting:
-    from server.embeddings import SentenceEmbedder
-    from server.reranking import CrossEncoderReranker
+    from ensemble_server.server.weights.embeddings import SentenceEmbedder
+    from ensemble_server.server.weights.reranking import CrossEncoderReranker
 
     recorded: dict[str, Model] = {}
     for name in singles(config, names):

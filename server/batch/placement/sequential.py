@@ -24,20 +24,20 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 
-from ensembles.base import Answer, collect
-from ensembles.errors import DeadlineError, EngineDeadError, EnsembleError, OverloadedError
-from server.batch.job.identity import model_fingerprints, seeded
-from server.batch.job.rows import Row, RowResult
-from server.batch.job.store import JobStore
-from server.batch.placement.call_log import Call, CallLog, NotRecordedError
-from server.batch.placement.phases import Phase, check_can_be_sequential, phases
-from server.batch.placement.replayed_hosting import replayed_hosting
-from server.batch.running.answering import answer as answer_row
-from server.batch.running.room import num_sequences
-from server.batch.running.runner import Summary
-from server.config import Config
-from server.excerpt import excerpt
-from server.hosting import Hosting
+from ensemble_server.ensembles.base import Answer, collect
+from ensemble_server.ensembles.errors import DeadlineError, EngineDeadError, EnsembleError, OverloadedError
+from ensemble_server.server.batch.job.identity import model_fingerprints, seeded
+from ensemble_server.server.batch.job.rows import Row, RowResult
+from ensemble_server.server.batch.job.store import JobStore
+from ensemble_server.server.batch.placement.call_log import Call, CallLog, NotRecordedError
+from ensemble_server.server.batch.placement.phases import Phase, check_can_be_sequential, phases
+from ensemble_server.server.batch.placement.replayed_hosting import replayed_hosting
+from ensemble_server.server.batch.running.answering import answer as answer_row
+from ensemble_server.server.batch.running.room import num_sequences
+from ensemble_server.server.batch.running.runner import Summary
+from ensemble_server.server.config.blocks import Config
+from ensemble_server.server.config.excerpt import excerpt
+from ensemble_server.server.hosting import Hosting
 
 ROWS_AT_ONCE = 256
 _noted: ContextVar[list[Call]] = ContextVar("calls that the row being answered wants and that have no answer yet")
@@ -212,7 +212,7 @@ def _quiet_about_missing_calls() -> Iterator[None]:
     def is_news(record: logging.LogRecord) -> bool:
         return not any(isinstance(value, NotRecordedError) for value in record.args or ())
 
-    logger = logging.getLogger("ensembles.fan_out")
+    logger = logging.getLogger("ensemble_server.ensembles.fan_out")
     logger.addFilter(is_news)
     try:
         yield

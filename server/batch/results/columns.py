@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from ensembles.errors import ConfigError
-from ensembles.voting.answer_extraction import AnswerKind, extract
-from server.findings import nearest
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.ensembles.voting.answer_extraction import AnswerKind, extract
+from ensemble_server.server.config.problems import nearest
 
 ABSENT: Any = object()  # what a line has no place for, which is not the same as null
 

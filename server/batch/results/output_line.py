@@ -14,9 +14,9 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from ensembles.errors import StorageError
-from server.batch.job.rows import BadRow
-from server.batch.job.store import JobStore, StoredRow
+from ensemble_server.ensembles.errors import StorageError
+from ensemble_server.server.batch.job.rows import BadRow
+from ensemble_server.server.batch.job.store import JobStore, StoredRow
 
 NOT_RUN = {
     "message": "the run ended before this row was answered; run the same command again to go on",

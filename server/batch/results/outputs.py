@@ -15,12 +15,12 @@ from typing import Any, BinaryIO, Literal
 
 import orjson
 
-from server.batch.job.rows import Row
-from server.batch.job.store import JobStore, StoredRow
-from server.batch.results.columns import CELL_NAMES, Column
-from server.batch.results.output_line import output_line, whole_file
-from server.batch.results.submission import TableReport, write_table
-from server.batch.source.grid import Grid
+from ensemble_server.server.batch.job.rows import Row
+from ensemble_server.server.batch.job.store import JobStore, StoredRow
+from ensemble_server.server.batch.results.columns import CELL_NAMES, Column
+from ensemble_server.server.batch.results.output_line import output_line, whole_file
+from ensemble_server.server.batch.results.submission import TableReport, write_table
+from ensemble_server.server.batch.source.grid import Grid
 
 OutputFormat = Literal["jsonl", "csv"]
 STDOUT = Path("-")

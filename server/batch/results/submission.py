@@ -13,9 +13,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from ensembles.errors import ConfigError
-from server.batch.results.columns import ABSENT, Column, cell_text, num_samples
-from server.batch.source.records import Record, read_records
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.batch.results.columns import ABSENT, Column, cell_text, num_samples
+from ensemble_server.server.batch.source.records import Record, read_records
 
 NUM_SHOWN = 3  # ids that an error names of each kind
 _END: Any = object()

@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
-from ensembles.base import MemberUsage, Usage
-from ensembles.errors import EngineDeadError, OverloadedError, UnsupportedError
-from server.api.chat import Chat
-from server.api.completions import TextCompletion
-from server.api.embeddings import EmbeddingBody, embedded
-from server.api.errors import error_object
-from server.api.protocol import ChatBody, CompletionBody, ParameterCheck
-from server.api.request_log import RequestRecord
-from server.api.terms import Terms
-from server.batch.job.identity import body_digest, ids_from
-from server.batch.job.rows import Row, RowResult
-from server.batch.running.early_stop import STOP_WHEN_DECIDED, answer_until_decided
-from server.metrics import Metrics
+from ensemble_server.ensembles.base import MemberUsage, Usage
+from ensemble_server.ensembles.errors import EngineDeadError, OverloadedError, UnsupportedError
+from ensemble_server.server.api.chat import Chat
+from ensemble_server.server.api.completions import TextCompletion
+from ensemble_server.server.api.embeddings import EmbeddingBody, embedded
+from ensemble_server.server.api.errors import error_object
+from ensemble_server.server.api.request_log import RequestRecord
+from ensemble_server.server.batch.job.identity import body_digest, ids_from
+from ensemble_server.server.batch.job.rows import Row, RowResult
+from ensemble_server.server.batch.running.early_stop import STOP_WHEN_DECIDED, answer_until_decided
+from ensemble_server.server.metrics import Metrics
+from ensemble_server.server.requests.protocol import ChatBody, CompletionBody, ParameterCheck
+from ensemble_server.server.requests.terms import Terms
 
 if TYPE_CHECKING:
-    from server.hosting import Hosting
+    from ensemble_server.server.hosting import Hosting
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ async def _answered(hosting: Hosting, row: Row, terms: Terms, metrics: Metrics) 
             num_tokens = vectors["usage"]["prompt_tokens"]
             return vectors, Usage(num_tokens, 0, {vectors["model"]: MemberUsage(num_tokens)})
         case "/v1/classify":
-            from server.batch.running.classify import classify
+            from ensemble_server.server.requests.classify import classify
 
             classified = await classify(
                 hosting, row.body, priority=terms.priority, deadline_s=terms.deadline_s, request_id=terms.request_id

@@ -19,15 +19,15 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from ensembles.base import Usage
-from ensembles.errors import EngineDeadError, EnsembleError, OverloadedError, RequestError
-from ensembles.fan_out import total_usage
-from ensembles.text_level import derived_seed
-from ensembles.voting.answer_extraction import AnswerKind, extract
-from ensembles.voting.majority import PENDING, Vote, agreement, num_to_decide, plurality, tally
-from server.api.terms import Terms
-from server.batch.job.identity import body_digest, ids_from
-from server.batch.job.rows import Row
+from ensemble_server.ensembles.base import Usage
+from ensemble_server.ensembles.errors import EngineDeadError, EnsembleError, OverloadedError, RequestError
+from ensemble_server.ensembles.fan_out import total_usage
+from ensemble_server.ensembles.text_level import derived_seed
+from ensemble_server.ensembles.voting.answer_extraction import AnswerKind, extract
+from ensemble_server.ensembles.voting.majority import PENDING, Vote, agreement, num_to_decide, plurality, tally
+from ensemble_server.server.batch.job.identity import body_digest, ids_from
+from ensemble_server.server.batch.job.rows import Row
+from ensemble_server.server.requests.terms import Terms
 
 STOP_WHEN_DECIDED = "stop_when_decided"  # the key of a body
 MAX_SAMPLES = 128  # as the API's `n`

@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING
 
 from fastapi.exceptions import RequestValidationError
 
-from ensembles.base import GenerationRequest, MemberUsage
-from ensembles.errors import ContextLengthError, EnsembleError
-from server.api.chat import chat_request
-from server.api.completions import completion_requests
-from server.api.errors import error_object
-from server.api.models import requested_model
-from server.api.protocol import ChatBody, CompletionBody
-from server.api.terms import Terms
-from server.api.tool_use import tool_use
-from server.batch.job.identity import seeded
-from server.batch.job.rows import BadRow, Row, RowResult
-from server.batch.running.answering import answer, checked_body
+from ensemble_server.ensembles.base import GenerationRequest, MemberUsage
+from ensemble_server.ensembles.errors import ContextLengthError, EnsembleError
+from ensemble_server.server.api.chat import chat_request
+from ensemble_server.server.api.completions import completion_requests
+from ensemble_server.server.api.errors import error_object
+from ensemble_server.server.api.models import requested_model
+from ensemble_server.server.batch.job.identity import seeded
+from ensemble_server.server.batch.job.rows import BadRow, Row, RowResult
+from ensemble_server.server.batch.running.answering import answer, checked_body
+from ensemble_server.server.requests.protocol import ChatBody, CompletionBody
+from ensemble_server.server.requests.terms import Terms
+from ensemble_server.server.requests.tool_use import tool_use
 
 if TYPE_CHECKING:
-    from server.hosting import Hosting
+    from ensemble_server.server.hosting import Hosting
 
 NUM_REFUSED_SHOWN = 5
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ensembles.base import MemberUsage
-    from server.batch.running.runner import Progress
+    from ensemble_server.ensembles.base import MemberUsage
+    from ensemble_server.server.batch.running.runner import Progress
 
 LINE_INTERVAL_S = 5.0
 

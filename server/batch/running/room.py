@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, TypeGuard
 
-from ensembles.base import DistributionModel, Model
-from ensembles.method import Method
-from server.batch.job.rows import Row
-from server.engines.remote import RemoteChat
+from ensemble_server.ensembles.base import DistributionModel, Model
+from ensemble_server.ensembles.method import Method
+from ensemble_server.server.batch.job.rows import Row
+from ensemble_server.server.engines.remote.remote import RemoteChat
 
 if TYPE_CHECKING:
-    from server.hosting import Hosting
+    from ensemble_server.server.hosting import Hosting
 
 _BATCHES = 2  # of the engine: one that runs, and one whose prompts are being prepared meanwhile
 

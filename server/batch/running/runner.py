@@ -18,16 +18,16 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from ensembles.errors import EngineDeadError, OverloadedError
-from server.batch.job.identity import seeded
-from server.batch.job.rows import Row, RowResult
-from server.batch.running.answering import answer as answer_row
-from server.batch.running.room import Room, is_text_level, lacks_members, num_sequences, sequences_of
+from ensemble_server.ensembles.errors import EngineDeadError, OverloadedError
+from ensemble_server.server.batch.job.identity import seeded
+from ensemble_server.server.batch.job.rows import Row, RowResult
+from ensemble_server.server.batch.running.answering import answer as answer_row
+from ensemble_server.server.batch.running.room import Room, is_text_level, lacks_members, num_sequences, sequences_of
 
 if TYPE_CHECKING:
-    from ensembles.base import MemberUsage
-    from server.batch.job.store import Counts, JobStore
-    from server.hosting import Hosting
+    from ensemble_server.ensembles.base import MemberUsage
+    from ensemble_server.server.batch.job.store import Counts, JobStore
+    from ensemble_server.server.hosting import Hosting
 
 MAX_TRIES = 2  # of a row on which a member failed; remote members have been tried again several times before
 TRIED_AGAIN = frozenset({"member_failed", "turnout_too_low"})

@@ -13,12 +13,12 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from ensembles.errors import ConfigError, RequestError
-from server.batch.job.rows import URLS, BadRow, Row, Url
-from server.batch.source.grid import Grid
-from server.batch.source.records import BadRecord, Record
-from server.batch.source.template import PromptTemplate
-from server.findings import nearest
+from ensemble_server.ensembles.errors import ConfigError, RequestError
+from ensemble_server.server.batch.job.rows import URLS, BadRow, Row, Url
+from ensemble_server.server.batch.source.grid import Grid
+from ensemble_server.server.batch.source.records import BadRecord, Record
+from ensemble_server.server.batch.source.template import PromptTemplate
+from ensemble_server.server.config.problems import nearest
 
 GENERATION_URLS = ("/v1/chat/completions", "/v1/completions")
 PROMPT_KEYS: Mapping[Url, str] = {"/v1/completions": "prompt", "/v1/embeddings": "input", "/v1/classify": "input"}

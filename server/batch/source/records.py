@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from pydantic_core import from_json
 
-from ensembles.errors import ConfigError
+from ensemble_server.ensembles.errors import ConfigError
 
 SourceKind = Literal["jsonl", "csv", "tsv", "parquet", "folder"]
 

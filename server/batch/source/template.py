@@ -12,7 +12,7 @@ from typing import Any, Self
 from jinja2 import StrictUndefined, Template, TemplateSyntaxError, UndefinedError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ensembles.errors import ConfigError, RequestError
+from ensemble_server.ensembles.errors import ConfigError, RequestError
 
 ROW = "row"  # the name under which a template has all columns, unless a column is called so
 

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ensembles.errors import StorageError
-from server.batch.job.rows import Url
-from server.batch.sqlite_transaction import transaction
+from ensemble_server.ensembles.errors import StorageError
+from ensemble_server.server.batch.job.rows import Url
+from ensemble_server.server.batch.sqlite_transaction import transaction
 
 Purpose = Literal["batch", "batch_output"]
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]

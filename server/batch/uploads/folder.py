@@ -20,8 +20,8 @@ from typing import BinaryIO, Self
 
 from filelock import FileLock, Timeout
 
-from ensembles.errors import FolderInUseError, StorageError
-from server.batch.uploads.catalogue import Catalogue, Purpose, StoredFile, new_id
+from ensemble_server.ensembles.errors import FolderInUseError, StorageError
+from ensemble_server.server.batch.uploads.catalogue import Catalogue, Purpose, StoredFile, new_id
 
 DAY_S = 24 * 3600
 

@@ -18,21 +18,21 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ensembles.errors import ConfigError, ConflictError, EngineDeadError, StorageError
-from server.api.errors import error_object
-from server.batch.job.identity import Identity
-from server.batch.job.store import Counts, JobStore
-from server.batch.running.answering import answer
-from server.batch.running.runner import Progress, run
-from server.batch.uploads.catalogue import Batch, LineError, Status, StoredFile
-from server.batch.uploads.folder import BatchFolder
-from server.batch.uploads.result_files import ResultFiles, write_result_files
-from server.batch.uploads.turns import Turns
-from server.batch.uploads.validation import Findings, checked_file, rows_of
+from ensemble_server.ensembles.errors import ConfigError, ConflictError, EngineDeadError, StorageError
+from ensemble_server.server.api.errors import error_object
+from ensemble_server.server.batch.job.identity import Identity
+from ensemble_server.server.batch.job.store import Counts, JobStore
+from ensemble_server.server.batch.running.answering import answer
+from ensemble_server.server.batch.running.runner import Progress, run
+from ensemble_server.server.batch.uploads.catalogue import Batch, LineError, Status, StoredFile
+from ensemble_server.server.batch.uploads.folder import BatchFolder
+from ensemble_server.server.batch.uploads.result_files import ResultFiles, write_result_files
+from ensemble_server.server.batch.uploads.turns import Turns
+from ensemble_server.server.batch.uploads.validation import Findings, checked_file, rows_of
 
 if TYPE_CHECKING:
-    from server.hosting import Hosting
-    from server.metrics import Metrics
+    from ensemble_server.server.hosting import Hosting
+    from ensemble_server.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 

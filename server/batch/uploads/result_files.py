@@ -12,11 +12,11 @@ from typing import Literal
 
 import orjson
 
-from server.batch.job.rows import BadRow
-from server.batch.job.store import JobStore, StoredRow
-from server.batch.results.output_line import output_line
-from server.batch.uploads.catalogue import Batch, Status, StoredFile
-from server.batch.uploads.folder import BatchFolder, NewFile
+from ensemble_server.server.batch.job.rows import BadRow
+from ensemble_server.server.batch.job.store import JobStore, StoredRow
+from ensemble_server.server.batch.results.output_line import output_line
+from ensemble_server.server.batch.uploads.catalogue import Batch, Status, StoredFile
+from ensemble_server.server.batch.uploads.folder import BatchFolder, NewFile
 
 BUFFER_BYTES = 1024**2
 NOT_ANSWERED: Mapping[Status, str] = {

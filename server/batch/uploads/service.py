@@ -15,16 +15,16 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, BinaryIO
 
-from ensembles.errors import NotFoundError, OverloadedError, RequestError, StorageError
-from server.batch.job.rows import Url
-from server.batch.uploads.catalogue import LIVE, Batch, Order, StoredFile, new_id
-from server.batch.uploads.folder import DAY_S, BatchFolder, NewFile, disk_heeded
-from server.batch.uploads.lifecycle import LiveBatch, cancelled
-from server.batch.uploads.turns import Turns
+from ensemble_server.ensembles.errors import NotFoundError, OverloadedError, RequestError, StorageError
+from ensemble_server.server.batch.job.rows import Url
+from ensemble_server.server.batch.uploads.catalogue import LIVE, Batch, Order, StoredFile, new_id
+from ensemble_server.server.batch.uploads.folder import DAY_S, BatchFolder, NewFile, disk_heeded
+from ensemble_server.server.batch.uploads.lifecycle import LiveBatch, cancelled
+from ensemble_server.server.batch.uploads.turns import Turns
 
 if TYPE_CHECKING:
-    from server.hosting import Hosting
-    from server.metrics import Metrics
+    from ensemble_server.server.hosting import Hosting
+    from ensemble_server.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 

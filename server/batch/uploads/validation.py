@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ensembles.errors import RequestError
-from server.api.errors import shortened, shown
-from server.batch.job.rows import Row, Url
-from server.batch.source.records import BadRecord, Record, jsonl_records
-from server.batch.uploads.catalogue import LineError
+from ensemble_server.ensembles.errors import RequestError
+from ensemble_server.server.api.errors import shortened, shown
+from ensemble_server.server.batch.job.rows import Row, Url
+from ensemble_server.server.batch.source.records import BadRecord, Record, jsonl_records
+from ensemble_server.server.batch.uploads.catalogue import LineError
 
 MAX_ERRORS = 100
 MAX_ID_CHARS = 512

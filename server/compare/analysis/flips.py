@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ensembles.base import DistributionModel, Message
-from ensembles.pooling import effective_weights, posterior
-from server.compare.analysis.pairing import has_figures, same_items, same_texts, text_columns
-from server.compare.arms.candidates import ArmModel
-from server.compare.measures.documents import Documents
-from server.compare.measures.task_measure import CHOICE_METRICS, Task
-from server.compare.results import Flip, TokenView
-from server.compare.running.records import ArmRecord, ItemRecord, View, inputs_hash
+from ensemble_server.ensembles.base import DistributionModel, Message
+from ensemble_server.ensembles.pooling import effective_weights, posterior
+from ensemble_server.server.compare.analysis.pairing import has_figures, same_items, same_texts, text_columns
+from ensemble_server.server.compare.arms.candidates import ArmModel
+from ensemble_server.server.compare.measures.documents import Documents
+from ensemble_server.server.compare.measures.task_measure import CHOICE_METRICS, Task
+from ensemble_server.server.compare.results import Flip, TokenView
+from ensemble_server.server.compare.running.records import ArmRecord, ItemRecord, View, inputs_hash
 
 if TYPE_CHECKING:
     import torch
 
-    from server.compare.running.work import Work
-    from server.hosting import Hosting
+    from ensemble_server.server.compare.running.work import Work
+    from ensemble_server.server.hosting import Hosting
 
 MAX_CHARS = 600  # of a document or a prompt that is shown
 MAX_TOKENS = 96  # whose members are shown
@@ -164,7 +164,7 @@ async def collect_views(work: Work, hosting: Hosting, arm: ArmModel) -> None:
 
 
 async def _view(hosting: Hosting, name: str, model: DistributionModel, flipped: Flipped) -> list[TokenView]:
-    from server.compare.measures.text_measure import mixture_logprobs
+    from ensemble_server.server.compare.measures.text_measure import mixture_logprobs
 
     surface = hosting.surface(name)
     assert surface is not None, "a mixture has hosted members"

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ensembles.comparison.paired import Comparison
-from ensembles.comparison.significance import sign_flip
-from server.compare.results import NullCheck
+from ensemble_server.ensembles.comparison.paired import Comparison
+from ensemble_server.ensembles.comparison.significance import sign_flip
+from ensemble_server.server.compare.results import NullCheck
 
 NUM_TRIALS = 200
 NUM_FLIPS = 1000  # per trial: enough to tell 5% from more over all trials

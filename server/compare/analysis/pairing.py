@@ -9,15 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from ensembles.comparison import bootstrap
-from ensembles.comparison.intervals import Estimate
-from ensembles.comparison.paired import Comparison, compare_bits_per_byte, compare_right_wrong, compare_scores
-from ensembles.comparison.power import minimal_detectable_effect
-from ensembles.comparison.significance import holm, sign_flip
-from ensembles.comparison.verdict import verdict
-from server.compare.planning.blocks import PlanFile
-from server.compare.results import Difference, Interval
-from server.compare.running.records import ArmRecord, TaskRecord, TextRecord
+from ensemble_server.ensembles.comparison import bootstrap
+from ensemble_server.ensembles.comparison.intervals import Estimate
+from ensemble_server.ensembles.comparison.paired import (
+    Comparison,
+    compare_bits_per_byte,
+    compare_right_wrong,
+    compare_scores,
+)
+from ensemble_server.ensembles.comparison.power import minimal_detectable_effect
+from ensemble_server.ensembles.comparison.significance import holm, sign_flip
+from ensemble_server.ensembles.comparison.verdict import verdict
+from ensemble_server.server.compare.planning.blocks import PlanFile
+from ensemble_server.server.compare.results import Difference, Interval
+from ensemble_server.server.compare.running.records import ArmRecord, TaskRecord, TextRecord
 
 
 @dataclass(frozen=True)

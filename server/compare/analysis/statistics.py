@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from ensembles.comparison import bootstrap
-from ensembles.comparison.pass_at_k import pass_at_k
-from ensembles.comparison.proportions import wilson
-from ensembles.comparison.replicates import crossed_ratio_difference
-from server.compare.analysis.null_check import null_check_of_task, null_check_of_text
-from server.compare.analysis.pairing import (
+from ensemble_server.ensembles.comparison import bootstrap
+from ensemble_server.ensembles.comparison.pass_at_k import pass_at_k
+from ensemble_server.ensembles.comparison.proportions import wilson
+from ensemble_server.ensembles.comparison.replicates import crossed_ratio_difference
+from ensemble_server.server.compare.analysis.null_check import null_check_of_task, null_check_of_text
+from ensemble_server.server.compare.analysis.pairing import (
     Rules,
     Unadjusted,
     adjusted,
@@ -28,9 +28,9 @@ from server.compare.analysis.pairing import (
     scores_of,
     text_columns,
 )
-from server.compare.measures.cost import summarise as summarise_cost
-from server.compare.planning.blocks import PlanFile
-from server.compare.results import (
+from ensemble_server.server.compare.measures.cost import summarise as summarise_cost
+from ensemble_server.server.compare.planning.blocks import PlanFile
+from ensemble_server.server.compare.results import (
     ArmResult,
     Difference,
     Figure,
@@ -44,7 +44,7 @@ from server.compare.results import (
     TaskResult,
     TextResult,
 )
-from server.compare.running.records import ArmRecord, ItemRecord, Records, TaskRecord, TextRecord
+from ensemble_server.server.compare.running.records import ArmRecord, ItemRecord, Records, TaskRecord, TextRecord
 
 MAIN_REPLICATE = "main"
 

@@ -17,23 +17,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ensembles.base import MixtureHost, PoolName
-from ensembles.errors import ConfigError, UnknownModelError
-from ensembles.fitting.em import fit_arithmetic
-from ensembles.fitting.share import fit_share
-from ensembles.pooling import effective_weights
-from ensembles.probability_averaging import ProbabilityAverage
-from server.compare.measures.documents import Documents
-from server.compare.measures.windows import Window, cut_windows
-from server.findings import nearest
-from server.torch_threads import in_own_thread
+from ensemble_server.ensembles.base import MixtureHost, PoolName
+from ensemble_server.ensembles.errors import ConfigError, UnknownModelError
+from ensemble_server.ensembles.fitting.em import fit_arithmetic
+from ensemble_server.ensembles.fitting.share import fit_share
+from ensemble_server.ensembles.pooling import effective_weights
+from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
+from ensemble_server.server.compare.measures.documents import Documents
+from ensemble_server.server.compare.measures.windows import Window, cut_windows
+from ensemble_server.server.config.problems import nearest
+from ensemble_server.server.weights.threads import in_own_thread
 
 if TYPE_CHECKING:
     import torch
 
-    from ensembles.fitting.log_linear import Constraint
-    from server.config import Config
-    from server.hosting import Hosting
+    from ensemble_server.ensembles.fitting.log_linear import Constraint
+    from ensemble_server.server.config.blocks import Config
+    from ensemble_server.server.hosting import Hosting
 
 SAMPLE_BYTES = 512 * 2**20
 CHUNK_POSITIONS = 64  # of a sample, that are float32 at a time
@@ -210,7 +210,7 @@ class WeightFit:
             )
             weights = dict(zip(members, em.weights.tolist(), strict=True))
             return FittedWeights(pool, weights, None, em.nats_per_token[-1], em.num_tokens)
-        from ensembles.fitting.log_linear import fit_geometric
+        from ensemble_server.ensembles.fitting.log_linear import fit_geometric
 
         found = fit_geometric(self.sample.passes, constraint=constraint)
         weights = dict(zip(members, found.weights.tolist(), strict=True))

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ensembles.errors import ModelLoadError
-from ensembles.method import MethodConfig
-from server.compare.arms.candidates import ArmModel
-from server.compare.arms.identity import weights_folder
-from server.config import Config, HostedModel
-from server.excerpt import closure
-from server.footprint import read_shape, read_weights
+from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.ensembles.method import MethodConfig
+from ensemble_server.server.compare.arms.candidates import ArmModel
+from ensemble_server.server.compare.arms.identity import weights_folder
+from ensemble_server.server.config.blocks import Config, HostedModel
+from ensemble_server.server.config.excerpt import closure
+from ensemble_server.server.weights.footprint import read_shape, read_weights
 
 USABLE_MEMORY = 0.8  # of what is free: activations and the rest of the process take some
 

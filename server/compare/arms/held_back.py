@@ -12,18 +12,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ensembles.base import Mixture
-from ensembles.comparison.paired import Comparison, compare_bits_per_byte
-from ensembles.errors import ConfigError
-from ensembles.probability_averaging import mixture_of
-from server.compare.arms.fitting import SAMPLE_BYTES, FittedWeights, WeightFit
-from server.compare.measures.documents import Documents
-from server.compare.measures.text_measure import TextScores, by_document, mixture_logprobs, score_mixtures
-from server.torch_threads import in_own_thread
+from ensemble_server.ensembles.base import Mixture
+from ensemble_server.ensembles.comparison.paired import Comparison, compare_bits_per_byte
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.ensembles.probability_averaging import mixture_of
+from ensemble_server.server.compare.arms.fitting import SAMPLE_BYTES, FittedWeights, WeightFit
+from ensemble_server.server.compare.measures.documents import Documents
+from ensemble_server.server.compare.measures.text_measure import (
+    TextScores,
+    by_document,
+    mixture_logprobs,
+    score_mixtures,
+)
+from ensemble_server.server.weights.threads import in_own_thread
 
 if TYPE_CHECKING:
-    from ensembles.fitting.log_linear import Constraint
-    from server.hosting import Hosting
+    from ensemble_server.ensembles.fitting.log_linear import Constraint
+    from ensemble_server.server.hosting import Hosting
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ensembles.errors import ModelLoadError
-from ensembles.method import MethodConfig
-from server.checkpoints import checkpoint_of
-from server.compare.merges.content_cache import digest, folder_digest
-from server.config import Config, HostedModel
+from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.ensembles.method import MethodConfig
+from ensemble_server.server.compare.merges.content_cache import digest, folder_digest
+from ensemble_server.server.config.blocks import Config, HostedModel
+from ensemble_server.server.weights.checkpoints import checkpoint_of
 
 
 def identity(config: Config, name: str) -> str:

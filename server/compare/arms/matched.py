@@ -13,17 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
-from server.compare.analysis.pairing import scores_of
-from server.compare.arms.candidates import ArmModel, Entry, kind_of
-from server.compare.arms.footprint import groups, leaves
-from server.compare.arms.preparation import config_with
-from server.compare.planning.blocks import CostMatched, TaskSource
-from server.compare.planning.sources import read_tasks
-from server.compare.results import Choice
-from server.compare.running.measuring import measure_group
-from server.compare.running.records import ArmRecord, Preparation, Records
-from server.compare.running.work import Work, introduce
-from server.config import Config
+from ensemble_server.server.compare.analysis.pairing import scores_of
+from ensemble_server.server.compare.arms.candidates import ArmModel, Entry, kind_of
+from ensemble_server.server.compare.arms.footprint import groups, leaves
+from ensemble_server.server.compare.arms.preparation import config_with
+from ensemble_server.server.compare.planning.blocks import CostMatched, TaskSource
+from ensemble_server.server.compare.planning.sources import read_tasks
+from ensemble_server.server.compare.results import Choice
+from ensemble_server.server.compare.running.measuring import measure_group
+from ensemble_server.server.compare.running.records import ArmRecord, Preparation, Records
+from ensemble_server.server.compare.running.work import Work, introduce
+from ensemble_server.server.config.blocks import Config
 
 VOTED_AS = {"number": "number", "choice": "choice", "yes_no": "yes_no", "exact_match": "text"}
 SIMILAR_TEXTS = ("rouge_l", "chrf")

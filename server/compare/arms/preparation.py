@@ -12,23 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from ensembles.errors import EnsembleError, ModelLoadError
-from server.compare.arms.candidates import Candidate, Entry, as_arm_model
-from server.compare.arms.fitting import FittedWeights, WeightFit, check_fittable
-from server.compare.arms.identity import identity
-from server.compare.measures.documents import Documents
-from server.compare.measures.text_measure import NotScored, measure_text
-from server.compare.planning.plan import Plan
-from server.compare.planning.sources import sha256_of
-from server.compare.provenance import COMPUTING, versions
-from server.compare.results import Choice
-from server.compare.running.listener import Listener
-from server.compare.running.records import ArmRecord, Failure, Preparation, Records, inputs_hash
-from server.compare.running.work import described
-from server.config import Config
-from server.excerpt import excerpt
-from server.hosting import Hosting
-from server.torch_threads import in_own_thread
+from ensemble_server.ensembles.errors import EnsembleError, ModelLoadError
+from ensemble_server.server.compare.arms.candidates import Candidate, Entry, as_arm_model
+from ensemble_server.server.compare.arms.fitting import FittedWeights, WeightFit, check_fittable
+from ensemble_server.server.compare.arms.identity import identity
+from ensemble_server.server.compare.measures.documents import Documents
+from ensemble_server.server.compare.measures.text_measure import NotScored, measure_text
+from ensemble_server.server.compare.planning.plan import Plan
+from ensemble_server.server.compare.planning.sources import sha256_of
+from ensemble_server.server.compare.provenance import COMPUTING, versions
+from ensemble_server.server.compare.results import Choice
+from ensemble_server.server.compare.running.listener import Listener
+from ensemble_server.server.compare.running.records import ArmRecord, Failure, Preparation, Records, inputs_hash
+from ensemble_server.server.compare.running.work import described
+from ensemble_server.server.config.blocks import Config
+from ensemble_server.server.config.excerpt import excerpt
+from ensemble_server.server.hosting import Hosting
+from ensemble_server.server.weights.threads import in_own_thread
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ensembles.base import DistributionModel, GenerationRequest, Message, Sampling, collect
-from ensembles.errors import UnsupportedError
+from ensemble_server.ensembles.base import DistributionModel, GenerationRequest, Message, Sampling, collect
+from ensemble_server.ensembles.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from server.hosting import Hosting
+    from ensemble_server.server.hosting import Hosting
 
 
 async def option_logprobs(

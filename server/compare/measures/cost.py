@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ensembles.base import Delta, Done, GenerationRequest, Model, Sampling, Usage
-from ensembles.comparison import bootstrap
-from ensembles.errors import EnsembleError
-from server.compare.planning.blocks import CostSettings
-from server.compare.results import Cost, Timing
-from server.compare.running.records import CostRecord
+from ensemble_server.ensembles.base import Delta, Done, GenerationRequest, Model, Sampling, Usage
+from ensemble_server.ensembles.comparison import bootstrap
+from ensemble_server.ensembles.errors import EnsembleError
+from ensemble_server.server.compare.planning.blocks import CostSettings
+from ensemble_server.server.compare.results import Cost, Timing
+from ensemble_server.server.compare.running.records import CostRecord
 
 CHARS_PER_TOKEN = 4  # of the prompts; their exact length does not matter, only that it is the same for all arms
 WARM_UP_TOKENS = 4  # of an answer that is not measured

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from ensembles.errors import ConfigError
+from ensemble_server.ensembles.errors import ConfigError
 
 MIN_DOCUMENT_BYTES = 2000
 PIECE_BYTES = 380

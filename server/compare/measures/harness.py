@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ensembles.errors import ConfigError, EnsembleError
-from server.compare.measures.hosted_lm import Answers, Link, hosted_lm
-from server.compare.measures.task_measure import ItemScore
-from server.findings import nearest
-from server.torch_threads import in_own_thread
+from ensemble_server.ensembles.errors import ConfigError, EnsembleError
+from ensemble_server.server.compare.measures.hosted_lm import Answers, Link, hosted_lm
+from ensemble_server.server.compare.measures.task_measure import ItemScore
+from ensemble_server.server.config.problems import nearest
+from ensemble_server.server.weights.threads import in_own_thread
 
 if TYPE_CHECKING:
-    from server.hosting import Hosting
+    from ensemble_server.server.hosting import Hosting
 
 INSTALL = "lm-evaluation-harness is not installed: pip install 'ensemble-server[compare]'"
 

@@ -12,13 +12,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ensembles.base import DistributionModel, GenerationRequest, Sampling, collect
-from ensembles.errors import EngineDeadError, EnsembleError, UnsupportedError
-from ensembles.text_level import derived_seed
+from ensemble_server.ensembles.base import DistributionModel, GenerationRequest, Sampling, collect
+from ensemble_server.ensembles.errors import EngineDeadError, EnsembleError, UnsupportedError
+from ensemble_server.ensembles.text_level import derived_seed
 
 if TYPE_CHECKING:
-    from server.hosting import Hosting
-    from server.surface import Surface
+    from ensemble_server.server.hosting import Hosting
+    from ensemble_server.server.weights.surface import Surface
 
 T = TypeVar("T")
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ensembles.errors import ConfigError, RequestError
-from server.batch.source.template import PromptTemplate
-from server.compare.measures.task_measure import Item, Metric, Task
-from server.compare.measures.task_metrics import unreadable_reference
+from ensemble_server.ensembles.errors import ConfigError, RequestError
+from ensemble_server.server.batch.source.template import PromptTemplate
+from ensemble_server.server.compare.measures.task_measure import Item, Metric, Task
+from ensemble_server.server.compare.measures.task_metrics import unreadable_reference
 
 CHOICES_FIELDS = ("choices", "options")  # where the options of a multiple choice stand, first that is there
 

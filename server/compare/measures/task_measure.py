@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ensembles.base import Answer, GenerationRequest, Message, Model, Sampling, collect
-from ensembles.comparison import pass_at_k as single_item
-from ensembles.errors import EngineDeadError, EnsembleError, OverloadedError, UnsupportedError
-from ensembles.text_level import derived_seed
-from server.compare.measures.choice_likelihood import option_logprobs
-from server.compare.measures.task_metrics import GenerationMetric, judge
+from ensemble_server.ensembles.base import Answer, GenerationRequest, Message, Model, Sampling, collect
+from ensemble_server.ensembles.comparison import pass_at_k as single_item
+from ensemble_server.ensembles.errors import EngineDeadError, EnsembleError, OverloadedError, UnsupportedError
+from ensemble_server.ensembles.text_level import derived_seed
+from ensemble_server.server.compare.measures.choice_likelihood import option_logprobs
+from ensemble_server.server.compare.measures.task_metrics import GenerationMetric, judge
 
 if TYPE_CHECKING:
-    from server.hosting import Hosting
+    from ensemble_server.server.hosting import Hosting
 
 ChoiceMetric = Literal["multiple_choice", "multiple_choice_per_byte"]
 Metric = GenerationMetric | ChoiceMetric

@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from ensembles.errors import ConfigError
-from ensembles.voting.answer_extraction import AnswerKind, extract
-from ensembles.voting.similarity import rouge_l
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.ensembles.voting.answer_extraction import AnswerKind, extract
+from ensemble_server.ensembles.voting.similarity import rouge_l
 
 GenerationMetric = Literal["exact_match", "number", "choice", "yes_no", "rouge_l", "chrf"]
 

@@ -19,17 +19,25 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ensembles.base import DistributionModel, GenerationRequest, Mixture, MixtureHost, Model, Sampling, collect
-from ensembles.errors import ModelLoadError, UnsupportedError
-from ensembles.fitting.share import posterior_logprobs
-from ensembles.pooling import effective_weights, pool
-from server.compare.measures.documents import Documents
-from server.compare.measures.windows import Window, cut_windows
+from ensemble_server.ensembles.base import (
+    DistributionModel,
+    GenerationRequest,
+    Mixture,
+    MixtureHost,
+    Model,
+    Sampling,
+    collect,
+)
+from ensemble_server.ensembles.errors import ModelLoadError, UnsupportedError
+from ensemble_server.ensembles.fitting.share import posterior_logprobs
+from ensemble_server.ensembles.pooling import effective_weights, pool
+from ensemble_server.server.compare.measures.documents import Documents
+from ensemble_server.server.compare.measures.windows import Window, cut_windows
 
 if TYPE_CHECKING:
     import torch
 
-    from server.hosting import Hosting
+    from ensemble_server.server.hosting import Hosting
 
 WINDOW = 512
 

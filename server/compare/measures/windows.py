@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ensembles.errors import ConfigError, UnsupportedError
-from server.compare.measures.documents import Documents
-from server.surface import Surface
+from ensemble_server.ensembles.errors import ConfigError, UnsupportedError
+from ensemble_server.server.compare.measures.documents import Documents
+from ensemble_server.server.weights.surface import Surface
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ensembles.errors import ModelLoadError
+from ensemble_server.ensembles.errors import ModelLoadError
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from ensembles.errors import ModelLoadError
+from ensemble_server.ensembles.errors import ModelLoadError
 
 
 def fold_adapter(base: Path, adapter: Path, out: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ensembles.errors import ModelLoadError
+from ensemble_server.ensembles.errors import ModelLoadError
 
 NUM_CHECK_TOKENS = 16
 COMPANIONS = ("generation_config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja")

@@ -16,11 +16,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ensembles.errors import EnsembleError, ModelLoadError
-from server.compare.merges.content_cache import cached_folder
-from server.compare.merges.lora_folding import fold_adapter
-from server.compare.merges.merge_checks import COMPANIONS, check_model, check_vocabularies, check_weights
-from server.compare.merges.merging import Build, Merge, OnStage, build_from_json
+from ensemble_server.ensembles.errors import EnsembleError, ModelLoadError
+from ensemble_server.server.compare.merges.content_cache import cached_folder
+from ensemble_server.server.compare.merges.lora_folding import fold_adapter
+from ensemble_server.server.compare.merges.merge_checks import (
+    COMPANIONS,
+    check_model,
+    check_vocabularies,
+    check_weights,
+)
+from ensemble_server.server.compare.merges.merging import Build, Merge, OnStage, build_from_json
 
 DESCRIPTION_FILE = "merge.json"
 TOKENIZER_FILES = (

@@ -24,11 +24,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ensembles.errors import ConfigError, ModelLoadError
-from server.checkpoints import cache_folder, resolve_checkpoint
-from server.compare.merges.content_cache import digest, folder_digest, is_whole
-from server.compare.merges.recipes import Recipe, Reference, read_recipe
-from server.config import Config, HostedModel, RemoteModel
+from ensemble_server.ensembles.errors import ConfigError, ModelLoadError
+from ensemble_server.server.compare.merges.content_cache import digest, folder_digest, is_whole
+from ensemble_server.server.compare.merges.recipes import Recipe, Reference, read_recipe
+from ensemble_server.server.config.blocks import Config, HostedModel, RemoteModel
+from ensemble_server.server.weights.checkpoints import cache_folder, resolve_checkpoint
 
 MERGE_VERSION = 1  # part of every key: raise it when the same recipe comes out otherwise
 OnStage = Callable[[str], None]
@@ -212,7 +212,7 @@ def _run_in_own_process(build: Build, on_stage: OnStage) -> None:
         with (
             log.open("wb") as stderr,
             subprocess.Popen(
-                [sys.executable, "-m", "server.compare.merges.merge_process", str(job)],
+                [sys.executable, "-m", "ensemble_server.server.compare.merges.merge_process", str(job)],
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 env=environment,

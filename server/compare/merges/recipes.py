@@ -17,9 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ensembles.errors import ConfigError
-from server.findings import nearest
-from server.strict_yaml import read_yaml
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.config.problems import nearest
+from ensemble_server.server.config.strict_yaml import read_yaml
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -28,12 +28,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ensembles.errors import ConfigError
-from server.compare.merges.recipes import read_recipe
-from server.compare.planning.blocks import Arm, PlanFile
-from server.config import Config, load_config, parse_config
-from server.findings import findings, nearest
-from server.strict_yaml import expand_variables, read_yaml
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.compare.merges.recipes import read_recipe
+from ensemble_server.server.compare.planning.blocks import Arm, PlanFile
+from ensemble_server.server.config.blocks import Config, load_config, parse_config
+from ensemble_server.server.config.problems import findings, nearest
+from ensemble_server.server.config.strict_yaml import expand_variables, read_yaml
 
 FITTED = "fitted"
 FITTABLE = ("weights", "share")  # keys of a probability average whose value may be `fitted`

@@ -7,11 +7,16 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ensembles.errors import ConfigError
-from server.compare.measures.documents import Documents, cut_into_documents, read_documents, switching_text
-from server.compare.measures.task_files import read_task
-from server.compare.measures.task_measure import Task
-from server.compare.planning.blocks import TaskSource, TextSource
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.compare.measures.documents import (
+    Documents,
+    cut_into_documents,
+    read_documents,
+    switching_text,
+)
+from ensemble_server.server.compare.measures.task_files import read_task
+from ensemble_server.server.compare.measures.task_measure import Task
+from ensemble_server.server.compare.planning.blocks import TaskSource, TextSource
 
 
 def read_texts(sources: Mapping[str, TextSource], *, min_bytes: int) -> dict[str, Documents]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from server.compare.report.contents import contents
-from server.compare.report.documents import as_html, as_markdown
-from server.compare.report.figures import draw_figures
-from server.compare.results import Results
-from server.compare.running.atomic_write import write_atomically
+from ensemble_server.server.compare.report.contents import contents
+from ensemble_server.server.compare.report.documents import as_html, as_markdown
+from ensemble_server.server.compare.report.figures import draw_figures
+from ensemble_server.server.compare.results import Results
+from ensemble_server.server.compare.running.atomic_write import write_atomically
 
 FIGURE_FOLDER = "figures"
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from server.compare.report import words
-from server.compare.report.contents import Report
-from server.compare.report.figures import Figure
-from server.compare.results import Flip, TokenView
+from ensemble_server.server.compare.report import words
+from ensemble_server.server.compare.report.contents import Report
+from ensemble_server.server.compare.report.figures import Figure
+from ensemble_server.server.compare.results import Flip, TokenView
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -40,7 +40,7 @@ def _environment(*, is_html: bool) -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("server.compare.report", "templates"),
+        loader=PackageLoader("ensemble_server.server.compare.report", "templates"),
         autoescape=is_html,
         undefined=StrictUndefined,
         trim_blocks=True,

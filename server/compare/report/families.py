@@ -6,7 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from server.compare.results import ArmResult, Difference, Figure, Interval, MeasureIdentity, Results, TextResult
+from ensemble_server.server.compare.results import (
+    ArmResult,
+    Difference,
+    Figure,
+    Interval,
+    MeasureIdentity,
+    Results,
+    TextResult,
+)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ensembles.comparison.verdict import Verdict
-from server.compare.results import ArmKind, Difference, Interval
+from ensemble_server.ensembles.comparison.verdict import Verdict
+from ensemble_server.server.compare.results import ArmKind, Difference, Interval
 
 SIGNS: dict[Verdict, str] = {"better": "▲", "worse": "▼", "no difference shown": "=", "inconclusive": "?"}
 KINDS: dict[ArmKind, str] = {

@@ -12,22 +12,22 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ensembles.errors import EngineDeadError, UnsupportedError
-from server.compare.analysis.flips import collect_views
-from server.compare.arms.candidates import ArmModel
-from server.compare.arms.footprint import clusters, footprint
-from server.compare.measures.cost import CHARS_PER_TOKEN, ForwardCounter, as_record, measure_cost
-from server.compare.measures.task_measure import ItemScore, measure_task
-from server.compare.measures.text_measure import NotScored, TextScores, measure_text
-from server.compare.planning.sources import sha256_of
-from server.compare.running.records import ItemRecord, TaskRecord, TextRecord, inputs_hash
-from server.compare.running.work import Work, task_sha256
-from server.config import Config, RemoteModel
-from server.excerpt import excerpt
-from server.hosting import Hosting
+from ensemble_server.ensembles.errors import EngineDeadError, UnsupportedError
+from ensemble_server.server.compare.analysis.flips import collect_views
+from ensemble_server.server.compare.arms.candidates import ArmModel
+from ensemble_server.server.compare.arms.footprint import clusters, footprint
+from ensemble_server.server.compare.measures.cost import CHARS_PER_TOKEN, ForwardCounter, as_record, measure_cost
+from ensemble_server.server.compare.measures.task_measure import ItemScore, measure_task
+from ensemble_server.server.compare.measures.text_measure import NotScored, TextScores, measure_text
+from ensemble_server.server.compare.planning.sources import sha256_of
+from ensemble_server.server.compare.running.records import ItemRecord, TaskRecord, TextRecord, inputs_hash
+from ensemble_server.server.compare.running.work import Work, task_sha256
+from ensemble_server.server.config.blocks import Config, RemoteModel
+from ensemble_server.server.config.excerpt import excerpt
+from ensemble_server.server.hosting import Hosting
 
 if TYPE_CHECKING:
-    from server.compare.measures.harness import HarnessTask
+    from ensemble_server.server.compare.measures.harness import HarnessTask
 
 
 async def measure_group(work: Work, config: Config, arms: Sequence[ArmModel]) -> None:
@@ -171,7 +171,7 @@ def _item_record(item: ItemScore) -> ItemRecord:
 
 
 async def _measure_harness(work: Work, hosting: Hosting, arm: ArmModel) -> None:
-    from server.compare.measures.harness import run_harness
+    from ensemble_server.server.compare.measures.harness import run_harness
 
     spec = work.plan.file.lm_eval
     assert spec is not None, "only asked where there are such tasks"

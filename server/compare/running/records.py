@@ -14,8 +14,8 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from server.compare.results import ArmKind, Choice, TokenView
-from server.compare.running.atomic_write import write_atomically
+from ensemble_server.server.compare.results import ArmKind, Choice, TokenView
+from ensemble_server.server.compare.running.atomic_write import write_atomically
 
 FACTS_FILE = "facts.json"
 
@@ -164,6 +164,6 @@ class Records:
 
 def inputs_hash(parts: Mapping[str, Any]) -> str:
     """Of everything that a figure depends on."""
-    from server.compare.merges.content_cache import digest
+    from ensemble_server.server.compare.merges.content_cache import digest
 
     return digest(dict(parts))[:32]

@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ensembles.errors import EnsembleError
-from server.compare.arms.candidates import ArmModel
-from server.compare.arms.identity import identity
-from server.compare.measures.documents import Documents
-from server.compare.measures.task_measure import Task
-from server.compare.planning.plan import Plan
-from server.compare.planning.sources import sha256_of
-from server.compare.provenance import COMPUTING, versions
-from server.compare.running.listener import Listener
-from server.compare.running.records import ArmRecord, Failure, Records, inputs_hash
-from server.config import Config
+from ensemble_server.ensembles.errors import EnsembleError
+from ensemble_server.server.compare.arms.candidates import ArmModel
+from ensemble_server.server.compare.arms.identity import identity
+from ensemble_server.server.compare.measures.documents import Documents
+from ensemble_server.server.compare.measures.task_measure import Task
+from ensemble_server.server.compare.planning.plan import Plan
+from ensemble_server.server.compare.planning.sources import sha256_of
+from ensemble_server.server.compare.provenance import COMPUTING, versions
+from ensemble_server.server.compare.running.listener import Listener
+from ensemble_server.server.compare.running.records import ArmRecord, Failure, Records, inputs_hash
+from ensemble_server.server.config.blocks import Config
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ensembles.errors import ModelLoadError
+from ensemble_server.ensembles.errors import ModelLoadError
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel

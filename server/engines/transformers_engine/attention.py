@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from server.engines.transformers_engine.kv_cache import RowCache, Segment
+from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache, Segment
 
 IMPLEMENTATION = "ensemble_rows"
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ensembles.errors import ModelLoadError
-from server.causal_lm import load_causal_lm
-from server.engines.checkpoint_facts import id_set, max_positions
-from server.engines.transformers_engine.adapters import AdapterRows, stack_adapters
-from server.engines.transformers_engine.attention import IMPLEMENTATION, Rows, Span
-from server.engines.transformers_engine.kv_cache import RowCache
-from server.engines.transformers_engine.packed_linear import pack_linears
+from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.engines.transformers_engine.adapters import AdapterRows, stack_adapters
+from ensemble_server.server.engines.transformers_engine.attention import IMPLEMENTATION, Rows, Span
+from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
+from ensemble_server.server.engines.transformers_engine.packed_linear import pack_linears
+from ensemble_server.server.weights.causal_lm import load_causal_lm
+from ensemble_server.server.weights.checkpoint_facts import id_set, max_positions
 
 CHECK_TOKENS = 24  # length of the text on which a freshly loaded model is compared with its own plain forward
 TOLERANCE_NATS = {torch.float32: 1e-3}

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ensembles.base import Delta, FinishReason, GenerationRequest, Mixture, Sampling, TokenLogprob
-from ensembles.pooling import posterior, sampling
-from server.engines.grammar import GrammarMask
-from server.engines.transformers_engine.kv_cache import RowCache
-from server.engines.transformers_engine.prompt import Prompt
-from server.engines.transformers_engine.token_report import describe, explained
-from server.members import Member
-from server.surface import StopStrings, TextStream
+from ensemble_server.ensembles.base import Delta, FinishReason, GenerationRequest, Mixture, Sampling, TokenLogprob
+from ensemble_server.ensembles.pooling import posterior, sampling
+from ensemble_server.server.engines.shared.grammar import GrammarMask
+from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
+from ensemble_server.server.engines.transformers_engine.members import Member
+from ensemble_server.server.engines.transformers_engine.prompt import Prompt
+from ensemble_server.server.engines.transformers_engine.token_report import describe, explained
+from ensemble_server.server.weights.surface import StopStrings, TextStream
 
 
 class LiveChoice:

@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from ensembles.base import Done, Event, GenerationRequest, Mixture, PoolName
-from ensembles.errors import (
+from ensemble_server.ensembles.base import Done, Event, GenerationRequest, Mixture, PoolName
+from ensemble_server.ensembles.errors import (
     ContextLengthError,
     EngineDeadError,
     EnsembleError,
@@ -29,19 +29,19 @@ from ensembles.errors import (
     ModelLoadError,
     UnsupportedError,
 )
-from ensembles.pooling import pool
-from server.engines import grammar
-from server.engines.engine import StepStats
-from server.engines.token_checks import check_ids, check_prompt
-from server.engines.transformers_engine.attention import Span
-from server.engines.transformers_engine.backbone import Backbone
-from server.engines.transformers_engine.choice import LiveChoice
-from server.engines.transformers_engine.generation import Generation
-from server.engines.transformers_engine.job import Job, deliver
-from server.engines.transformers_engine.prefix_cache import PrefixCache
-from server.engines.transformers_engine.scheduler import Scheduler, Work
-from server.engines.transformers_engine.visit import Visit, Visitor
-from server.members import Member, check_shared_vocabulary
+from ensemble_server.ensembles.pooling import pool
+from ensemble_server.server.engines import grammar
+from ensemble_server.server.engines.engine import StepStats
+from ensemble_server.server.engines.shared.token_checks import check_ids, check_prompt
+from ensemble_server.server.engines.transformers_engine.attention import Span
+from ensemble_server.server.engines.transformers_engine.backbone import Backbone
+from ensemble_server.server.engines.transformers_engine.choice import LiveChoice
+from ensemble_server.server.engines.transformers_engine.generation import Generation
+from ensemble_server.server.engines.transformers_engine.job import Job, deliver
+from ensemble_server.server.engines.transformers_engine.members import Member, check_shared_vocabulary
+from ensemble_server.server.engines.transformers_engine.prefix_cache import PrefixCache
+from ensemble_server.server.engines.transformers_engine.scheduler import Scheduler, Work
+from ensemble_server.server.engines.transformers_engine.visit import Visit, Visitor
 
 logger = logging.getLogger(__name__)
 

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ensembles.base import Delta, Done, GenerationRequest, MemberUsage, Mixture, PromptScored, Usage
-from server.engines.grammar import GrammarMask
-from server.engines.transformers_engine.attention import Span
-from server.engines.transformers_engine.choice import LiveChoice
-from server.engines.transformers_engine.job import Job
-from server.engines.transformers_engine.prefix_cache import BlockKey, PrefixCache
-from server.engines.transformers_engine.prompt import Prompt
-from server.members import Member
+from ensemble_server.ensembles.base import Delta, Done, GenerationRequest, MemberUsage, Mixture, PromptScored, Usage
+from ensemble_server.server.engines.shared.grammar import GrammarMask
+from ensemble_server.server.engines.transformers_engine.attention import Span
+from ensemble_server.server.engines.transformers_engine.choice import LiveChoice
+from ensemble_server.server.engines.transformers_engine.job import Job
+from ensemble_server.server.engines.transformers_engine.members import Member
+from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey, PrefixCache
+from ensemble_server.server.engines.transformers_engine.prompt import Prompt
 
 
 class Generation(Job):

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import torch
 
-from ensembles.base import Event
-from ensembles.errors import DeadlineError
-from server.engines.transformers_engine.attention import Span
-from server.engines.transformers_engine.prefix_cache import BlockKey
-from server.members import Member
+from ensemble_server.ensembles.base import Event
+from ensemble_server.ensembles.errors import DeadlineError
+from ensemble_server.server.engines.transformers_engine.attention import Span
+from ensemble_server.server.engines.transformers_engine.members import Member
+from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey
 
 
 class Job(ABC):

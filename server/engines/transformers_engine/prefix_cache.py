@@ -20,8 +20,8 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from server.engines.transformers_engine.kv_cache import LayerSlices, Segment, joined
-from server.members import Member
+from ensemble_server.server.engines.transformers_engine.kv_cache import LayerSlices, Segment, joined
+from ensemble_server.server.engines.transformers_engine.members import Member
 
 BLOCK = 32  # tokens; what is shared less than a whole block is read again
 

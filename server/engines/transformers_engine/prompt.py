@@ -12,13 +12,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from ensembles.base import Mixture, TokenLogprob
-from ensembles.pooling import effective_weights, pool, posterior
-from server.engines.transformers_engine.attention import Span
-from server.engines.transformers_engine.kv_cache import RowCache
-from server.engines.transformers_engine.prefix_cache import BLOCK, Block, BlockKey, PrefixCache, block_keys
-from server.engines.transformers_engine.token_report import describe
-from server.members import Member
+from ensemble_server.ensembles.base import Mixture, TokenLogprob
+from ensemble_server.ensembles.pooling import effective_weights, pool, posterior
+from ensemble_server.server.engines.transformers_engine.attention import Span
+from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
+from ensemble_server.server.engines.transformers_engine.members import Member
+from ensemble_server.server.engines.transformers_engine.prefix_cache import (
+    BLOCK,
+    Block,
+    BlockKey,
+    PrefixCache,
+    block_keys,
+)
+from ensemble_server.server.engines.transformers_engine.token_report import describe
 
 SCORED_CHUNK = 128  # positions per row and step for which whole distributions are computed: 25 MB each at V = 49k
 

@@ -23,13 +23,13 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ensembles.errors import OverloadedError
-from server.engines.transformers_engine.attention import Span
-from server.engines.transformers_engine.choice import LiveChoice
-from server.engines.transformers_engine.generation import Generation
-from server.engines.transformers_engine.job import Job
-from server.engines.transformers_engine.pace import Pace
-from server.engines.transformers_engine.prefix_cache import BlockKey
+from ensemble_server.ensembles.errors import OverloadedError
+from ensemble_server.server.engines.transformers_engine.attention import Span
+from ensemble_server.server.engines.transformers_engine.choice import LiveChoice
+from ensemble_server.server.engines.transformers_engine.generation import Generation
+from ensemble_server.server.engines.transformers_engine.job import Job
+from ensemble_server.server.engines.transformers_engine.pace import Pace
+from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey
 
 PATIENCE = 8  # steps
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ensembles.base import MemberToken, TokenLogprob
-from ensembles.pooling.disagreement import entropy, jensen_shannon
-from server.surface import Surface
+from ensemble_server.ensembles.base import MemberToken, TokenLogprob
+from ensemble_server.ensembles.pooling.disagreement import entropy, jensen_shannon
+from ensemble_server.server.weights.surface import Surface
 
 
 def describe(

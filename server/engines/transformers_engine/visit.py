@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ensembles.errors import MemberError
-from server.engines.transformers_engine.attention import Span
-from server.engines.transformers_engine.job import Job
-from server.engines.transformers_engine.kv_cache import RowCache
-from server.engines.transformers_engine.prefix_cache import BlockKey
-from server.engines.transformers_engine.prompt import SCORED_CHUNK
-from server.members import Member
+from ensemble_server.ensembles.errors import MemberError
+from ensemble_server.server.engines.transformers_engine.attention import Span
+from ensemble_server.server.engines.transformers_engine.job import Job
+from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
+from ensemble_server.server.engines.transformers_engine.members import Member
+from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey
+from ensemble_server.server.engines.transformers_engine.prompt import SCORED_CHUNK
 
 Visitor = Callable[[torch.Tensor, torch.Tensor], None]  # (logprobs (K, t, V) float32, targets (t,) int64)
 

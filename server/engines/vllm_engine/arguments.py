@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ensembles.errors import ModelLoadError
-from server.config import VllmEngineConfig
-from server.engines.vllm_engine.directories import ModelFolder
-from server.engines.vllm_engine.placement import Placement
-from server.engines.vllm_engine.views import MemberView
-from server.findings import nearest
-from server.footprint import read_weights
+from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.config.blocks import VllmEngineConfig
+from ensemble_server.server.config.problems import nearest
+from ensemble_server.server.engines.vllm_engine.directories import ModelFolder
+from ensemble_server.server.engines.vllm_engine.placement import Placement
+from ensemble_server.server.engines.vllm_engine.views import MemberView
+from ensemble_server.server.weights.footprint import read_weights
 
 MAX_LOGPROBS = 20  # the API's own limit
 # Arguments of vLLM that other keys of the config decide, or that this engine relies on.
@@ -66,7 +66,7 @@ def engine_arguments(
     if engine.kv_cache_gb is not None:
         arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_gb * memory_share * 2**30)
     if is_cpu and not folder.is_ensemble:
-        arguments["worker_cls"] = "server.one_model.vllm.worker.SeedKeepingWorker"  # ensembles have it
+        arguments["worker_cls"] = "ensemble_server.server.one_model.vllm.worker.SeedKeepingWorker"  # ensembles have it
     return arguments | engine.options
 
 

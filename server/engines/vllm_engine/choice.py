@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ensembles.base import Delta, FinishReason, GenerationRequest, MemberToken, TokenLogprob
-from ensembles.errors import MemberError
-from server.surface import StopStrings, Surface, TextStream
+from ensemble_server.ensembles.base import Delta, FinishReason, GenerationRequest, MemberToken, TokenLogprob
+from ensemble_server.ensembles.errors import MemberError
+from ensemble_server.server.weights.surface import StopStrings, Surface, TextStream
 
 if TYPE_CHECKING:
     from vllm.logprobs import Logprob

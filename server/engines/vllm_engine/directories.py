@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ensembles.probability_averaging import ProbabilityAverage
-from server.checkpoints import cache_folder
-from server.config import Config, HostedModel
-from server.engines.vllm_engine.placement import Placement
-from server.engines.vllm_engine.views import MemberView
-from server.one_model.export import export
+from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
+from ensemble_server.server.config.blocks import Config, HostedModel
+from ensemble_server.server.engines.vllm_engine.placement import Placement
+from ensemble_server.server.engines.vllm_engine.views import MemberView
+from ensemble_server.server.one_model.export import export
+from ensemble_server.server.weights.checkpoints import cache_folder
 
 _ENSEMBLE = "the ensemble"  # with a space, which no model of a config has in its name
 

@@ -14,8 +14,8 @@ from contextlib import aclosing
 from functools import partial
 from typing import Self
 
-from ensembles.base import Event, GenerationRequest, Mixture
-from ensembles.errors import (
+from ensemble_server.ensembles.base import Event, GenerationRequest, Mixture
+from ensemble_server.ensembles.errors import (
     ContextLengthError,
     EngineDeadError,
     MemberError,
@@ -23,18 +23,18 @@ from ensembles.errors import (
     RequestError,
     UnsupportedError,
 )
-from server.config import Config
-from server.engines import grammar
-from server.engines.engine import StepStats
-from server.engines.token_checks import check_ids, check_prompt
-from server.engines.vllm_engine.generation import Prepared, generate
-from server.engines.vllm_engine.model import VllmModel
-from server.engines.vllm_engine.parameters import check_supported
-from server.engines.vllm_engine.plan import plan
-from server.engines.vllm_engine.queue import Queue
-from server.engines.vllm_engine.views import MemberView
-from server.members import check_shared_vocabulary
-from server.torch_threads import in_own_thread
+from ensemble_server.server.config.blocks import Config
+from ensemble_server.server.engines import grammar
+from ensemble_server.server.engines.engine import StepStats
+from ensemble_server.server.engines.shared.token_checks import check_ids, check_prompt
+from ensemble_server.server.engines.transformers_engine.members import check_shared_vocabulary
+from ensemble_server.server.engines.vllm_engine.generation import Prepared, generate
+from ensemble_server.server.engines.vllm_engine.model import VllmModel
+from ensemble_server.server.engines.vllm_engine.parameters import check_supported
+from ensemble_server.server.engines.vllm_engine.plan import plan
+from ensemble_server.server.engines.vllm_engine.queue import Queue
+from ensemble_server.server.engines.vllm_engine.views import MemberView
+from ensemble_server.server.weights.threads import in_own_thread
 
 
 class VllmEngine:

@@ -13,10 +13,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ensembles.base import Delta, Done, Event, GenerationRequest, MemberUsage, Mixture, PromptScored, Usage
-from ensembles.errors import DeadlineError
-from server.engines.vllm_engine.choice import VllmChoice, describe_prompt
-from server.engines.vllm_engine.views import MemberView
+from ensemble_server.ensembles.base import (
+    Delta,
+    Done,
+    Event,
+    GenerationRequest,
+    MemberUsage,
+    Mixture,
+    PromptScored,
+    Usage,
+)
+from ensemble_server.ensembles.errors import DeadlineError
+from ensemble_server.server.engines.vllm_engine.choice import VllmChoice, describe_prompt
+from ensemble_server.server.engines.vllm_engine.views import MemberView
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput

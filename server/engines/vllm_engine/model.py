@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Any
 
-from ensembles.base import Mixture
-from ensembles.errors import UnsupportedError
-from server.engines.engine import StepStats
-from server.engines.vllm_engine.generation import Prepared
-from server.engines.vllm_engine.parameters import sampling_params
-from server.engines.vllm_engine.plan import Plan
-from server.engines.vllm_engine.process import VllmProcess
-from server.engines.vllm_engine.queue import Queue
-from server.engines.vllm_engine.step_stats import StepClock, stat_logger
-from server.one_model.vllm.request_mixture import POOL, SHARE, WEIGHTS, Directory
+from ensemble_server.ensembles.base import Mixture
+from ensemble_server.ensembles.errors import UnsupportedError
+from ensemble_server.server.engines.engine import StepStats
+from ensemble_server.server.engines.vllm_engine.generation import Prepared
+from ensemble_server.server.engines.vllm_engine.parameters import sampling_params
+from ensemble_server.server.engines.vllm_engine.plan import Plan
+from ensemble_server.server.engines.vllm_engine.process import VllmProcess
+from ensemble_server.server.engines.vllm_engine.queue import Queue
+from ensemble_server.server.engines.vllm_engine.step_stats import StepClock, stat_logger
+from ensemble_server.server.one_model.vllm.request_mixture import POOL, SHARE, WEIGHTS, Directory
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput

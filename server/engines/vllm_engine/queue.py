@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ensembles.errors import OverloadedError
+from ensemble_server.ensembles.errors import OverloadedError
 
 
 class Ticket:

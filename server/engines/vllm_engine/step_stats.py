@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from server.engines.engine import StepStats
+from ensemble_server.server.engines.engine import StepStats
 
 if TYPE_CHECKING:
     from vllm.v1.metrics.loggers import StatLoggerFactory

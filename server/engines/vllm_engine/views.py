@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ensembles.errors import ModelLoadError
-from server.checkpoints import checkpoint_of
-from server.config import HostedModel
-from server.engines.checkpoint_facts import id_set, max_positions
-from server.members import member_surface
-from server.surface import Surface, load_tokenizer
+from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.config.blocks import HostedModel
+from ensemble_server.server.engines.transformers_engine.members import member_surface
+from ensemble_server.server.weights.checkpoint_facts import id_set, max_positions
+from ensemble_server.server.weights.checkpoints import checkpoint_of
+from ensemble_server.server.weights.surface import Surface, load_tokenizer
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,9 +28,9 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from server.one_model.configuration import EnsembleConfig
-    from server.one_model.vllm.engine_config import EnsembleEngineConfig
+    from ensemble_server.server.one_model.configuration import EnsembleConfig
+    from ensemble_server.server.one_model.vllm.engine_config import EnsembleEngineConfig
 
     AutoConfig.register("ensemble", EnsembleConfig, exist_ok=True)
-    ModelRegistry.register_model(ARCHITECTURE, f"server.one_model.vllm.model:{ARCHITECTURE}")
+    ModelRegistry.register_model(ARCHITECTURE, f"ensemble_server.server.one_model.vllm.model:{ARCHITECTURE}")
     MODELS_CONFIG_MAP[ARCHITECTURE] = EnsembleEngineConfig

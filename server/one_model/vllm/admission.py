@@ -12,8 +12,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ensembles.base import Mixture
-from server.one_model.vllm.request_mixture import Directory
+from ensemble_server.ensembles.base import Mixture
+from ensemble_server.server.one_model.vllm.request_mixture import Directory
 
 
 def admission_name(directory: Directory, *, is_v2_runner: bool) -> str:

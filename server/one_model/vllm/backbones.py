@@ -20,8 +20,8 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.transformers_utils.config import get_config
 
-from ensembles.errors import ModelLoadError
-from server.checkpoints import resolve_checkpoint
+from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.weights.checkpoints import resolve_checkpoint
 
 Member = Mapping[str, Any]  # one entry of config.json's `members`: name, path, adapter, dtype, weight
 
@@ -102,7 +102,7 @@ def _build(
     config = member_config(vllm_config, checkpoint, prefix)
     if len(group) == 1 and members[group[0]]["adapter"] is None:
         return SeparateMember(vllm_config=config, index=group[0], checkpoint=checkpoint, prefix=prefix)
-    from server.one_model.vllm.shared_base import SharedBase
+    from ensemble_server.server.one_model.vllm.shared_base import SharedBase
 
     return SharedBase(
         vllm_config=config,

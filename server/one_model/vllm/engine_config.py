@@ -5,10 +5,10 @@ from __future__ import annotations
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from server.one_model.vllm.admission import admission_name
-from server.one_model.vllm.request_mixture import Directory
+from ensemble_server.server.one_model.vllm.admission import admission_name
+from ensemble_server.server.one_model.vllm.request_mixture import Directory
 
-WORKER = "server.one_model.vllm.worker.EnsembleWorker"
+WORKER = "ensemble_server.server.one_model.vllm.worker.EnsembleWorker"
 # Draft heads are trained on the hidden states of one model; an ensemble has none of its own to show them.
 SPECULATION = ("ngram", "ngram_gpu", "draft_model", "suffix")
 

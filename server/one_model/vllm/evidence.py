@@ -30,12 +30,12 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
-from ensembles.pooling import posterior
-from server.one_model.vllm.live_requests import request_of_token
-from server.one_model.vllm.rows import BAYES, NUM_EXTRA, SHARED
+from ensemble_server.ensembles.pooling import posterior
+from ensemble_server.server.one_model.vllm.live_requests import request_of_token
+from ensemble_server.server.one_model.vllm.rows import BAYES, NUM_EXTRA, SHARED
 
 if TYPE_CHECKING:
-    from server.one_model.vllm.model import EnsembleForCausalLM
+    from ensemble_server.server.one_model.vllm.model import EnsembleForCausalLM
 
 WORD = torch.int32  # pages are made of words that arithmetic leaves alone
 NUM_ROWS_AT_ONCE = 128  # tokens judged at once; a row is as wide as the vocabulary, per member

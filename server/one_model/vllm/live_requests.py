@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from server.one_model.vllm.request_mixture import Directory
-from server.one_model.vllm.rows import columns_of, kind_of
+from ensemble_server.server.one_model.vllm.request_mixture import Directory
+from ensemble_server.server.one_model.vllm.rows import columns_of, kind_of
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams

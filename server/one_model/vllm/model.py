@@ -16,11 +16,11 @@ from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
-from server.one_model.vllm.backbones import Backbone, build_backbones, directory_of
-from server.one_model.vllm.evidence import Evidence
-from server.one_model.vllm.live_requests import LiveRequests, request_of_token
-from server.one_model.vllm.request_mixture import Directory
-from server.one_model.vllm.rows import columns_of, kind_of, mix, packed, unpacked
+from ensemble_server.server.one_model.vllm.backbones import Backbone, build_backbones, directory_of
+from ensemble_server.server.one_model.vllm.evidence import Evidence
+from ensemble_server.server.one_model.vllm.live_requests import LiveRequests, request_of_token
+from ensemble_server.server.one_model.vllm.request_mixture import Directory
+from ensemble_server.server.one_model.vllm.rows import columns_of, kind_of, mix, packed, unpacked
 
 # Rows whose distributions are held at once, per member: (ROWS, V) float32 is 50 to 150 MB for usual vocabularies.
 NUM_ROWS_AT_ONCE = 256
@@ -114,7 +114,7 @@ class EnsembleForCausalLM(nn.Module):
 
     def get_model_state_cls(self) -> type:
         """Asked by vLLM's V2 runner, which V1 runners do not import."""
-        from server.one_model.vllm.model_state import EnsembleState
+        from ensemble_server.server.one_model.vllm.model_state import EnsembleState
 
         return EnsembleState
 

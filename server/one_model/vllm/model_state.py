@@ -12,8 +12,8 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.states import RequestState
 
-from server.one_model.vllm.live_requests import request_of_token
-from server.one_model.vllm.rows import columns_of, kind_of
+from ensemble_server.server.one_model.vllm.live_requests import request_of_token
+from ensemble_server.server.one_model.vllm.rows import columns_of, kind_of
 
 
 class EnsembleState(DefaultModelState):

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from ensembles.base import Mixture, PoolName
-from ensembles.pooling import effective_weights
-from ensembles.probability_averaging import POOLS, mixture_of
-from server.findings import nearest
+from ensemble_server.ensembles.base import Mixture, PoolName
+from ensemble_server.ensembles.pooling import effective_weights
+from ensemble_server.ensembles.probability_averaging import POOLS, mixture_of
+from ensemble_server.server.config.problems import nearest
 
 if TYPE_CHECKING:
-    from server.one_model.configuration import EnsembleConfig
+    from ensemble_server.server.one_model.configuration import EnsembleConfig
 
 WEIGHTS, POOL, SHARE = KEYS = ("ensemble_weights", "ensemble_pool", "ensemble_share")
 

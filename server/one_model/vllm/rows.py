@@ -15,8 +15,8 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from ensembles.pooling import pool
-from server.one_model.vllm.request_mixture import RequestMixture
+from ensemble_server.ensembles.pooling import pool
+from ensemble_server.server.one_model.vllm.request_mixture import RequestMixture
 
 # The kinds: two pools with fixed weights; two whose weights follow the evidence, without and with a share.
 ARITHMETIC, GEOMETRIC, BAYES, SHARED = 0, 1, 2, 3

@@ -21,11 +21,11 @@ from vllm.config import VllmConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
 
-from server.one_model.vllm.shared_base_adapters import LowRank, read_adapter
-from server.one_model.vllm.shared_base_layers import add_changes, members_as_heads, put_side_by_side
+from ensemble_server.server.one_model.vllm.shared_base_adapters import LowRank, read_adapter
+from ensemble_server.server.one_model.vllm.shared_base_layers import add_changes, members_as_heads, put_side_by_side
 
 if TYPE_CHECKING:
-    from server.one_model.vllm.backbones import Member
+    from ensemble_server.server.one_model.vllm.backbones import Member
 
 
 # subtle: compiled as one graph, with the base inside. The base alone is marked for compilation, too, but would see K

@@ -30,8 +30,8 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.v1.attention.backend import AttentionType
 
-from ensembles.errors import ModelLoadError
-from server.one_model.vllm.shared_base_adapters import LowRank
+from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.one_model.vllm.shared_base_adapters import LowRank
 
 # --- attention ----------------------------------------------------------------------------------------------------
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
-from server.one_model.vllm.admission import without_admission
-from server.one_model.vllm.live_requests import RunnerRequests
+from ensemble_server.server.one_model.vllm.admission import without_admission
+from ensemble_server.server.one_model.vllm.live_requests import RunnerRequests
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from ensembles.comparison import bootstrap
-from ensembles.comparison.intervals import Interval
+from ensemble_server.ensembles.comparison import bootstrap
+from ensemble_server.ensembles.comparison.intervals import Interval
 
 VALUES = arrays(np.float64, st.integers(10, 40), elements=st.floats(-100, 100, width=16))
 FEW = {"num_resamples": 300}

@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from ensembles.comparison.effect_size import cohens_d_z, cohens_h, discordant_odds
-from ensembles.comparison.power import minimal_detectable_effect
+from ensemble_server.ensembles.comparison.effect_size import cohens_d_z, cohens_h, discordant_odds
+from ensemble_server.ensembles.comparison.power import minimal_detectable_effect
 
 
 def test_cohens_h_by_hand():

@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from ensembles.comparison.paired import compare_bits_per_byte, compare_right_wrong, compare_scores
-from ensembles.comparison.significance import McNemar
+from ensemble_server.ensembles.comparison.paired import compare_bits_per_byte, compare_right_wrong, compare_scores
+from ensemble_server.ensembles.comparison.significance import McNemar
 
 
 def test_right_and_wrong_by_hand():

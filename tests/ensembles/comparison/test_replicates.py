@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ensembles.comparison.replicates import crossed_ratio_difference
+from ensemble_server.ensembles.comparison.replicates import crossed_ratio_difference
 
 
 def columns(shift_per_replicate: list[float], num_documents: int = 20, seed: int = 0):

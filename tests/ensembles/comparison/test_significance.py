@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from ensembles.comparison.significance import holm, mcnemar, sign_flip
+from ensemble_server.ensembles.comparison.significance import holm, mcnemar, sign_flip
 
 
 def answers(both: int, only_model: int, only_baseline: int, neither: int):

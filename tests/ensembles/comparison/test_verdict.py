@@ -1,7 +1,7 @@
 import pytest
 
-from ensembles.comparison.intervals import Interval
-from ensembles.comparison.verdict import verdict
+from ensemble_server.ensembles.comparison.intervals import Interval
+from ensemble_server.ensembles.comparison.verdict import verdict
 
 
 @pytest.mark.parametrize(

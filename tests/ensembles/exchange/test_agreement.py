@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensembles.exchange.agreement import confidence_of, judge, merge_alike, replay
-from ensembles.exchange.topologies import TOPOLOGIES, memory
-from ensembles.exchange.transcript import Participant, Reply, Round, Settings, State, Transcript
+from ensemble_server.ensembles.exchange.agreement import confidence_of, judge, merge_alike, replay
+from ensemble_server.ensembles.exchange.topologies import TOPOLOGIES, memory
+from ensemble_server.ensembles.exchange.transcript import Participant, Reply, Round, Settings, State, Transcript
 
 NAMES = ("ann", "bob", "cas")
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from ensembles.exchange.prompts import Peer, exchange_prompt, round_messages, round_text, with_persona
+from ensemble_server.ensembles.exchange.prompts import Peer, exchange_prompt, round_messages, round_text, with_persona
 
 QUESTION = ({"role": "user", "content": "How many?"},)
 

@@ -4,7 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensembles.exchange.topologies import TOPOLOGIES, Hears, custom, debate, memory, relay, report, who_hears_whom
+from ensemble_server.ensembles.exchange.topologies import (
+    TOPOLOGIES,
+    Hears,
+    custom,
+    debate,
+    memory,
+    relay,
+    report,
+    who_hears_whom,
+)
 
 sizes = st.integers(2, 40)
 names_of_topologies = st.sampled_from(sorted(TOPOLOGIES))

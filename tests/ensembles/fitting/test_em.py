@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import minimize
 
-from ensembles.fitting.em import fit_arithmetic
+from ensemble_server.ensembles.fitting.em import fit_arithmetic
 
 LOGPROBS = st.tuples(st.integers(1, 4), st.integers(1, 30)).flatmap(
     lambda shape: arrays(np.float64, shape, elements=st.floats(-30, 0))

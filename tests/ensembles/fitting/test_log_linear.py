@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensembles.fitting.log_linear import fit_geometric, nats_and_gradient
-from ensembles.pooling import geometric
+from ensemble_server.ensembles.fitting.log_linear import fit_geometric, nats_and_gradient
+from ensemble_server.ensembles.pooling import geometric
 
 
 def sample(seed: int, *, num_members: int = 3, num_tokens: int = 60, vocab_size: int = 20):

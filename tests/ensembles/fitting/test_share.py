@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from ensembles.fitting.share import fit_share, posterior_logprobs
+from ensemble_server.ensembles.fitting.share import fit_share, posterior_logprobs
 
 GOOD, BAD = np.log(0.5), np.log(0.01)
 

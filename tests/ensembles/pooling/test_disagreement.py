@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy as scipy_entropy
 
-from ensembles.pooling.disagreement import entropy, jensen_shannon
+from ensemble_server.ensembles.pooling.disagreement import entropy, jensen_shannon
 
 
 @st.composite

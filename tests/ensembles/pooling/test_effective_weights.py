@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ensembles.pooling import effective_weights
+from ensemble_server.ensembles.pooling import effective_weights
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensembles.pooling import pool
+from ensemble_server.ensembles.pooling import pool
 
 
 @st.composite

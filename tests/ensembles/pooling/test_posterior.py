@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from ensembles.pooling import effective_weights, posterior
+from ensemble_server.ensembles.pooling import effective_weights, posterior
 
 Text = tuple[np.ndarray, np.ndarray]
 

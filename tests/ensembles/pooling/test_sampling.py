@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from ensembles.base import Sampling
-from ensembles.pooling import sampling
-from ensembles.pooling.sampling import choose, penalise, truncate
+from ensemble_server.ensembles.base import Sampling
+from ensemble_server.ensembles.pooling import sampling
+from ensemble_server.ensembles.pooling.sampling import choose, penalise, truncate
 
 
 def logprobs_of(logits: np.ndarray | list[float]) -> torch.Tensor:

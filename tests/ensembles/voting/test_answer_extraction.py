@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensembles.voting.answer_extraction import extract, same_answer
+from ensemble_server.ensembles.voting.answer_extraction import extract, same_answer
 
 
 @pytest.mark.parametrize(

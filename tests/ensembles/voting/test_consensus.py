@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ensembles.voting.consensus import elect, equal_texts
-from ensembles.voting.similarity import rouge_l
+from ensemble_server.ensembles.voting.consensus import elect, equal_texts
+from ensemble_server.ensembles.voting.similarity import rouge_l
 
 UNIT = st.floats(0, 1, width=32)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensembles.voting.majority import PENDING, agreement, is_decided, num_to_decide, plurality, tally
+from ensemble_server.ensembles.voting.majority import PENDING, agreement, is_decided, num_to_decide, plurality, tally
 
 
 def test_the_most_frequent_answer_wins() -> None:

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from ensembles.base import GenerationRequest, Grammar, TokenLogprob
-from ensembles.voting.pairwise import (
+from ensemble_server.ensembles.base import GenerationRequest, Grammar, TokenLogprob
+from ensemble_server.ensembles.voting.pairwise import (
     CRITERION,
     comparison_request,
     mean_logprob,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from rouge_score.rouge_scorer import RougeScorer
 
-from ensembles.voting.similarity import (
+from ensemble_server.ensembles.voting.similarity import (
     SIMILARITIES,
     SimilarityBlend,
     blend,

@@ -12,13 +12,13 @@ import httpx
 import numpy as np
 import pytest
 
-from ensembles.base import Model
-from server.api.app import create_app
-from server.api.serve import listening
-from server.config import BatchConfig, EngineConfig, ServerConfig
-from server.engines.scripted_engine import Script, ScriptedModel
-from server.metrics import Metrics
-from server.surface import Surface
+from ensemble_server.ensembles.base import Model
+from ensemble_server.server.api.app import create_app
+from ensemble_server.server.api.serve import listening
+from ensemble_server.server.config.blocks import BatchConfig, EngineConfig, ServerConfig
+from ensemble_server.server.engines.scripted_engine import Script, ScriptedModel
+from ensemble_server.server.metrics import Metrics
+from ensemble_server.server.weights.surface import Surface
 from tests.conftest import make_tokenizer
 
 HELLO = Script(("Hel", "lo", " wor", "ld"))

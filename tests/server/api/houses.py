@@ -15,12 +15,12 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api.app import create_app
-from server.api.serve import listening
-from server.config import parse_config
-from server.engines.engine import StepStats
-from server.hosting import Hosting
-from server.metrics import Metrics
+from ensemble_server.server.api.app import create_app
+from ensemble_server.server.api.serve import listening
+from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.engines.engine import StepStats
+from ensemble_server.server.hosting import Hosting
+from ensemble_server.server.metrics import Metrics
 from tests.conftest import ENGINES
 from tests.server.api.conftest import until
 

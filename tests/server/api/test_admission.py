@@ -7,11 +7,11 @@ import time
 
 import httpx
 
-from server.api.admission import Admission
-from server.api.app import create_app
-from server.api.serve import listening
-from server.engines.scripted_engine import Script
-from server.metrics import Metrics
+from ensemble_server.server.api.admission import Admission
+from ensemble_server.server.api.app import create_app
+from ensemble_server.server.api.serve import listening
+from ensemble_server.server.engines.scripted_engine import Script
+from ensemble_server.server.metrics import Metrics
 from tests.server.api.conftest import CHAT, events_of, until
 
 CHAT_PATH = "/v1/chat/completions"

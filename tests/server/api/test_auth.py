@@ -3,8 +3,8 @@ from __future__ import annotations
 import openai
 import pytest
 
-from server.api.auth import OPEN_PATHS, configured_keys
-from server.config import ServerConfig
+from ensemble_server.server.api.auth import OPEN_PATHS, configured_keys
+from ensemble_server.server.config.blocks import ServerConfig
 from tests.server.api.conftest import CHAT, asgi_client, live_server
 
 KEYS = {"api_keys": ("first", "schlüssel")}

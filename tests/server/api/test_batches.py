@@ -13,13 +13,13 @@ import pytest
 from openai.types import Batch
 from pydantic import TypeAdapter, with_config
 
-from ensembles.errors import EngineDeadError, StorageError
-from server.api.batch_objects import BatchList, BatchObject, FileList, FileObject
-from server.api.batches import window_s
-from server.batch.running.runner import run as run_rows
-from server.batch.uploads import lifecycle
-from server.config import BatchConfig, EngineConfig
-from server.engines.scripted_engine import Script, ScriptedModel
+from ensemble_server.ensembles.errors import EngineDeadError, StorageError
+from ensemble_server.server.api.batch_objects import BatchList, BatchObject, FileList, FileObject
+from ensemble_server.server.api.batches import window_s
+from ensemble_server.server.batch.running.runner import run as run_rows
+from ensemble_server.server.batch.uploads import lifecycle
+from ensemble_server.server.config.blocks import BatchConfig, EngineConfig
+from ensemble_server.server.engines.scripted_engine import Script, ScriptedModel
 from tests.server.api.conftest import CHAT, HELLO, asgi_client, live_server, until
 
 URL = "/v1/chat/completions"

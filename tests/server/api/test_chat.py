@@ -9,9 +9,9 @@ import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import TypeAdapter
 
-from ensembles.base import Delta, Done, MemberUsage, PromptScored, Usage
-from server.api import responses
-from server.engines.scripted_engine import Script
+from ensemble_server.ensembles.base import Delta, Done, MemberUsage, PromptScored, Usage
+from ensemble_server.server.api import responses
+from ensemble_server.server.engines.scripted_engine import Script
 from tests.server.api.conftest import CHAT, asgi_client, events_of
 
 OURS = TypeAdapter(responses.ChatCompletion)

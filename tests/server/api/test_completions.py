@@ -10,10 +10,10 @@ import pytest
 from openai.types import Completion
 from pydantic import TypeAdapter
 
-from ensembles.base import Done, MemberUsage, PromptScored, TokenLogprob, Usage
-from server.api import responses
-from server.api.logprobs import completion_logprobs
-from server.engines.scripted_engine import LOGPROB, Script, ScriptedModel
+from ensemble_server.ensembles.base import Done, MemberUsage, PromptScored, TokenLogprob, Usage
+from ensemble_server.server.api import responses
+from ensemble_server.server.engines.scripted_engine import LOGPROB, Script, ScriptedModel
+from ensemble_server.server.requests.logprobs import completion_logprobs
 from tests.server.api.conftest import asgi_client, events_of
 
 OURS = TypeAdapter(responses.Completion)

@@ -8,9 +8,9 @@ import pytest
 from openai.types.shared import ErrorObject
 from starlette.exceptions import HTTPException
 
-from ensembles import errors
-from server.api.errors import KINDS, MAX_MESSAGE_CHARS, error_object, kind_of, parameter_path
-from server.engines.scripted_engine import Script
+from ensemble_server.ensembles import errors
+from ensemble_server.server.api.errors import KINDS, MAX_MESSAGE_CHARS, error_object, kind_of, parameter_path
+from ensemble_server.server.engines.scripted_engine import Script
 from tests.server.api.conftest import CHAT, asgi_client
 
 ALL = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, errors.EnsembleError)]
@@ -138,7 +138,7 @@ async def test_a_name_chosen_by_the_client_is_repeated_in_part_only(host):
 
 def _at_once(error: Exception):
     """A model that raises before its first event."""
-    from server.engines.scripted_engine import ScriptedModel
+    from ensemble_server.server.engines.scripted_engine import ScriptedModel
 
     return ScriptedModel("m", Script((), fails_at=0, error=error))
 

@@ -13,7 +13,7 @@ import openai
 import pytest
 from openai.types import FileDeleted, FileObject
 
-from server.config import BatchConfig
+from ensemble_server.server.config.blocks import BatchConfig
 from tests.server.api.conftest import CHAT, asgi_client, live_server
 
 LINES = b'{"custom_id": "a"}\n{"custom_id": "b"}\n'

@@ -5,10 +5,10 @@ from importlib.metadata import version
 import pytest
 from pydantic import TypeAdapter
 
-from ensembles.crowd_vote import CrowdVote
-from ensembles.method import Services
-from server.api.responses import Health
-from server.engines.scripted_engine import ScriptedModel
+from ensemble_server.ensembles.crowd_vote import CrowdVote
+from ensemble_server.ensembles.method import Services
+from ensemble_server.server.engines.scripted_engine import ScriptedModel
+from ensemble_server.server.requests.responses import Health
 from tests.server.api.conftest import CHAT, HELLO, asgi_client
 
 HEALTH = TypeAdapter(Health)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensembles.errors import RequestError
-from server.api.json_body import parse_json
+from ensemble_server.ensembles.errors import RequestError
+from ensemble_server.server.api.json_body import parse_json
 from tests.server.api.conftest import CHAT, asgi_client, live_server, until
 
 JSON = {"content-type": "application/json"}

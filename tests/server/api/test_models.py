@@ -4,9 +4,9 @@ import pytest
 from openai.types import Model
 from pydantic import TypeAdapter
 
-from ensembles.method import Method, MethodConfig, Services
-from server.api import responses
-from server.engines.scripted_engine import Script, ScriptedModel
+from ensemble_server.ensembles.method import Method, MethodConfig, Services
+from ensemble_server.server.api import responses
+from ensemble_server.server.engines.scripted_engine import Script, ScriptedModel
 from tests.server.api.conftest import CHAT, HELLO, asgi_client
 
 LIST = TypeAdapter(responses.ModelList)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from ensembles.errors import RequestError
-from server.api.multipart import UploadForm, read_upload
+from ensemble_server.ensembles.errors import RequestError
+from ensemble_server.server.api.multipart import UploadForm, read_upload
 
 HEADERS = [(b"content-type", b"multipart/form-data; boundary=xYx")]
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from server.api.app import create_app
-from server.metrics import Metrics
+from ensemble_server.server.api.app import create_app
+from ensemble_server.server.metrics import Metrics
 from tests.server.api.conftest import HELLO, live_server
 
 

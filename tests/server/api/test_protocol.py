@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from server.api.protocol import IGNORED, REFUSED, ChatBody, CompletionBody, ignored_header
+from ensemble_server.server.requests.protocol import IGNORED, REFUSED, ChatBody, CompletionBody, ignored_header
 from tests.server.api.conftest import CHAT, asgi_client
 
 COMPLETION = {"prompt": "Once"}

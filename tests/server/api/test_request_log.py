@@ -5,8 +5,8 @@ import logging
 
 import pytest
 
-from server.api.logs import JSONFormatter, configure_logging
-from server.engines.scripted_engine import Script
+from ensemble_server.server.api.logs import JSONFormatter, configure_logging
+from ensemble_server.server.engines.scripted_engine import Script
 from tests.server.api.conftest import CHAT, asgi_client
 
 

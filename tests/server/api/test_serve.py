@@ -12,9 +12,10 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 
-from ensembles.errors import ConfigError, ModelLoadError
-from server.api.serve import serve
-from server.engines.scripted_engine import Script
+from ensemble_server.ensembles.errors import ConfigError, ModelLoadError
+from ensemble_server.server.api.serve import serve
+from ensemble_server.server.engines.scripted_engine import Script
+from ensemble_server.server.hosting import Hosting
 from tests.server.api.conftest import CHAT, events_of, until
 
 CHAT_PATH = "/v1/chat/completions"
@@ -31,7 +32,6 @@ def _root_logger_stays_as_it_was():
 @pytest.fixture
 def opened(monkeypatch):
     """Makes `Hosting.open` give a hosting of ours, once `loaded` is set; `loaded` may be an error instead."""
-    import server.hosting
 
     def put(hosting, loaded):
         @asynccontextmanager
@@ -42,7 +42,7 @@ def opened(monkeypatch):
             yield hosting
             hosting.is_closed = True
 
-        monkeypatch.setattr(server.hosting.Hosting, "open", open_)
+        monkeypatch.setattr(Hosting, "open", open_)
 
     return put
 

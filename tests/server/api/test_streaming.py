@@ -10,8 +10,8 @@ import httpx
 import openai
 import pytest
 
-from ensembles.errors import RequestError
-from server.engines.scripted_engine import Script, ScriptedModel
+from ensemble_server.ensembles.errors import RequestError
+from ensemble_server.server.engines.scripted_engine import Script, ScriptedModel
 from tests.server.api.conftest import CHAT, asgi_client, events_of, live_server, until
 
 SLOW = Script(tuple("abcdefghij"), delay_s=0.05)

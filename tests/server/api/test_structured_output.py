@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from ensembles.base import Grammar
+from ensemble_server.ensembles.base import Grammar
 from tests.server.api.conftest import CHAT, asgi_client
 
 SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from ensembles.exchange.agreement import replay
-from ensembles.exchange.transcript import Transcript
-from server.config import parse_config
-from server.engines.scripted_engine import Script, ScriptedModel
-from server.hosting import Hosting
+from ensemble_server.ensembles.exchange.agreement import replay
+from ensemble_server.ensembles.exchange.transcript import Transcript
+from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.engines.scripted_engine import Script, ScriptedModel
+from ensemble_server.server.hosting import Hosting
 from tests.conftest import make_embedder
 from tests.server.api.conftest import ScriptedHosting, live_server
 from tests.server.api.houses import ASKED, House, open_house

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from server.engines.scripted_engine import ScriptedModel
-from server.surface import Surface
+from ensemble_server.server.engines.scripted_engine import ScriptedModel
+from ensemble_server.server.weights.surface import Surface
 from tests.conftest import make_tokenizer
 from tests.server.api.conftest import CHAT, HELLO, asgi_client
 

@@ -7,10 +7,10 @@ import json
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from server.api.messages import FunctionDefinition
-from server.api.tool_use import tool_definition
-from server.engines.scripted_engine import Script, ScriptedModel
-from server.surface import Surface
+from ensemble_server.server.engines.scripted_engine import Script, ScriptedModel
+from ensemble_server.server.requests.messages import FunctionDefinition
+from ensemble_server.server.requests.tool_use import tool_definition
+from ensemble_server.server.weights.surface import Surface
 from tests.conftest import CHAT_TEMPLATE
 from tests.server.api.conftest import CHAT, asgi_client, events_of
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from ensembles.base import Model
-from server.batch.job.identity import Identity
-from server.batch.job.store import JobStore
-from server.engines.scripted_engine import Script, ScriptedModel
+from ensemble_server.ensembles.base import Model
+from ensemble_server.server.batch.job.identity import Identity
+from ensemble_server.server.batch.job.store import JobStore
+from ensemble_server.server.engines.scripted_engine import Script, ScriptedModel
 from tests.server.api.conftest import ScriptedHosting
 
 HostingMaker = Callable[..., ScriptedHosting]

@@ -18,8 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from server.batch import run_batch
-from server.batch.running.runner import Progress
+from ensemble_server.server.batch import run_batch
+from ensemble_server.server.batch.running.runner import Progress
 
 GROUP_S = 0.05  # within which answers are recorded together: kills fall before, into and after such a moment
 
@@ -49,7 +49,7 @@ def run_and_kill(config: Path, rows: Path, output: Path, *, num_kills: int, num_
     """Children that begin or continue the job, each killed when it answered a random number of rows up to `num_rows`;
     then a run to the end. The first child is killed while it starts.
     """
-    import server.hosting  # noqa: F401  so that no child has to
+    import ensemble_server.server.hosting  # noqa: F401  so that no child has to
 
     moments = random.Random(5)
     for number in range(num_kills):

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import yaml
 
-from server.batch import run_batch
-from server.batch.job.identity import Identity
-from server.batch.job.store import JobStore, job_path
+from ensemble_server.server.batch import run_batch
+from ensemble_server.server.batch.job.identity import Identity
+from ensemble_server.server.batch.job.store import JobStore, job_path
 
 CHAT = "/v1/chat/completions"
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
-from ensembles.errors import ConfigError
-from server.batch import Row, run_batch, run_batch_async
-from server.batch.job.store import job_path
-from server.config import parse_config
-from server.hosting import Hosting
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.batch import Row, run_batch, run_batch_async
+from ensemble_server.server.batch.job.store import job_path
+from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.hosting import Hosting
 
 SHORT = {"model": "base", "max_tokens": 3, "temperature": 0, "ignore_eos": True}
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from server.cli.app import main
+from ensemble_server.server.cli.app import main
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from server.cli.app import COMMANDS
+from ensemble_server.server.cli.app import COMMANDS
 from tests.server.cli.conftest import Run
 
 HEAVY = (
@@ -31,7 +31,7 @@ HEAVY = (
 )
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     code = (
-        "import atexit, sys; from server.cli.app import main; "
+        "import atexit, sys; from ensemble_server.server.cli.app import main; "
         f"atexit.register(lambda: print('HEAVY', [name for name in {HEAVY} if name in sys.modules])); "
         f"sys.argv = {['ensemble', *command, '--help']}; main()"
     )
@@ -48,7 +48,9 @@ def test_help_lists_every_command_with_its_sentence(ensemble: Callable[..., Run]
 
 
 def test_the_module_runs_as_the_script_does() -> None:
-    run = subprocess.run([sys.executable, "-m", "server", "--version"], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "ensemble_server", "--version"], capture_output=True, text=True, check=True
+    )
     assert run.stdout.startswith("ensemble-server ")
 
 
@@ -88,7 +90,9 @@ def test_debug_shows_the_traceback_wherever_it_stands(place: int, tmp_path: Path
     file.write_text("models: {}", encoding="utf-8")
     arguments = ["models", str(file)]
     arguments.insert(place, "--debug")
-    run = subprocess.run([sys.executable, "-m", "server", *arguments], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-m", "ensemble_server", *arguments], capture_output=True, text=True, check=False
+    )
     assert run.returncode == 1
     assert "Traceback (most recent call last)" in run.stderr
     assert "ConfigError" in run.stderr
@@ -100,7 +104,7 @@ def test_an_unforeseen_error_is_one_line_that_tells_how_to_see_more(
     def fails() -> None:
         raise KeyError("oops")
 
-    monkeypatch.setattr("server.cli.doctor.doctor", fails)
+    monkeypatch.setattr("ensemble_server.server.cli.doctor.doctor", fails)
     run = ensemble("doctor")
     assert run.code == 1
     assert run.err == "error: KeyError: 'oops' (run again with --debug for the traceback)\n"
@@ -109,7 +113,7 @@ def test_an_unforeseen_error_is_one_line_that_tells_how_to_see_more(
 def test_a_command_of_two_words_goes_before_that_of_its_first_word(
     ensemble: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(COMMANDS, "models of", "server.cli.doctor:doctor")
+    monkeypatch.setitem(COMMANDS, "models of", "ensemble_server.server.cli.doctor:doctor")
     for words, said in ((["models", "of"], "Usage: ensemble models of [OPTIONS]\n"), (["models"], "CONFIG")):
         run = ensemble(*words, "--help")
         assert run.code == 0

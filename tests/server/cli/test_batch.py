@@ -193,7 +193,7 @@ def test_a_template_over_a_table_makes_a_submission(batch: Ensemble, tmp_path: P
 def test_a_sample_submission_is_checked_before_a_model_is_loaded(
     batch: Ensemble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.hosting.Hosting.open", None)
+    monkeypatch.setattr("ensemble_server.server.hosting.Hosting.open", None)
     source, sample = tmp_path / "in.csv", tmp_path / "sample.csv"
     source.write_text("id,q\n1,x\n2,y\n", encoding="utf-8")
     sample.write_text("id,target\n2,0\n1,0\n", encoding="utf-8")
@@ -265,7 +265,7 @@ def test_a_grid_keeps_its_cells_apart_and_a_vote_reads_it(batch: Ensemble, ensem
 
 def test_standard_input_and_output_take_part(config: Path) -> None:
     rows = "".join(json.dumps(line(name, model="a")) + "\n" for name in "xy")
-    command = [sys.executable, "-m", "server", "batch", "-", "-o", "-", "-c", str(config)]
+    command = [sys.executable, "-m", "ensemble_server", "batch", "-", "-o", "-", "-c", str(config)]
     run = subprocess.run(command, input=rows.encode(), capture_output=True, check=False)
     assert run.returncode == 0, run.stderr
     assert [json.loads(answer)["custom_id"] for answer in run.stdout.splitlines()] == ["x", "y"]
@@ -282,7 +282,7 @@ def test_a_finished_job_says_so_and_writes_its_output_again(
     assert first.code == 3
     written = (tmp_path / "out.jsonl").read_bytes()
     (tmp_path / "out.jsonl").unlink()
-    monkeypatch.setattr("server.hosting.Hosting.open", None)  # a finished job loads no model
+    monkeypatch.setattr("ensemble_server.server.hosting.Hosting.open", None)  # a finished job loads no model
     again = batch(source, tmp_path / "out.jsonl")
     assert again.code == 3
     assert "this job is finished" in again.err
@@ -323,7 +323,7 @@ def test_a_changed_input_option_or_model_is_refused_with_what_changed(
 
 def interrupted(config: Path, source: Path, output: Path, *, times: int) -> subprocess.CompletedProcess[str]:
     """The command, with Ctrl-C this often once the first answers are kept."""
-    command = [sys.executable, "-m", "server", "batch", source, "-o", output, "-c", config, "--model", "a"]
+    command = [sys.executable, "-m", "ensemble_server", "batch", source, "-o", output, "-c", config, "--model", "a"]
     process = subprocess.Popen(
         [*map(str, command), "--concurrency", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -6,11 +6,11 @@ from pathlib import Path
 import orjson
 import pytest
 
-from server.batch.job.identity import Identity
-from server.batch.job.rows import Row, RowResult
-from server.batch.job.store import JobStore, job_path
-from server.batch.placement.shards import SHARD, Shard
-from server.batch.results.output_line import write_output
+from ensemble_server.server.batch.job.identity import Identity
+from ensemble_server.server.batch.job.rows import Row, RowResult
+from ensemble_server.server.batch.job.store import JobStore, job_path
+from ensemble_server.server.batch.placement.shards import SHARD, Shard
+from ensemble_server.server.batch.results.output_line import write_output
 from tests.server.cli.conftest import Run
 
 Ensemble = Callable[..., Run]

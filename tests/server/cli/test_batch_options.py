@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import typer
 
-from server.cli.batch_options import RequestOptions, parse_labels, parse_response_format, parse_setting, summarised
+from ensemble_server.server.cli.batch_options import (
+    RequestOptions,
+    parse_labels,
+    parse_response_format,
+    parse_setting,
+    summarised,
+)
 
 
 def test_single_values_fill_bodies_and_several_span_the_grid() -> None:

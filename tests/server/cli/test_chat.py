@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from ensembles.base import Delta, Done, Event, GenerationRequest, Sampling, Usage
-from ensembles.errors import MemberError
-from server.cli.chat import Conversation
+from ensemble_server.ensembles.base import Delta, Done, Event, GenerationRequest, Sampling, Usage
+from ensemble_server.ensembles.errors import MemberError
+from ensemble_server.server.cli.chat import Conversation
 from tests.server.cli.conftest import Run
 
 # --- a conversation ---
@@ -203,7 +203,7 @@ class Terminal:
     def __init__(self, *arguments: str) -> None:
         self._ours, theirs = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "server", "chat", *arguments],
+            [sys.executable, "-m", "ensemble_server", "chat", *arguments],
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from server.cli.doctor import DISTRIBUTION
+from ensemble_server.server.cli.doctor import DISTRIBUTION
 from tests.server.cli.conftest import Run
 
 
@@ -12,7 +12,9 @@ from tests.server.cli.conftest import Run
 def required(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the project says it requires, as package metadata writes it."""
     lines = ["rich>=13"]
-    monkeypatch.setattr("server.cli.doctor.requires", lambda name: lines if name == DISTRIBUTION else None)
+    monkeypatch.setattr(
+        "ensemble_server.server.cli.doctor.requires", lambda name: lines if name == DISTRIBUTION else None
+    )
     return lines
 
 

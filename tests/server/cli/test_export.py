@@ -9,7 +9,9 @@ CONFIG = "models:\n  a: {path: PATH}\n  m: {method: probability_average, members
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "server", "export", *arguments], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "ensemble_server", "export", *arguments], capture_output=True, text=True
+    )
 
 
 def test_it_writes_a_directory_and_says_how_to_load_it(tiny, tmp_path):

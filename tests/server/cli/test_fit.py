@@ -6,8 +6,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from server.cli.app import app
-from server.config import load_config
+from ensemble_server.server.cli.app import app
+from ensemble_server.server.config.blocks import load_config
 from tests.conftest import SAMPLE
 
 CONFIG = """\

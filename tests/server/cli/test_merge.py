@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.compare.merges import merge_process, merging
+from ensemble_server.server.compare.merges import merge_process, merging
 from tests.conftest import make_adapter, make_model
 from tests.server.cli.conftest import Run
 

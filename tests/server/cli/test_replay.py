@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from ensembles.exchange.agreement import judge
-from ensembles.exchange.transcript import Participant, Reply, Round, Settings
+from ensemble_server.ensembles.exchange.agreement import judge
+from ensemble_server.ensembles.exchange.transcript import Participant, Reply, Round, Settings
 from tests.server.cli.conftest import Run
 
 SETTINGS = Settings(

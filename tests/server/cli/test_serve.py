@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from server.config import Config
+from ensemble_server.server.config.blocks import Config
 from tests.server.cli.conftest import Run
 
 
@@ -31,7 +31,7 @@ class Api:
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> Api:
     api = Api()
-    monkeypatch.setitem(sys.modules, "server.api.serve", types.SimpleNamespace(serve=api.serve))
+    monkeypatch.setitem(sys.modules, "ensemble_server.server.api.serve", types.SimpleNamespace(serve=api.serve))
     return api
 
 
@@ -96,7 +96,7 @@ def test_the_curl_line_works_when_pasted_and_ctrl_c_ends_the_server(tiny: dict[s
     )
     environment = os.environ | {"TEST_KEYS": "one,two"}
     server = subprocess.Popen(
-        [sys.executable, "-m", "server", "serve", str(file)],
+        [sys.executable, "-m", "ensemble_server", "serve", str(file)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from server.cli.vote import NUM_ROWS_AT_ONCE
+from ensemble_server.server.cli.vote import NUM_ROWS_AT_ONCE
 
 DATA = Path(__file__).parents[3] / "data" / "crowd"
 
@@ -205,7 +205,7 @@ def test_texts_are_embedded_once_for_many_rows(
         def close(self) -> None:
             batches.append(["closed"])
 
-    monkeypatch.setattr("server.embeddings.SentenceEmbedder", CountingEmbedder)
+    monkeypatch.setattr("ensemble_server.server.weights.embeddings.SentenceEmbedder", CountingEmbedder)
     rows = [{"id": k, "candidates": ["a", "bb", "ccc", "bb"]} for k in range(NUM_ROWS_AT_ONCE + 1)]
     source = write_lines(tmp_path / "in.jsonl", [*rows, {"id": "bad"}])
     run = ensemble("vote", source, "--similarity", "embedding", "--embedding", "some-model", "-o", tmp_path / "o.jsonl")

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from ensembles.errors import ConfigError
-from server.compare.planning.plan import load_plan
-from server.compare.results import Results
-from server.compare.run import claimed, report_again, run_comparison
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.compare.planning.plan import load_plan
+from ensemble_server.server.compare.results import Results
+from ensemble_server.server.compare.run import claimed, report_again, run_comparison
+from ensemble_server.server.hosting import Hosting
 
 ROOT = Path(__file__).parents[3]
 PLAN = """
@@ -234,9 +235,8 @@ statistics: {resamples: 200}
 
 
 def test_the_report_is_written_again_without_a_model(done, folder, monkeypatch):
-    import server.hosting
 
-    monkeypatch.setattr(server.hosting.Hosting, "open", None)
+    monkeypatch.setattr(Hosting, "open", None)
     (folder / "out" / "results.json").unlink()
     again = report_again(load_plan(folder / "plan.yaml"), folder / "out")
     assert again.arms == done[0].arms and (folder / "out" / "results.json").exists()
@@ -271,7 +271,7 @@ replicates:
 
 def stopped_once_something_is_measured(plan: Path, out: Path, by: signal.Signals) -> subprocess.Popen[bytes]:
     """`ensemble compare` in a process of its own, sent `by` as soon as a text of an arm is on disk."""
-    command = [sys.executable, "-m", "server", "compare", str(plan), "--out", str(out)]
+    command = [sys.executable, "-m", "ensemble_server", "compare", str(plan), "--out", str(out)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 240
     is_measured = False

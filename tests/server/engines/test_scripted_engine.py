@@ -8,10 +8,10 @@ from contextlib import aclosing
 
 import pytest
 
-from ensembles.base import Delta, Done, GenerationRequest, Model, PromptScored, Sampling, collect
-from ensembles.errors import MemberError
-from server.engines.scripted_engine import LOGPROB, Script, ScriptedModel
-from server.surface import Surface
+from ensemble_server.ensembles.base import Delta, Done, GenerationRequest, Model, PromptScored, Sampling, collect
+from ensemble_server.ensembles.errors import MemberError
+from ensemble_server.server.engines.scripted_engine import LOGPROB, Script, ScriptedModel
+from ensemble_server.server.weights.surface import Surface
 from tests.conftest import make_tokenizer
 
 MESSAGES = ({"role": "user", "content": "hi"},)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ensembles.errors import ConfigError, ModelLoadError
-from server.config import parse_config
-from server.one_model.export import export
+from ensemble_server.ensembles.errors import ConfigError, ModelLoadError
+from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.one_model.export import export
 from tests.conftest import make_model
 
 

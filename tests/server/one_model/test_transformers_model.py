@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from ensembles.errors import ModelLoadError
-from server.config import parse_config
-from server.one_model.evidence import NUM_KEPT
-from server.one_model.export import export
+from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.one_model import EnsembleConfig
+from ensemble_server.server.one_model.evidence import NUM_KEPT
+from ensemble_server.server.one_model.export import export
 from tests.reference import Reference
 
 VOCAB_SIZE = 320
@@ -168,11 +169,10 @@ def test_a_static_cache_is_refused_by_name(tiny, tmp_path):
 
 
 def test_importing_the_package_registers_the_type(tiny, tmp_path):
-    import server.one_model
 
     folder = exported(tiny, MIXTURES["arithmetic"], tmp_path / "out")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    assert isinstance(config, server.one_model.EnsembleConfig)
+    assert isinstance(config, EnsembleConfig)
     assert AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).config.pool == "arithmetic"
 
 

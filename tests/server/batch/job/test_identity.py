@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.batch.job.identity import (
+from ensemble_server.server.batch.job.identity import (
     Identity,
     body_digest,
     encoded_body,
@@ -19,9 +19,9 @@ from server.batch.job.identity import (
     seeded,
     shared_digest,
 )
-from server.batch.job.rows import Row
-from server.config import parse_config
-from server.fingerprints import fingerprint
+from ensemble_server.server.batch.job.rows import Row
+from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.config.fingerprints import fingerprint
 
 TEXT = "/v1/completions"
 JSON = st.recursive(

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from ensembles.base import MemberUsage
-from ensembles.errors import ConfigError, StorageError
-from server.batch.job.identity import Identity
-from server.batch.job.row_columns import row_columns
-from server.batch.job.rows import BadRow, Row, RowResult
-from server.batch.job.store import Counts, JobStore, job_path
+from ensemble_server.ensembles.base import MemberUsage
+from ensemble_server.ensembles.errors import ConfigError, StorageError
+from ensemble_server.server.batch.job.identity import Identity
+from ensemble_server.server.batch.job.row_columns import row_columns
+from ensemble_server.server.batch.job.rows import BadRow, Row, RowResult
+from ensemble_server.server.batch.job.store import Counts, JobStore, job_path
 
 ERROR = {"message": "no", "type": "invalid_request_error", "param": None, "code": "invalid_value"}
 
@@ -233,8 +233,8 @@ def test_an_import_that_was_interrupted_begins_anew(path: Path) -> None:
 HOLD = """
 import sys
 from pathlib import Path
-from server.batch.job.identity import Identity
-from server.batch.job.store import JobStore
+from ensemble_server.server.batch.job.identity import Identity
+from ensemble_server.server.batch.job.store import JobStore
 store = JobStore.open(Path(sys.argv[1]), Identity())
 print("open", flush=True)
 sys.stdin.read()

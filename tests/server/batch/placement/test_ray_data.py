@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from ensembles.errors import ConfigError
-from server.batch.job.identity import Identity
-from server.batch.job.rows import BadRow, Row
-from server.batch.job.store import JobStore
-from server.batch.placement.ray_data import RayOptions, run_on_ray
-from server.batch.results.output_line import write_output
-from server.batch.running.runner import Progress, run
-from server.config import parse_config
-from server.hosting import Hosting
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.batch.job.identity import Identity
+from ensemble_server.server.batch.job.rows import BadRow, Row
+from ensemble_server.server.batch.job.store import JobStore
+from ensemble_server.server.batch.placement.ray_data import RayOptions, run_on_ray
+from ensemble_server.server.batch.results.output_line import write_output
+from ensemble_server.server.batch.running.runner import Progress, run
+from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.hosting import Hosting
 
 LOCAL = RayOptions(workers=2, cpus=0.5, rows_per_batch=4, init={"num_cpus": 2, "object_store_memory": 80 * 2**20})
 

@@ -17,17 +17,17 @@ import orjson
 import pytest
 import yaml
 
-from ensembles.errors import ConfigError
-from server.batch.job.identity import Identity, seeded
-from server.batch.job.rows import Row, RowResult, Url
-from server.batch.job.store import JobStore
-from server.batch.placement.call_log import CallLog
-from server.batch.placement.memory_estimate import estimated_memory
-from server.batch.placement.phases import Phase, check_can_be_sequential, phases
-from server.batch.placement.sequential import run_sequential
-from server.batch.running.answering import answer
-from server.config import Config, parse_config
-from server.hosting import Hosting
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.batch.job.identity import Identity, seeded
+from ensemble_server.server.batch.job.rows import Row, RowResult, Url
+from ensemble_server.server.batch.job.store import JobStore
+from ensemble_server.server.batch.placement.call_log import CallLog
+from ensemble_server.server.batch.placement.memory_estimate import estimated_memory
+from ensemble_server.server.batch.placement.phases import Phase, check_can_be_sequential, phases
+from ensemble_server.server.batch.placement.sequential import run_sequential
+from ensemble_server.server.batch.running.answering import answer
+from ensemble_server.server.config.blocks import Config, parse_config
+from ensemble_server.server.hosting import Hosting
 
 CHAT: Url = "/v1/chat/completions"
 
@@ -229,12 +229,12 @@ def test_memory_is_estimated_from_headers(config: Config) -> None:
 SCRIPT = """
 import asyncio, sys
 from pathlib import Path
-from server.batch.placement.call_log import CallLog
-from server.batch.job.identity import Identity
-from server.batch.results.output_line import write_output
-from server.batch.placement.sequential import run_sequential
-from server.batch.job.store import JobStore
-from server.config import load_config
+from ensemble_server.server.batch.placement.call_log import CallLog
+from ensemble_server.server.batch.job.identity import Identity
+from ensemble_server.server.batch.results.output_line import write_output
+from ensemble_server.server.batch.placement.sequential import run_sequential
+from ensemble_server.server.batch.job.store import JobStore
+from ensemble_server.server.config.blocks import load_config
 from tests.server.batch.placement.test_sequential import rows_of
 
 folder = Path(sys.argv[2])

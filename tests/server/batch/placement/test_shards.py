@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensembles.base import MemberUsage
-from ensembles.errors import ConfigError
-from server.batch.job.identity import Identity
-from server.batch.job.rows import BadRow, Row, RowResult
-from server.batch.job.store import JobStore, job_path
-from server.batch.placement.shards import SHARD, Shard, merge_jobs, merge_outputs
-from server.batch.results.output_line import write_output
+from ensemble_server.ensembles.base import MemberUsage
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.batch.job.identity import Identity
+from ensemble_server.server.batch.job.rows import BadRow, Row, RowResult
+from ensemble_server.server.batch.job.store import JobStore, job_path
+from ensemble_server.server.batch.placement.shards import SHARD, Shard, merge_jobs, merge_outputs
+from ensemble_server.server.batch.results.output_line import write_output
 
 BAD = {"message": "line 4: not JSON", "type": "invalid_request_error", "param": None, "code": "invalid_row"}
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from server.batch.results.candidates import BatchLine, Candidates, grouped
+from ensemble_server.server.batch.results.candidates import BatchLine, Candidates, grouped
 
 
 def line(custom_id: str | None, *texts: str | None, error: str | None = None, **more: Any) -> dict[str, Any]:

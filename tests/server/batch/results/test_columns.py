@@ -4,8 +4,15 @@ from typing import Any
 
 import pytest
 
-from ensembles.errors import ConfigError
-from server.batch.results.columns import ABSENT, Column, cell_text, check_batch_columns, num_samples, parse_columns
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.batch.results.columns import (
+    ABSENT,
+    Column,
+    cell_text,
+    check_batch_columns,
+    num_samples,
+    parse_columns,
+)
 
 CHAT: dict[str, Any] = {
     "id": "batch_req_1",

@@ -11,10 +11,10 @@ from pathlib import Path
 import orjson
 import pytest
 
-from ensembles.errors import StorageError
-from server.batch.job.rows import BadRow, Row, RowResult
-from server.batch.job.store import JobStore, StoredRow
-from server.batch.results.output_line import output_line, whole_file, write_output
+from ensemble_server.ensembles.errors import StorageError
+from ensemble_server.server.batch.job.rows import BadRow, Row, RowResult
+from ensemble_server.server.batch.job.store import JobStore, StoredRow
+from ensemble_server.server.batch.results.output_line import output_line, whole_file, write_output
 
 ERROR = {"message": "no", "type": "invalid_request_error", "param": None, "code": "invalid_row"}
 ROW = Row(0, "a", "/v1/completions", {"prompt": "x"})
@@ -123,8 +123,8 @@ def test_a_place_that_takes_no_file_is_told(tmp_path: Path, path: str) -> None:
 WRITE = """
 import resource, signal, sys
 from pathlib import Path
-from ensembles.errors import StorageError
-from server.batch.results.output_line import whole_file
+from ensemble_server.ensembles.errors import StorageError
+from ensemble_server.server.batch.results.output_line import whole_file
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from ensembles.errors import ConfigError
-from server.batch.results.columns import Column, parse_columns
-from server.batch.results.submission import SampleSubmission, write_table
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.batch.results.columns import Column, parse_columns
+from ensemble_server.server.batch.results.submission import SampleSubmission, write_table
 
 
 def line(custom_id: str, *texts: str | None, error: str | None = None) -> dict[str, Any]:

@@ -11,13 +11,13 @@ import orjson
 import pytest
 import pytest_asyncio
 
-from ensembles.base import MemberUsage
-from ensembles.errors import EngineDeadError, OverloadedError
-from server.batch.job.rows import Row
-from server.batch.running.answering import answer
-from server.config import parse_config
-from server.engines.scripted_engine import Script
-from server.hosting import Hosting
+from ensemble_server.ensembles.base import MemberUsage
+from ensemble_server.ensembles.errors import EngineDeadError, OverloadedError
+from ensemble_server.server.batch.job.rows import Row
+from ensemble_server.server.batch.running.answering import answer
+from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.engines.scripted_engine import Script
+from ensemble_server.server.hosting import Hosting
 from tests.server.api.conftest import asgi_client
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # one engine for all of them

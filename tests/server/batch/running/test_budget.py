@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.batch.running.budget import MAX_RESERVED_S, RESERVED_SHARE, TimeBudget, parse_duration
+from ensemble_server.server.batch.running.budget import MAX_RESERVED_S, RESERVED_SHARE, TimeBudget, parse_duration
 
 
 @dataclass

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from fastapi.exceptions import RequestValidationError
 
-from ensembles.errors import DeadlineError, RequestError, UnknownModelError, UnsupportedError
-from server.batch.running.classify import classify
-from server.config import parse_config
-from server.hosting import Hosting
+from ensemble_server.ensembles.errors import DeadlineError, RequestError, UnknownModelError, UnsupportedError
+from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.hosting import Hosting
+from ensemble_server.server.requests.classify import classify
 from tests.reference import member_logprobs, pooled
 
 PROMPT = "The quick brown fox is"

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from ensembles.base import GenerationRequest
-from ensembles.errors import MemberError, OverloadedError
-from server.batch.job.rows import Row, Url
-from server.batch.running.answering import answer
-from server.config import parse_config
-from server.engines.scripted_engine import Script
-from server.hosting import Hosting
+from ensemble_server.ensembles.base import GenerationRequest
+from ensemble_server.ensembles.errors import MemberError, OverloadedError
+from ensemble_server.server.batch.job.rows import Row, Url
+from ensemble_server.server.batch.running.answering import answer
+from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.engines.scripted_engine import Script
+from ensemble_server.server.hosting import Hosting
 from tests.server.api.conftest import ScriptedHosting
 
 CHAT: Url = "/v1/chat/completions"

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from ensembles.base import MemberUsage
-from server.batch.job.rows import BadRow, Row, RowResult
-from server.batch.running.estimate import Estimate, Probe, evenly_chosen
+from ensemble_server.ensembles.base import MemberUsage
+from ensemble_server.server.batch.job.rows import BadRow, Row, RowResult
+from ensemble_server.server.batch.running.estimate import Estimate, Probe, evenly_chosen
 
 
 def answered(written: int, **members: MemberUsage) -> RowResult:

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ensembles.base import MemberUsage
-from server.batch.job.store import Counts
-from server.batch.running.progress import LINE_INTERVAL_S, ProgressView, described, duration, spend
-from server.batch.running.runner import Progress
+from ensemble_server.ensembles.base import MemberUsage
+from ensemble_server.server.batch.job.store import Counts
+from ensemble_server.server.batch.running.progress import LINE_INTERVAL_S, ProgressView, described, duration, spend
+from ensemble_server.server.batch.running.runner import Progress
 
 
 def progress(**changes: Any) -> Progress:

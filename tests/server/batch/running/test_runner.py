@@ -11,20 +11,20 @@ from typing import Any
 
 import pytest
 
-from ensembles.base import GenerationRequest, MemberUsage
-from ensembles.crowd_vote import CrowdVote
-from ensembles.errors import ConfigError, EngineDeadError, MemberError, OverloadedError, StorageError
-from ensembles.method import Services
-from server.batch.job.identity import Identity
-from server.batch.job.rows import BadRow, Row, RowResult
-from server.batch.job.store import Counts, JobStore
-from server.batch.running import runner
-from server.batch.running.answering import answer
-from server.batch.running.room import Room, num_sequences, sequences_of
-from server.batch.running.runner import Progress, RowBudget, Summary, run
-from server.config import parse_config
-from server.engines.scripted_engine import Script, ScriptedModel
-from server.hosting import Hosting
+from ensemble_server.ensembles.base import GenerationRequest, MemberUsage
+from ensemble_server.ensembles.crowd_vote import CrowdVote
+from ensemble_server.ensembles.errors import ConfigError, EngineDeadError, MemberError, OverloadedError, StorageError
+from ensemble_server.ensembles.method import Services
+from ensemble_server.server.batch.job.identity import Identity
+from ensemble_server.server.batch.job.rows import BadRow, Row, RowResult
+from ensemble_server.server.batch.job.store import Counts, JobStore
+from ensemble_server.server.batch.running import runner
+from ensemble_server.server.batch.running.answering import answer
+from ensemble_server.server.batch.running.room import Room, num_sequences, sequences_of
+from ensemble_server.server.batch.running.runner import Progress, RowBudget, Summary, run
+from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.engines.scripted_engine import Script, ScriptedModel
+from ensemble_server.server.hosting import Hosting
 
 CHAT = "/v1/chat/completions"
 ERROR = {"message": "no", "type": "invalid_request_error", "param": None, "code": "invalid_row"}
@@ -413,7 +413,7 @@ async def test_rows_that_have_nothing_by_the_deadline_stay_pending(store: JobSto
 async def test_a_row_that_ignores_the_deadline_is_given_up(
     store: JobStore, scripted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.batch.running.runner.GRACE_S", 0.1)
+    monkeypatch.setattr("ensemble_server.server.batch.running.runner.GRACE_S", 0.1)
     store.take_rows(rows(2))
     hosting = scripted(m=says(lambda i: Script(("a",), stalls_at=0) if i else "a"))
     async with asyncio.timeout(5):
@@ -472,7 +472,7 @@ async def test_progress_is_told_from_the_first_moment_to_the_last(store: JobStor
 
 
 async def test_silence_is_told_too(store: JobStore, scripted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.batch.running.runner.TICK_S", 0.02)
+    monkeypatch.setattr("ensemble_server.server.batch.running.runner.TICK_S", 0.02)
     told: list[Progress] = []
     store.take_rows(rows(1))
     await run(store, scripted(m=Script(("a",), delay_s=0.3)), on_progress=told.append)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.batch.source.grid import Grid, parse_numbers, parse_seeds, parse_words
+from ensemble_server.server.batch.source.grid import Grid, parse_numbers, parse_seeds, parse_words
 
 
 def test_cells_are_all_combinations_and_the_first_axis_varies_slowest() -> None:

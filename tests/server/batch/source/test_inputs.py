@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from ensembles.errors import ConfigError
-from server.batch.job.rows import BadRow, Row
-from server.batch.source.grid import Grid
-from server.batch.source.inputs import Recipe, read_rows
-from server.batch.source.records import BadRecord, Record
-from server.batch.source.template import PromptTemplate
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.batch.job.rows import BadRow, Row
+from ensemble_server.server.batch.source.grid import Grid
+from ensemble_server.server.batch.source.inputs import Recipe, read_rows
+from ensemble_server.server.batch.source.records import BadRecord, Record
+from ensemble_server.server.batch.source.template import PromptTemplate
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "Hi"}]

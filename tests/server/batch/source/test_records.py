@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensembles.errors import ConfigError
-from server.batch.source.records import BadRecord, Record, csv_records, kind_of_source, read_records
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.batch.source.records import BadRecord, Record, csv_records, kind_of_source, read_records
 
 
 def test_jsonl_gives_a_record_for_each_line_that_holds_an_object(tmp_path: Path) -> None:

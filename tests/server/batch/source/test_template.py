@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensembles.errors import ConfigError, RequestError
-from server.batch.source.template import PromptTemplate
+from ensemble_server.ensembles.errors import ConfigError, RequestError
+from ensemble_server.server.batch.source.template import PromptTemplate
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ensembles.errors import ConflictError, StorageError
-from server.batch.uploads.catalogue import Batch, Catalogue, LineError, StoredFile, new_id
+from ensemble_server.ensembles.errors import ConflictError, StorageError
+from ensemble_server.server.batch.uploads.catalogue import Batch, Catalogue, LineError, StoredFile, new_id
 
 
 @pytest.fixture

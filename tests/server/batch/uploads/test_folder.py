@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from ensembles.errors import FolderInUseError, StorageError
-from server.batch.uploads.folder import BatchFolder
+from ensemble_server.ensembles.errors import FolderInUseError, StorageError
+from ensemble_server.server.batch.uploads.folder import BatchFolder
 
 HOLD = """
 import sys
 from pathlib import Path
-from server.batch.uploads.folder import BatchFolder
+from ensemble_server.server.batch.uploads.folder import BatchFolder
 folder = BatchFolder.open(Path(sys.argv[1]), retention_days=1)
 print("open", flush=True)
 sys.stdin.read()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 
-from server.batch.uploads.turns import Turns
+from ensemble_server.server.batch.uploads.turns import Turns
 
 
 async def settled() -> None:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.batch.job.rows import Row
-from server.batch.uploads.validation import MAX_ERRORS, checked_file, rows_of
+from ensemble_server.server.batch.job.rows import Row
+from ensemble_server.server.batch.uploads.validation import MAX_ERRORS, checked_file, rows_of
 
 URL = "/v1/embeddings"
 BODIES = st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5) | st.none(), max_size=3)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from server.compare.analysis.null_check import null_check_of_text
+from ensemble_server.server.compare.analysis.null_check import null_check_of_text
 
 
 def test_a_model_is_not_found_to_differ_from_itself_more_often_than_alpha_allows():

@@ -7,9 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from server.compare.analysis.statistics import compute_results
-from server.compare.planning.blocks import Arm, PlanFile, StatisticsSettings, TaskSource, TextSource
-from server.compare.running.records import ArmRecord, CostRecord, Failure, ItemRecord, Records, TaskRecord, TextRecord
+from ensemble_server.server.compare.analysis.statistics import compute_results
+from ensemble_server.server.compare.planning.blocks import Arm, PlanFile, StatisticsSettings, TaskSource, TextSource
+from ensemble_server.server.compare.running.records import (
+    ArmRecord,
+    CostRecord,
+    Failure,
+    ItemRecord,
+    Records,
+    TaskRecord,
+    TextRecord,
+)
 
 NUM_DOCUMENTS = 30
 

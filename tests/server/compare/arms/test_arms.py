@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from ensembles.errors import ModelLoadError
-from server.compare.arms.candidates import ArmModel
-from server.compare.arms.footprint import clusters, footprint, groups, leaves
-from server.compare.arms.identity import identity
-from server.config import Config, parse_config
-from server.excerpt import closure, excerpt
+from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.compare.arms.candidates import ArmModel
+from ensemble_server.server.compare.arms.footprint import clusters, footprint, groups, leaves
+from ensemble_server.server.compare.arms.identity import identity
+from ensemble_server.server.config.blocks import Config, parse_config
+from ensemble_server.server.config.excerpt import closure, excerpt
 
 
 def arm(name: str) -> ArmModel:

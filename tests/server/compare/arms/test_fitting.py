@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ensembles.errors import ConfigError, UnknownModelError
-from server.compare.arms.fitting import check_fittable, fit_weights
-from server.compare.arms.held_back import fit_and_judge
-from server.compare.measures.documents import Documents
-from server.compare.measures.text_measure import measure_text
-from server.config import parse_config
-from server.hosting import Hosting
+from ensemble_server.ensembles.errors import ConfigError, UnknownModelError
+from ensemble_server.server.compare.arms.fitting import check_fittable, fit_weights
+from ensemble_server.server.compare.arms.held_back import fit_and_judge
+from ensemble_server.server.compare.measures.documents import Documents
+from ensemble_server.server.compare.measures.text_measure import measure_text
+from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.hosting import Hosting
 from tests.conftest import SAMPLE
 
 TEXT = Documents(tuple(SAMPLE[start : start + 100] for start in range(0, 600, 100)), is_continuous=True)

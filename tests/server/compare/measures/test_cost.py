@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from ensembles.base import Delta, Done, Event, GenerationRequest, MemberUsage, Usage
-from ensembles.errors import MemberError
-from server.compare.measures.cost import ForwardCounter, Prompts, measure_cost
-from server.compare.planning.blocks import CostSettings
+from ensemble_server.ensembles.base import Delta, Done, Event, GenerationRequest, MemberUsage, Usage
+from ensemble_server.ensembles.errors import MemberError
+from ensemble_server.server.compare.measures.cost import ForwardCounter, Prompts, measure_cost
+from ensemble_server.server.compare.planning.blocks import CostSettings
 
 SETTINGS = CostSettings(concurrency=(1, 3), max_tokens=4, prompt_tokens=2, repeats=2)
 

@@ -5,8 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensembles.errors import ConfigError
-from server.compare.measures.documents import Documents, cut_into_documents, read_documents, switching_text
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.compare.measures.documents import (
+    Documents,
+    cut_into_documents,
+    read_documents,
+    switching_text,
+)
 
 TEXTS = st.text(st.sampled_from("ab é😀\n\n#:\t\r\u2028\x0c"), max_size=400)
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from ensembles.base import GenerationRequest, Sampling, collect
-from ensembles.errors import ConfigError, MemberError, UnsupportedError
-from server.compare.measures.choice_likelihood import option_logprobs
-from server.compare.measures.harness import run_harness
-from server.config import parse_config
-from server.hosting import Hosting
+from ensemble_server.ensembles.base import GenerationRequest, Sampling, collect
+from ensemble_server.ensembles.errors import ConfigError, MemberError, UnsupportedError
+from ensemble_server.server.compare.measures.choice_likelihood import option_logprobs
+from ensemble_server.server.compare.measures.harness import run_harness
+from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.hosting import Hosting
 
 ROWS = [
     {"question": "The quick brown", "options": ["fox jumps", "dog"], "label": 0, "answer": "fox"},

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from ensembles.errors import ConfigError
-from server.compare.measures.task_files import read_task
-from server.compare.measures.task_measure import Item
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.compare.measures.task_files import read_task
+from ensemble_server.server.compare.measures.task_measure import Item
 
 
 def written(path, *rows):

@@ -1,7 +1,7 @@
 import pytest
 from sacrebleu.metrics.chrf import CHRF
 
-from server.compare.measures.task_metrics import judge, unreadable_reference
+from ensemble_server.server.compare.measures.task_metrics import judge, unreadable_reference
 
 
 @pytest.mark.parametrize(

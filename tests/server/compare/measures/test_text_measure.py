@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ensembles.base import GenerationRequest, Sampling, collect
-from ensembles.errors import ConfigError, EngineDeadError
-from server.compare.measures.documents import Documents
-from server.compare.measures.text_measure import NotScored, TextScores, measure_text
-from server.compare.measures.windows import cut_windows
-from server.config import parse_config
-from server.hosting import Hosting
+from ensemble_server.ensembles.base import GenerationRequest, Sampling, collect
+from ensemble_server.ensembles.errors import ConfigError, EngineDeadError
+from ensemble_server.server.compare.measures.documents import Documents
+from ensemble_server.server.compare.measures.text_measure import NotScored, TextScores, measure_text
+from ensemble_server.server.compare.measures.windows import cut_windows
+from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.hosting import Hosting
 from tests.conftest import SAMPLE, make_model
 
 TEXT = Documents(tuple(SAMPLE[start : start + 150] for start in range(0, 600, 150)), is_continuous=True)

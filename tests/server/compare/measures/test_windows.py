@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.compare.measures.documents import Documents
-from server.compare.measures.windows import cut_windows
-from server.surface import Surface
+from ensemble_server.server.compare.measures.documents import Documents
+from ensemble_server.server.compare.measures.windows import cut_windows
+from ensemble_server.server.weights.surface import Surface
 from tests.conftest import SAMPLE, make_tokenizer
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ensembles.errors import ModelLoadError
-from server.compare.merges.content_cache import cached_folder, folder_digest, is_whole
+from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.compare.merges.content_cache import cached_folder, folder_digest, is_whole
 
 
 def write_answer(out: Path) -> None:

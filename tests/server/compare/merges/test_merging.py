@@ -13,12 +13,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from ensembles.base import GenerationRequest, Sampling, collect
-from ensembles.errors import ConfigError, ModelLoadError
-from server.compare.merges import merge_process, merging, recipes
-from server.compare.merges.merging import build_merge, check_recipe
-from server.config import Config, parse_config
-from server.hosting import Hosting
+from ensemble_server.ensembles.base import GenerationRequest, Sampling, collect
+from ensemble_server.ensembles.errors import ConfigError, ModelLoadError
+from ensemble_server.server.compare.merges import merge_process, merging, recipes
+from ensemble_server.server.compare.merges.merging import build_merge, check_recipe
+from ensemble_server.server.config.blocks import Config, parse_config
+from ensemble_server.server.hosting import Hosting
 from tests.conftest import make_adapter, make_model
 
 in_own_process = merging._run_in_own_process

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ensembles.errors import ConfigError
-from server.compare.merges.recipes import read_recipe
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.compare.merges.recipes import read_recipe
 
 RECIPES = sorted((Path(__file__).parents[4] / "configs" / "merges").glob("*.yml"))
 

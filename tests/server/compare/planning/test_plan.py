@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ensembles.errors import ConfigError
-from server.compare.planning.plan import load_plan
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.compare.planning.plan import load_plan
 
 CONFIGS = Path(__file__).parents[4] / "configs"
 CONFIG = """

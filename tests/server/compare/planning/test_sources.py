@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from ensembles.errors import ConfigError
-from server.compare.planning.blocks import TextSource
-from server.compare.planning.sources import read_texts, sha256_of, tail_of
+from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.compare.planning.blocks import TextSource
+from ensemble_server.server.compare.planning.sources import read_texts, sha256_of, tail_of
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from server.compare.report import write_report
+from ensemble_server.server.compare.report import write_report
 from tests.server.compare.report.sample import sample
 
 CHROMIUM = shutil.which("chromium")

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.compare.report.pareto import pareto_front
+from ensemble_server.server.compare.report.pareto import pareto_front
 
 POINTS = st.dictionaries(st.text("abcdefgh", min_size=1, max_size=2), st.tuples(st.integers(0, 5), st.integers(0, 5)))
 

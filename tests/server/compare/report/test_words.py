@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from server.compare.report import words
+from ensemble_server.server.compare.report import words
 from tests.server.compare.report.sample import difference
 
 

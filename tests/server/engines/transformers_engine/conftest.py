@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from server.config import HostedModel
-from server.engines.transformers_engine.engine import TransformersEngine
-from server.members import Member, load_members
+from ensemble_server.server.config.blocks import HostedModel
+from ensemble_server.server.engines.transformers_engine.engine import TransformersEngine
+from ensemble_server.server.engines.transformers_engine.members import Member, load_members
 from tests.reference import Reference
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.engines.transformers_engine.attention import Span, partial_attention
-from server.engines.transformers_engine.kv_cache import RowCache
-from server.members import Member
+from ensemble_server.server.engines.transformers_engine.attention import Span, partial_attention
+from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
+from ensemble_server.server.engines.transformers_engine.members import Member
 from tests.reference import plain_model
 
 VOCAB = 320

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ensembles.errors import ModelLoadError
-from server.engines.transformers_engine.attention import Span
-from server.engines.transformers_engine.backbone import Backbone
-from server.engines.transformers_engine.kv_cache import RowCache
+from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.engines.transformers_engine.attention import Span
+from ensemble_server.server.engines.transformers_engine.backbone import Backbone
+from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from tests.conftest import make_model
 
 VOCAB = 320

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from ensembles.base import Mixture, collect
-from server.engines.transformers_engine.choice import generator
-from server.engines.transformers_engine.engine import TransformersEngine
+from ensemble_server.ensembles.base import Mixture, collect
+from ensemble_server.server.engines.transformers_engine.choice import generator
+from ensemble_server.server.engines.transformers_engine.engine import TransformersEngine
 from tests.server.engines.transformers_engine.test_engine import ask, text_of
 from tests.server.engines.transformers_engine.test_numerics import OnEngine
 

@@ -11,8 +11,8 @@ import time
 import pytest
 import torch
 
-from ensembles.base import Done, GenerationRequest, Grammar, Mixture, Sampling, collect
-from ensembles.errors import (
+from ensemble_server.ensembles.base import Done, GenerationRequest, Grammar, Mixture, Sampling, collect
+from ensemble_server.ensembles.errors import (
     ContextLengthError,
     DeadlineError,
     EngineDeadError,
@@ -21,9 +21,9 @@ from ensembles.errors import (
     RequestError,
     UnsupportedError,
 )
-from server.engines.engine import StepStats
-from server.engines.transformers_engine.backbone import Backbone
-from server.engines.transformers_engine.engine import TransformersEngine
+from ensemble_server.server.engines.engine import StepStats
+from ensemble_server.server.engines.transformers_engine.backbone import Backbone
+from ensemble_server.server.engines.transformers_engine.engine import TransformersEngine
 from tests.server.engines.transformers_engine.test_numerics import OnEngine
 
 MIX = Mixture({"llama": 1, "deep": 1, "red": 1})
@@ -76,7 +76,7 @@ async def test_more_choices_than_places_share_one_prefill(running):
 
 
 async def test_a_member_of_weight_zero_is_not_run(running):
-    from ensembles.probability_averaging import mixture_of
+    from ensemble_server.ensembles.probability_averaging import mixture_of
 
     steps: list[StepStats] = []
     with running(on_step=steps.append) as engine:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from server.engines.transformers_engine.kv_cache import GROWTH, RowCache
+from ensemble_server.server.engines.transformers_engine.kv_cache import GROWTH, RowCache
 
 
 def tokens(n: int, *, heads: int = 2, dim: int = 4, start: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from ensembles.base import Answer, GenerationRequest, Mixture, Sampling, collect
-from ensembles.pooling import effective_weights, posterior
-from server.engines.transformers_engine.engine import TransformersEngine
+from ensemble_server.ensembles.base import Answer, GenerationRequest, Mixture, Sampling, collect
+from ensemble_server.ensembles.pooling import effective_weights, posterior
+from ensemble_server.server.engines.transformers_engine.engine import TransformersEngine
 
 TOLERANCE_NATS = 1e-3
 PROMPTS = ("To be, or not", "def f(x):", "The quick brown fox jumps over the lazy dog. " * 3, "数学 😀")
@@ -124,8 +124,8 @@ async def test_weight_one_on_a_member_is_that_member_token_for_token(engine, poo
 async def test_copies_of_one_model_are_that_model_token_for_token(tiny, pool):
     from pathlib import Path
 
-    from server.config import HostedModel
-    from server.members import load_members
+    from ensemble_server.server.config.blocks import HostedModel
+    from ensemble_server.server.engines.transformers_engine.members import load_members
 
     models = {name: HostedModel(path=str(tiny["qwen"])) for name in ("one", "two")}
     models["three"] = HostedModel(base="one")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 
-from server.engines.transformers_engine.pace import MIN_TOKENS, Pace
+from ensemble_server.server.engines.transformers_engine.pace import MIN_TOKENS, Pace
 
 
 def test_nothing_is_held_back_before_the_first_interactive_request() -> None:

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from server.engines.transformers_engine import packed_linear
-from server.engines.transformers_engine.packed_linear import PackedLinear, pack_linears
+from ensemble_server.server.engines.transformers_engine import packed_linear
+from ensemble_server.server.engines.transformers_engine.packed_linear import PackedLinear, pack_linears
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from ensembles.base import Answer, GenerationRequest, Mixture, Sampling, collect
-from server.engines.engine import StepStats
-from server.engines.transformers_engine.prefix_cache import BLOCK, Block, PrefixCache, block_keys
+from ensemble_server.ensembles.base import Answer, GenerationRequest, Mixture, Sampling, collect
+from ensemble_server.server.engines.engine import StepStats
+from ensemble_server.server.engines.transformers_engine.prefix_cache import BLOCK, Block, PrefixCache, block_keys
 from tests.server.engines.transformers_engine.test_numerics import MIXTURES, TOLERANCE_NATS, OnEngine, check_against
 
 SHOTS = tuple(np.random.default_rng(1).integers(3, 320, 3 * BLOCK + 5).tolist())

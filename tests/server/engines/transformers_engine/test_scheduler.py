@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from ensembles.base import Delta, GenerationRequest, Mixture, Sampling, collect
-from ensembles.errors import OverloadedError
-from server.engines.engine import StepStats
-from server.engines.transformers_engine.backbone import Backbone
-from server.engines.transformers_engine.scheduler import PATIENCE
+from ensemble_server.ensembles.base import Delta, GenerationRequest, Mixture, Sampling, collect
+from ensemble_server.ensembles.errors import OverloadedError
+from ensemble_server.server.engines.engine import StepStats
+from ensemble_server.server.engines.transformers_engine.backbone import Backbone
+from ensemble_server.server.engines.transformers_engine.scheduler import PATIENCE
 from tests.server.engines.transformers_engine.test_numerics import OnEngine
 
 USERS, ROWS = Mixture({"deep": 1}), Mixture({"llama": 1})  # members of their own, so that steps show who had a turn

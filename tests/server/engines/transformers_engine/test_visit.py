@@ -8,10 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from ensembles.base import Mixture, collect
-from ensembles.errors import ContextLengthError, EngineDeadError, MemberError, ModelLoadError, RequestError
-from server.engines.engine import StepStats
-from server.engines.transformers_engine.backbone import Backbone
+from ensemble_server.ensembles.base import Mixture, collect
+from ensemble_server.ensembles.errors import (
+    ContextLengthError,
+    EngineDeadError,
+    MemberError,
+    ModelLoadError,
+    RequestError,
+)
+from ensemble_server.server.engines.engine import StepStats
+from ensemble_server.server.engines.transformers_engine.backbone import Backbone
 from tests.server.engines.transformers_engine.test_engine import ask
 from tests.server.engines.transformers_engine.test_numerics import TOLERANCE_NATS, OnEngine
 

@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 
-from ensembles.base import Mixture
-from ensembles.errors import ModelLoadError
-from server.config import VllmEngineConfig
-from server.engines.vllm_engine.arguments import (
+from ensemble_server.ensembles.base import Mixture
+from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.config.blocks import VllmEngineConfig
+from ensemble_server.server.engines.vllm_engine.arguments import (
     DECIDED_ELSEWHERE,
     RELIED_ON,
     check_options,
     engine_arguments,
     memory_shares,
 )
-from server.engines.vllm_engine.directories import ModelFolder
-from server.engines.vllm_engine.placement import Placement, Weights
-from server.engines.vllm_engine.views import MemberView
+from ensemble_server.server.engines.vllm_engine.directories import ModelFolder
+from ensemble_server.server.engines.vllm_engine.placement import Placement, Weights
+from ensemble_server.server.engines.vllm_engine.views import MemberView
 from tests.conftest import make_model
 
 

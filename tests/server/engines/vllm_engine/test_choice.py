@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from ensembles.base import Delta, GenerationRequest, MemberToken, Sampling
-from ensembles.errors import MemberError
-from server.engines.vllm_engine.choice import VllmChoice, describe_prompt
-from server.surface import Surface
+from ensemble_server.ensembles.base import Delta, GenerationRequest, MemberToken, Sampling
+from ensemble_server.ensembles.errors import MemberError
+from ensemble_server.server.engines.vllm_engine.choice import VllmChoice, describe_prompt
+from ensemble_server.server.weights.surface import Surface
 from tests.conftest import make_tokenizer
 from tests.server.engines.vllm_engine.outputs import completion, logprob
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from server.config import HostedModel, parse_config
-from server.engines.vllm_engine.directories import ModelFolder, model_folder
-from server.engines.vllm_engine.placement import placements
-from server.engines.vllm_engine.views import load_views, resolve_checkpoints
+from ensemble_server.server.config.blocks import HostedModel, parse_config
+from ensemble_server.server.engines.vllm_engine.directories import ModelFolder, model_folder
+from ensemble_server.server.engines.vllm_engine.placement import placements
+from ensemble_server.server.engines.vllm_engine.views import load_views, resolve_checkpoints
 from tests.conftest import make_model
 
 

@@ -17,22 +17,22 @@ import pytest_asyncio
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
-from ensembles.base import GenerationRequest, Mixture, Sampling, collect
-from ensembles.errors import (
+from ensemble_server.ensembles.base import GenerationRequest, Mixture, Sampling, collect
+from ensemble_server.ensembles.errors import (
     EngineDeadError,
     ModelLoadError,
     RequestError,
     UnsupportedError,
 )
-from server.api.app import create_app
-from server.api.serve import listening
-from server.config import Config, parse_config
-from server.engines.engine import StepStats
-from server.engines.scripted_engine import Script, ScriptedModel
-from server.engines.vllm_engine import process
-from server.engines.vllm_engine.engine import VllmEngine
-from server.hosting import Hosting
-from server.metrics import Metrics
+from ensemble_server.server.api.app import create_app
+from ensemble_server.server.api.serve import listening
+from ensemble_server.server.config.blocks import Config, parse_config
+from ensemble_server.server.engines.engine import StepStats
+from ensemble_server.server.engines.scripted_engine import Script, ScriptedModel
+from ensemble_server.server.engines.vllm_engine import process
+from ensemble_server.server.engines.vllm_engine.engine import VllmEngine
+from ensemble_server.server.hosting import Hosting
+from ensemble_server.server.metrics import Metrics
 from tests.conftest import WIDE, make_adapter, make_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]

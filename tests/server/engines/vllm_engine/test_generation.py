@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from ensembles.base import Delta, Done, Event, GenerationRequest, Mixture, PromptScored, Sampling
-from ensembles.errors import DeadlineError
-from server.engines.vllm_engine.generation import Prepared, generate
-from server.engines.vllm_engine.views import MemberView
-from server.surface import Surface
+from ensemble_server.ensembles.base import Delta, Done, Event, GenerationRequest, Mixture, PromptScored, Sampling
+from ensemble_server.ensembles.errors import DeadlineError
+from ensemble_server.server.engines.vllm_engine.generation import Prepared, generate
+from ensemble_server.server.engines.vllm_engine.views import MemberView
+from ensemble_server.server.weights.surface import Surface
 from tests.conftest import make_tokenizer
 from tests.server.engines.vllm_engine.outputs import Streams, logprob, output
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensembles.base import GenerationRequest, Grammar, Mixture, Sampling
-from ensembles.errors import UnsupportedError
-from server.engines.vllm_engine.parameters import check_supported, choice_seed, sampling_params
+from ensemble_server.ensembles.base import GenerationRequest, Grammar, Mixture, Sampling
+from ensemble_server.ensembles.errors import UnsupportedError
+from ensemble_server.server.engines.vllm_engine.parameters import check_supported, choice_seed, sampling_params
 
 ONE, TWO = Mixture({"a": 1.0}), Mixture({"a": 1.0, "b": 1.0})
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from ensembles.base import Mixture
-from ensembles.errors import ModelLoadError
-from server.config import HostedModel, parse_config
-from server.engines.vllm_engine.placement import Placement, Weights, placements
+from ensemble_server.ensembles.base import Mixture
+from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.config.blocks import HostedModel, parse_config
+from ensemble_server.server.engines.vllm_engine.placement import Placement, Weights, placements
 
 A, B, C = ({"path": f"/{name}"} for name in "abc")
 

@@ -10,11 +10,11 @@ import pytest_asyncio
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
-from ensembles.base import Done, GenerationRequest, Model, PromptScored, Sampling
-from ensembles.errors import OverloadedError
-from server.config import parse_config
-from server.engines.engine import StepStats
-from server.hosting import Hosting
+from ensemble_server.ensembles.base import Done, GenerationRequest, Model, PromptScored, Sampling
+from ensemble_server.ensembles.errors import OverloadedError
+from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.engines.engine import StepStats
+from ensemble_server.server.hosting import Hosting
 from tests.conftest import WIDE, make_model
 from tests.server.api.conftest import until
 

@@ -12,10 +12,10 @@ import pytest
 
 pytest.importorskip("vllm.v1.engine.exceptions", reason="needs vLLM: make test-vllm")  # whose import takes its time
 
-from ensembles.errors import EngineDeadError, EngineRestartingError, ModelLoadError
-from server.engines.backoff import Backoff
-from server.engines.vllm_engine import process
-from server.engines.vllm_engine.process import VllmProcess
+from ensemble_server.ensembles.errors import EngineDeadError, EngineRestartingError, ModelLoadError
+from ensemble_server.server.engines.shared.backoff import Backoff
+from ensemble_server.server.engines.vllm_engine import process
+from ensemble_server.server.engines.vllm_engine.process import VllmProcess
 
 pytestmark = pytest.mark.vllm
 

@@ -6,8 +6,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from ensembles.errors import OverloadedError
-from server.engines.vllm_engine.queue import Queue
+from ensemble_server.ensembles.errors import OverloadedError
+from ensemble_server.server.engines.vllm_engine.queue import Queue
 
 
 @pytest.fixture

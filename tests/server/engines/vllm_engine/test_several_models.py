@@ -15,11 +15,11 @@ import pytest_asyncio
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
-from ensembles.base import Answer, GenerationRequest, Sampling, collect
-from ensembles.errors import EngineRestartingError
-from server.config import parse_config
-from server.engines.vllm_engine.model import VllmModel
-from server.hosting import Hosting
+from ensemble_server.ensembles.base import Answer, GenerationRequest, Sampling, collect
+from ensemble_server.ensembles.errors import EngineRestartingError
+from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.engines.vllm_engine.model import VllmModel
+from ensemble_server.server.hosting import Hosting
 from tests.conftest import WIDE, make_model
 from tests.reference import Reference, differences
 

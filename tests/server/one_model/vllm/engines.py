@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from server.config import parse_config
-from server.one_model.export import export
+from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.one_model.export import export
 from tests.conftest import WIDE, make_adapter, make_model
 from tests.reference import Reference
 

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from ensembles.base import Mixture
-from server.one_model.vllm.admission import admission_name, without_admission
-from server.one_model.vllm.request_mixture import Directory
+from ensemble_server.ensembles.base import Mixture
+from ensemble_server.server.one_model.vllm.admission import admission_name, without_admission
+from ensemble_server.server.one_model.vllm.request_mixture import Directory
 
 DIRECTORY = Directory(("base", 'a "odd" name'), Mixture({"base": 1.0, 'a "odd" name': 2.0}, "geometric"))
 

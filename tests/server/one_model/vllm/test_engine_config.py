@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from server.one_model.vllm.backbones import member_config
-from server.one_model.vllm.engine_config import WORKER, EnsembleEngineConfig
+from ensemble_server.server.one_model.vllm.backbones import member_config
+from ensemble_server.server.one_model.vllm.engine_config import WORKER, EnsembleEngineConfig
 from tests.server.one_model.vllm.engines import exported
 
 pytestmark = pytest.mark.vllm

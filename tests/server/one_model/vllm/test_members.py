@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from server.one_model.vllm.backbones import groups
+from ensemble_server.server.one_model.vllm.backbones import groups
 from tests.server.one_model.vllm.engines import TEXTS, TOLERANCE_NATS, engine, exported, run
 
 pytestmark = pytest.mark.vllm

@@ -19,11 +19,11 @@ from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from ensembles.base import Mixture
-from server.one_model.vllm.model import EnsembleForCausalLM
-from server.one_model.vllm.model_state import EnsembleState
-from server.one_model.vllm.request_mixture import Directory
-from server.one_model.vllm.rows import ARITHMETIC, BAYES, GEOMETRIC
+from ensemble_server.ensembles.base import Mixture
+from ensemble_server.server.one_model.vllm.model import EnsembleForCausalLM
+from ensemble_server.server.one_model.vllm.model_state import EnsembleState
+from ensemble_server.server.one_model.vllm.request_mixture import Directory
+from ensemble_server.server.one_model.vllm.rows import ARITHMETIC, BAYES, GEOMETRIC
 
 pytestmark = pytest.mark.vllm
 

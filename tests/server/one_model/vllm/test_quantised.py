@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from ensembles.errors import ModelLoadError
+from ensemble_server.ensembles.errors import ModelLoadError
 from tests.conftest import WIDE, make_adapter, make_model
 from tests.reference import plain_model, pooled
 from tests.server.one_model.vllm.engines import (

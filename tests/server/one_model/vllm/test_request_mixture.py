@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensembles.base import Mixture
-from server.one_model.vllm.request_mixture import Directory, RequestMixture
+from ensemble_server.ensembles.base import Mixture
+from ensemble_server.server.one_model.vllm.request_mixture import Directory, RequestMixture
 
 MEMBERS = ("base", "code", "prose")
 PLAIN = Directory(MEMBERS, Mixture({"base": 1.0, "code": 3.0}))

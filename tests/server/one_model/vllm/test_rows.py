@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from server.one_model.vllm.request_mixture import RequestMixture
-from server.one_model.vllm.rows import ARITHMETIC, GEOMETRIC, columns_of, kind_of, mix, packed, unpacked
+from ensemble_server.server.one_model.vllm.request_mixture import RequestMixture
+from ensemble_server.server.one_model.vllm.rows import ARITHMETIC, GEOMETRIC, columns_of, kind_of, mix, packed, unpacked
 from tests.reference import pooled
 
 MIXTURES = [

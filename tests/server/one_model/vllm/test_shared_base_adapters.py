@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ensembles.errors import ModelLoadError
-from server.one_model.vllm.shared_base_adapters import read_adapter
+from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.one_model.vllm.shared_base_adapters import read_adapter
 from tests.conftest import make_adapter
 
 KINDS = {

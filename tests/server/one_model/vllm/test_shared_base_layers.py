@@ -14,9 +14,14 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-from ensembles.errors import ModelLoadError
-from server.one_model.vllm.shared_base_adapters import LowRank
-from server.one_model.vllm.shared_base_layers import LowRankRows, add_changes, members_as_heads, put_side_by_side
+from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.one_model.vllm.shared_base_adapters import LowRank
+from ensemble_server.server.one_model.vllm.shared_base_layers import (
+    LowRankRows,
+    add_changes,
+    members_as_heads,
+    put_side_by_side,
+)
 
 pytestmark = pytest.mark.vllm
 

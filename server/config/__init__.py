@@ -1,0 +1,1 @@
+"""The YAML, checked as a whole and frozen."""

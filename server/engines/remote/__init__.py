@@ -1,0 +1,1 @@
+"""Members behind other OpenAI-compatible endpoints."""

@@ -1,0 +1,218 @@
+"""OpenAI's chat and completion API as its client sees it: the body of a request, and what streams back.
+
+Lenient in what it reads: unknown fields are ignored, and what servers vary in (reasoning fields, finish reasons, the
+form of errors) is understood in every variant.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from pydantic import BaseModel, Field
+
+from ensemble_server.ensembles.base import FinishReason, GenerationRequest, Grammar, Sampling, TokenLogprob
+from ensemble_server.ensembles.errors import UnsupportedError
+
+UNKNOWN_TOKEN_ID = -1  # OpenAI's logprobs name tokens by their text only
+
+FINISH_REASONS: dict[str, FinishReason] = {
+    "stop": "stop",
+    "eos": "stop",
+    "eos_token": "stop",
+    "stop_sequence": "stop",
+    "length": "length",
+    "max_tokens": "length",
+}
+FAILED_REASONS = ("content_filter", "abort", "error")  # the text before these is no answer
+
+# Fields of `Sampling` that travel under their own name, and only if they are set: OpenAI itself refuses some of them.
+_SAMPLING_FIELDS = (
+    "max_tokens",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "include_stop_str_in_output",
+    "min_tokens",
+    "ignore_eos",
+    "skip_special_tokens",
+)
+
+
+# --- the request --------------------------------------------------------------------------------------------------
+
+
+def request_body(name: str, model: str, request: GenerationRequest) -> tuple[str, dict[str, Any]]:
+    """The path below the base URL, and the JSON body, of `request` to the remote `model` that is called `name` here.
+
+    Raises `UnsupportedError` for what no OpenAI-compatible API takes.
+    """
+    _check_supported(name, request)
+    body: dict[str, Any] = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
+    if request.messages is not None:
+        path = "chat/completions"
+        body["messages"] = [dict(message) for message in request.messages]
+        if request.top_logprobs is not None:
+            body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
+    else:
+        path = "completions"
+        body["prompt"] = request.prompt if isinstance(request.prompt, str) else list(request.prompt)
+        if request.top_logprobs is not None:
+            body["logprobs"] = request.top_logprobs
+    if request.n > 1:
+        body["n"] = request.n
+    if request.truncate_prompt_tokens is not None:
+        body["truncate_prompt_tokens"] = request.truncate_prompt_tokens
+    return path, body | _sampling_body(request.sampling)
+
+
+def _check_supported(name: str, request: GenerationRequest) -> None:
+    grammar = request.sampling.grammar
+    refused = {
+        "tools": bool(request.tools),
+        "prompt_logprobs": request.prompt_logprobs is not None,
+        "a regular expression": grammar is not None and grammar.kind == "regex",
+        **{f"ensemble.{key}": True for key in request.overrides},
+    }
+    for what, is_asked in refused.items():
+        if is_asked:
+            param = "structured_outputs" if what == "a regular expression" else what
+            raise UnsupportedError(
+                f"model {name!r} answers through a remote API, which takes no {what}; ask a hosted model", param=param
+            )
+
+
+def _sampling_body(sampling: Sampling) -> dict[str, Any]:
+    default = Sampling()
+    body: dict[str, Any] = {"temperature": sampling.temperature}
+    for key in _SAMPLING_FIELDS:
+        if getattr(sampling, key) != getattr(default, key):
+            body[key] = getattr(sampling, key)
+    if sampling.stop:
+        body["stop"] = list(sampling.stop)
+    if sampling.stop_token_ids:
+        body["stop_token_ids"] = list(sampling.stop_token_ids)
+    if sampling.logit_bias:
+        body["logit_bias"] = {str(token_id): bias for token_id, bias in sampling.logit_bias.items()}
+    if sampling.grammar is not None:
+        body["response_format"] = _response_format(sampling.grammar)
+    return body
+
+
+def _response_format(grammar: Grammar) -> dict[str, Any]:
+    if grammar.kind == "json_object":
+        return {"type": "json_object"}
+    schema = {"name": "answer", "schema": orjson.loads(grammar.source), "strict": True}
+    return {"type": "json_schema", "json_schema": schema}
+
+
+# --- the answer ---------------------------------------------------------------------------------------------------
+
+
+class Alternative(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None = None
+
+    def read(self, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        raw = self.token.encode() if self.bytes is None else bytes(self.bytes)
+        return TokenLogprob(UNKNOWN_TOKEN_ID, self.token, raw, self.logprob, top)
+
+
+class ChatToken(Alternative):
+    top_logprobs: list[Alternative] = Field(default_factory=list)
+
+
+class Logprobs(BaseModel):
+    """Both forms: `content` is that of chats, the parallel lists are those of completions."""
+
+    content: list[ChatToken] | None = None
+    tokens: list[str] | None = None
+    token_logprobs: list[float | None] | None = None
+    top_logprobs: list[dict[str, float] | None] | None = None
+
+    def read(self) -> tuple[TokenLogprob, ...]:
+        """Raises `ValueError` if the parallel lists differ in length."""
+        if self.content is not None:
+            return tuple(token.read(tuple(other.read() for other in token.top_logprobs)) for token in self.content)
+        tokens = self.tokens or []
+        logprobs = self.token_logprobs or [None] * len(tokens)
+        tops = self.top_logprobs or [None] * len(tokens)
+        return tuple(
+            TokenLogprob(UNKNOWN_TOKEN_ID, token, token.encode(), logprob, _ranked(top or {}))
+            for token, logprob, top in zip(tokens, logprobs, tops, strict=True)
+        )
+
+
+def _ranked(top: dict[str, float]) -> tuple[TokenLogprob, ...]:
+    ranked = sorted(top.items(), key=lambda item: -item[1])
+    return tuple(TokenLogprob(UNKNOWN_TOKEN_ID, token, token.encode(), logprob) for token, logprob in ranked)
+
+
+class Said(BaseModel):
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+class ChunkChoice(BaseModel):
+    """One choice: of a chat (`delta` if streamed, else `message`) or of a completion (`text`)."""
+
+    index: int = Field(0, ge=0)
+    delta: Said | None = None
+    message: Said | None = None
+    text: str | None = None
+    logprobs: Logprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+    @property
+    def said(self) -> Said:
+        return self.delta or self.message or Said(content=self.text)
+
+
+class ChunkUsage(BaseModel):
+    prompt_tokens: int | None = Field(None, ge=0)
+    completion_tokens: int | None = Field(None, ge=0)
+
+
+class Chunk(BaseModel):
+    """One streamed event, or a whole answer."""
+
+    choices: list[ChunkChoice] | None = None
+    usage: ChunkUsage | None = None
+    error: Any = None
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+def parse_error_body(body: bytes) -> tuple[str, str | None]:
+    """What the body of an error response says, and its code. A body that is no JSON is quoted from its start."""
+    try:
+        return error_message(orjson.loads(body))
+    except ValueError:
+        return body.decode(errors="replace").strip()[:200], None
+
+
+def error_message(said: Any) -> tuple[str, str | None]:
+    """The message and the code of OpenAI's error object, or of one of its variants.
+
+    {"error": {"message": "no", "code": "x"}} -> ("no", "x");  {"detail": "no"} -> ("no", None);  "no" -> ("no", None)
+    """
+    if isinstance(said, dict) and said.get("error"):
+        said = said["error"]
+    if not isinstance(said, dict):
+        return str(said)[:500], None
+    code = said.get("code")
+    return str(said.get("message") or said.get("detail") or said)[:500], code if isinstance(code, str) else None
+
+
+def is_about_context(message: str, code: str | None) -> bool:
+    """Whether a refusal says that prompt and answer do not fit into the model."""
+    phrases = ("context length", "context size", "context window")
+    return code == "context_length_exceeded" or any(phrase in message.lower() for phrase in phrases)

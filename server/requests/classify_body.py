@@ -1,0 +1,71 @@
+"""The body of a /v1/classify row: a prompt, its labels, and how their probabilities are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import AfterValidator, Field, JsonValue, ValidationError, model_validator
+
+from ensemble_server.ensembles.errors import RequestError
+from ensemble_server.ensembles.label_probabilities import Normalisation
+from ensemble_server.server.config.problems import nearest
+from ensemble_server.server.requests.messages import ChatMessage, Part
+from ensemble_server.server.requests.protocol import TokenId
+
+MAX_LABELS = 128
+
+
+def _distinct(labels: list[str]) -> list[str]:
+    if len(set(labels)) < len(labels):
+        raise ValueError("holds a label twice")
+    if blank := [label for label in labels if not label.strip()]:
+        raise ValueError(f"a label must not be blank, got {blank[0]!r}")
+    return labels
+
+
+Labels = Annotated[list[str], Field(min_length=2, max_length=MAX_LABELS), AfterValidator(_distinct)]
+RawPrompt = str | Annotated[list[TokenId], Field(min_length=1)]
+
+
+class Prompted(Part):
+    """Exactly one of a chat and a raw prompt; `input` is another name for `prompt`."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    prompt: RawPrompt | None = None
+    input: RawPrompt | None = None
+
+    @model_validator(mode="after")
+    def _is_one_of_them(self) -> Prompted:
+        given = [name for name in ("messages", "prompt", "input") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"needs exactly one of messages, prompt and input, got {' and '.join(given) or 'none'}")
+        return self
+
+
+class ClassifyBody(Prompted):
+    """`separator` stands between prompt and label; by default a space after raw text that does not end in white space
+    and before a label that does not begin with one, and nothing after a chat. `content_free`: the same prompt with
+    nothing to judge in it, whose probabilities are divided out."""
+
+    model: str | None = None
+    labels: Labels
+    separator: str | None = None
+    normalise: Normalisation = "sum"
+    content_free: Prompted | None = None
+    ensemble: dict[str, JsonValue] = Field(default_factory=dict)
+
+
+def parsed_body(body: Mapping[str, Any]) -> ClassifyBody:
+    """Raises `RequestValidationError`, as HTTP routes do, or `RequestError` for a key that is not known."""
+    try:
+        parsed = ClassifyBody.model_validate(dict(body))
+    except ValidationError as exc:
+        found = [{**finding, "loc": ("body", *finding["loc"])} for finding in exc.errors()]
+        raise RequestValidationError(found, body=body) from exc
+    for part, at in ((parsed, ""), (parsed.content_free, "content_free.")):
+        for key in (part.model_extra or {}) if part is not None else ():
+            known = list(type(part).model_fields)
+            raise RequestError(f"unknown parameter {at + key!r}{nearest(key, known)}", param=at + key)
+    return parsed

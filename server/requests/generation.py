@@ -1,0 +1,305 @@
+"""From a request's body to generations, and from their events to what all answers share.
+
+One body may ask for several generations (a completion has one per prompt), and each of them for `n` choices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ensemble_server.ensembles.base import (
+    Choice,
+    Delta,
+    DistributionModel,
+    Done,
+    Event,
+    GenerationRequest,
+    Grammar,
+    MemberUsage,
+    Model,
+    PromptScored,
+    Sampling,
+    Usage,
+)
+from ensemble_server.ensembles.errors import RequestError
+from ensemble_server.ensembles.method import Method
+from ensemble_server.server.api.request_log import RequestRecord
+from ensemble_server.server.engines.remote.remote import RemoteChat
+from ensemble_server.server.requests.protocol import ChatBody, CompletionBody, GenerationBody
+from ensemble_server.server.requests.responses import EnsembleObject, MemberUsageObject, UsageObject
+from ensemble_server.server.requests.terms import Terms
+
+if TYPE_CHECKING:
+    from ensemble_server.server.hosting import Hosting
+    from ensemble_server.server.metrics import Metrics
+    from ensemble_server.server.weights.surface import Surface
+
+# --- what is asked -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Extension:
+    """The request's `ensemble` object: whether to explain, and what the method is asked to change."""
+
+    explain: bool
+    overrides: dict[str, Any]
+
+
+def extension_of(body: GenerationBody) -> Extension:
+    overrides = dict(body.ensemble or {})
+    explain = overrides.pop("explain", None)
+    if explain is not None and not isinstance(explain, bool):
+        raise RequestError("ensemble.explain must be true or false", param="ensemble.explain")
+    return Extension(bool(explain), overrides)
+
+
+def explains_tokens(model: Model) -> bool:
+    """Whether `explain` turns a model's logprobs on. Ensembles of texts explain by their trace, and share no tokens; a
+    remote end may have no logprobs to give."""
+    return isinstance(model, DistributionModel) or not isinstance(model, Method | RemoteChat)
+
+
+def check_stream_options(body: GenerationBody) -> None:
+    if body.stream_options is not None and not body.stream:
+        raise RequestError("stream_options is only allowed with stream: true", param="stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise RequestError("prompt_logprobs cannot be streamed", param="prompt_logprobs")
+
+
+def sampling_of(body: ChatBody | CompletionBody, grammar: Grammar | None, surface: Surface | None) -> Sampling:
+    """How tokens are chosen. Token ids are checked against the surface's vocabulary where there is one."""
+    max_tokens, min_tokens = body.max_new_tokens, body.min_tokens or 0
+    if max_tokens is not None and min_tokens > max_tokens:
+        raise RequestError(
+            f"min_tokens must be at most max_tokens, got {min_tokens} and {max_tokens}", param="min_tokens"
+        )
+    return Sampling(
+        max_tokens=max_tokens,
+        temperature=_or(body.temperature, 1.0),
+        top_p=_or(body.top_p, 1.0),
+        top_k=max(0, body.top_k or 0),
+        min_p=body.min_p or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=_or(body.repetition_penalty, 1.0),
+        logit_bias=_logit_bias(body.logit_bias or {}, surface),
+        seed=body.seed,
+        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        include_stop_str_in_output=bool(body.include_stop_str_in_output),
+        min_tokens=min_tokens,
+        ignore_eos=bool(body.ignore_eos),
+        skip_special_tokens=_or(body.skip_special_tokens, True),
+        grammar=grammar,
+    )
+
+
+def prompt_tokens_kept(body: ChatBody | CompletionBody, model: Model) -> int | None:
+    """`truncate_prompt_tokens` as a number. -1: all that leaves room for the new tokens."""
+    kept = body.truncate_prompt_tokens
+    if kept == 0:
+        raise RequestError("truncate_prompt_tokens must be at least 1, or -1", param="truncate_prompt_tokens")
+    if kept != -1:
+        return kept
+    if model.max_model_len is None:
+        raise RequestError(
+            f"truncate_prompt_tokens: the context of model {model.name!r} is not known; give a number",
+            param="truncate_prompt_tokens",
+        )
+    return max(1, model.max_model_len - (body.max_new_tokens or 1))
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _logit_bias(biases: dict[str, float], surface: Surface | None) -> dict[int, float]:
+    by_id = {}
+    for key, bias in biases.items():
+        if not (key.isascii() and key.isdecimal() and len(key) < 10):
+            raise RequestError(f"logit_bias: keys are token ids, got {key[:40]!r}", param="logit_bias")
+        token_id = int(key)
+        if surface is not None and token_id >= surface.vocab_size:
+            raise RequestError(
+                f"logit_bias: token id {token_id} is outside the vocabulary of {surface.vocab_size}", param="logit_bias"
+            )
+        by_id[token_id] = bias
+    return by_id
+
+
+# --- what comes --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PromptAnswer:
+    """What became of one prompt: its choices, and how it was read."""
+
+    choices: list[Choice]
+    prompt: PromptScored | None = None
+
+
+@dataclass
+class Generations:
+    """The generations of one body, while they run and after. `requests` differ in their prompts only.
+
+    `events` may be read once. What it yields is also counted: in the metrics, and for the access log.
+    """
+
+    model: Model
+    requests: Sequence[GenerationRequest]
+    hosting: Hosting
+    metrics: Metrics
+    record: RequestRecord
+    terms: Terms
+    num_prompt_tokens: int = 0
+    num_completion_tokens: int = 0
+    _done: dict[int, Done] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.record.model = self.model.name
+        self._clock = self.metrics.token_clock(self.model.name)
+
+    def head(self, prefix: str, kind: str) -> dict[str, Any]:
+        """What every chunk and every answer begins with."""
+        return {
+            "id": f"{prefix}-{self.terms.new_id()}",
+            "object": kind,
+            "created": self.terms.created,
+            "model": self.model.name,
+            "system_fingerprint": self.hosting.fingerprint(self.model.name),
+        }
+
+    async def events(self) -> AsyncGenerator[tuple[int, PromptScored | Delta]]:
+        """(index of the prompt, event), as they come. Closing it ends all generations."""
+        with self.metrics.live_request():
+            max_concurrent = max(1, self.hosting.config.engine.max_batch // self.requests[0].n)
+            async with aclosing(_interleaved(self.model, self.requests, max_concurrent)) as events:
+                async for place, event in events:
+                    match event:
+                        case Delta():
+                            self._clock.tick((place, event.index))
+                            self.num_completion_tokens += len(event.token_ids)
+                        case PromptScored():
+                            self.num_prompt_tokens += len(event.token_ids)
+                        case Done():
+                            self._done[place] = event
+                            continue
+                    yield place, event
+        self._count()
+
+    async def answers(self) -> list[PromptAnswer]:
+        """All generations, to their ends."""
+        answers = [PromptAnswer([Choice(index) for index in range(request.n)]) for request in self.requests]
+        async with aclosing(self.events()) as events:
+            async for place, event in events:
+                match event:
+                    case Delta():
+                        answers[place].choices[event.index].extend(event)
+                    case PromptScored():
+                        answers[place].prompt = event
+        return answers
+
+    @property
+    def usage_so_far(self) -> UsageObject:
+        return _usage_object(self.num_prompt_tokens, self.num_completion_tokens)
+
+    @property
+    def usage(self) -> UsageObject:
+        """All generations' tokens, once they have ended."""
+        total = self.total
+        return _usage_object(total.prompt_tokens, total.completion_tokens)
+
+    @property
+    def ensemble(self) -> EnsembleObject:
+        """Who answered, once all generations have ended."""
+        done = [self._done[place] for place in range(len(self.requests))]
+        shown: EnsembleObject = {
+            "method": done[0].method,
+            "members": list(done[0].members),
+            "turnout": min(one.turnout for one in done),
+            "usage": {name: _member_usage(used) for name, used in self.total.members.items()},
+        }
+        traces = [one.trace for one in done]
+        if any(trace is not None for trace in traces):
+            shown["trace"] = traces[0] if len(traces) == 1 else traces
+        return shown
+
+    @property
+    def total(self) -> Usage:
+        """What all generations used that have ended."""
+        members: dict[str, MemberUsage] = {}
+        for done in self._done.values():
+            for name, used in done.usage.members.items():
+                members[name] = members.get(name, MemberUsage()) + used
+        return Usage(
+            sum(done.usage.prompt_tokens for done in self._done.values()),
+            sum(done.usage.completion_tokens for done in self._done.values()),
+            members,
+        )
+
+    def _count(self) -> None:
+        assert len(self._done) == len(self.requests), f"model {self.model.name!r} ended without Done"
+        total = self.total
+        self.record.prompt_tokens, self.record.completion_tokens = total.prompt_tokens, total.completion_tokens
+        self.metrics.observe_usage(self.model.name, total)
+
+
+def _usage_object(prompt_tokens: int, completion_tokens: int) -> UsageObject:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def _member_usage(used: MemberUsage) -> MemberUsageObject:
+    shown: MemberUsageObject = {"prompt_tokens": used.prompt_tokens, "completion_tokens": used.completion_tokens}
+    if used.cost:
+        shown["cost"] = used.cost
+    return shown
+
+
+async def _interleaved(
+    model: Model, requests: Sequence[GenerationRequest], max_concurrent: int
+) -> AsyncGenerator[tuple[int, Event]]:
+    """The events of all `requests`, as they come, each with its request's index; at most `max_concurrent` run at once.
+
+    The first error ends all and is raised here.
+    """
+    if len(requests) == 1:
+        async with aclosing(model.generate(requests[0])) as events:
+            async for event in events:
+                yield 0, event
+        return
+
+    arrived: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue(maxsize=64)
+    turn = asyncio.Semaphore(max_concurrent)
+
+    async def generate(place: int, request: GenerationRequest) -> None:
+        try:
+            async with turn, aclosing(model.generate(request)) as events:
+                async for event in events:
+                    await arrived.put((place, event))
+            await arrived.put((place, None))
+        except Exception as exc:
+            await arrived.put((place, exc))
+
+    tasks = [asyncio.create_task(generate(place, request)) for place, request in enumerate(requests)]
+    try:
+        num_live = len(tasks)
+        while num_live:
+            place, item = await arrived.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_live -= 1
+            else:
+                yield place, item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

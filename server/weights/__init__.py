@@ -1,0 +1,1 @@
+"""What lies on disk or on a hub: checkpoints, tokenizers, adapters, embedding models; nothing of engines."""

@@ -1,0 +1,21 @@
+"""What a fingerprint tells apart. How models depend on each other is seen in test_hosting.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ensemble_server.server.config.blocks import Config, parse_config
+from ensemble_server.server.config.fingerprints import fingerprint
+
+
+def config_of(**engine: object) -> Config:
+    return parse_config({"models": {"a": {"path": "org/a"}}, "engine": engine}, source=Path("/config.yaml"))
+
+
+def test_answers_of_another_engine_are_told_apart() -> None:
+    assert fingerprint("a", config_of(kind="vllm")) != fingerprint("a", config_of())
+
+
+def test_how_much_an_engine_does_at_once_changes_no_answer() -> None:
+    assert fingerprint("a", config_of(kind="vllm", max_batch=1)) == fingerprint("a", config_of(kind="vllm"))
+    assert fingerprint("a", config_of(max_batch=1)) == fingerprint("a", config_of())

@@ -1,0 +1,545 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ensemble_server.ensembles.base import (
+    Delta,
+    Done,
+    GenerationRequest,
+    Grammar,
+    MemberUsage,
+    Model,
+    Sampling,
+    collect,
+)
+from ensemble_server.ensembles.errors import (
+    ConfigError,
+    ContextLengthError,
+    DeadlineError,
+    EnsembleError,
+    MemberError,
+    UnsupportedError,
+)
+from ensemble_server.server.config.blocks import RemoteModel
+from ensemble_server.server.engines.remote.remote import RemoteChat
+
+
+@dataclass
+class Connection:
+    """One request as it came, and the way back."""
+
+    path: str
+    headers: dict[str, str]
+    body: Any
+    writer: asyncio.StreamWriter
+    gone: asyncio.Event  # set once the client hung up
+
+    async def send(self, data: str | bytes) -> None:
+        self.writer.write(data.encode() if isinstance(data, str) else data)
+        await self.writer.drain()
+
+    async def start_stream(self) -> None:
+        await self.send("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n")
+
+    async def event(self, data: Any) -> None:
+        await self.send(f"data: {data if isinstance(data, str) else json.dumps(data)}\n\n")
+
+    async def respond(self, status: int, body: Any, **headers: str) -> None:
+        content = body if isinstance(body, str) else json.dumps(body)
+        lines = [f"HTTP/1.1 {status} X", "Content-Type: application/json", f"Content-Length: {len(content.encode())}"]
+        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        await self.send("\r\n".join([*lines, "Connection: close", "", content]))
+
+    async def say(self, *pieces: str, finish_reason: str = "stop", usage: tuple[int, int] | None = (7, 3)) -> None:
+        """A well-behaved chat answer."""
+        await self.start_stream()
+        for piece in pieces:
+            await self.event({"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]})
+        await self.event({"choices": [{"index": 0, "delta": {}, "finish_reason": finish_reason}]})
+        if usage:
+            await self.event({"choices": [], "usage": {"prompt_tokens": usage[0], "completion_tokens": usage[1]}})
+        await self.event("[DONE]")
+
+
+Behaviour = Callable[[Connection], Awaitable[None]]
+
+
+@dataclass
+class ScriptedRemote:
+    """A real HTTP server on a free local port, told by each test how to behave, down to the bytes.
+
+    It meets the first request with the first behaviour, and so on; the last one stays.
+    """
+
+    behaviours: list[Behaviour]
+    connections: list[Connection] = field(default_factory=list)
+    num_live: int = 0
+    max_live: int = 0
+
+    async def __aenter__(self) -> ScriptedRemote:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        port = self._server.sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}/v1"
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:] if line)}
+        body = json.loads(await reader.readexactly(int(headers["content-length"])))
+        connection = Connection(head[0].split()[1], headers, body, writer, asyncio.Event())
+        self.connections.append(connection)
+        behaviour = self.behaviours[min(len(self.connections), len(self.behaviours)) - 1]
+        self.num_live += 1
+        self.max_live = max(self.max_live, self.num_live)
+        watching = asyncio.create_task(self._watch(reader, connection.gone))
+        try:
+            await behaviour(connection)
+        except ConnectionError:
+            connection.gone.set()
+        finally:
+            self.num_live -= 1
+            watching.cancel()
+            writer.close()
+
+    @staticmethod
+    async def _watch(reader: asyncio.StreamReader, gone: asyncio.Event) -> None:
+        while await reader.read(1024):
+            pass
+        gone.set()
+
+
+ASK = GenerationRequest(messages=({"role": "user", "content": "How many?"},))
+
+
+def ask(**changes: Any) -> GenerationRequest:
+    return GenerationRequest(messages=ASK.messages, **changes)
+
+
+@pytest.fixture
+async def remote_of() -> AsyncIterator[Callable[..., Any]]:
+    """remote_of(behaviour, ..., config_key=value) -> a running server and the model that talks to it."""
+    opened: list[tuple[RemoteChat, ScriptedRemote]] = []
+
+    async def make(*behaviours: Behaviour, **config: Any) -> tuple[RemoteChat, ScriptedRemote]:
+        server = await ScriptedRemote(list(behaviours)).__aenter__()
+        waits: list[float] = []
+
+        async def sleep(wait_s: float) -> None:
+            waits.append(wait_s)
+
+        model = RemoteChat("far", RemoteModel(url=server.url, **config), sleep=sleep, rng=random.Random(0))
+        model.waits = waits  # type: ignore[attr-defined]
+        opened.append((model, server))
+        return model, server
+
+    yield make
+    for model, server in opened:
+        await model.aclose()
+        await server.__aexit__()
+
+
+def saying(*pieces: str, **changes: Any) -> Behaviour:
+    async def behave(connection: Connection) -> None:
+        await connection.say(*pieces, **changes)
+
+    return behave
+
+
+def refusing(status: int, body: Any, **headers: str) -> Behaviour:
+    async def behave(connection: Connection) -> None:
+        await connection.respond(status, body, **headers)
+
+    return behave
+
+
+def streaming(*events: Any) -> Behaviour:
+    """Sends these events, and hangs up."""
+
+    async def behave(connection: Connection) -> None:
+        await connection.start_stream()
+        for event in events:
+            await connection.event(event)
+
+    return behave
+
+
+def content(text: str, index: int = 0, finish_reason: str | None = None, **more: Any) -> dict[str, Any]:
+    return {"choices": [{"index": index, "delta": {"content": text}, "finish_reason": finish_reason, **more}]}
+
+
+# --- answers ------------------------------------------------------------------------------------------------------
+
+
+async def test_an_answer_streams_and_adds_up(remote_of: Callable[..., Any]) -> None:
+    model, server = await remote_of(
+        saying("Eigh", "teen"), model="there", prompt_price_per_million=10, completion_price_per_million=100
+    )
+    assert isinstance(model, Model)
+    events = [event async for event in model.generate(ASK)]
+    assert [event.text for event in events if isinstance(event, Delta)] == ["Eigh", "teen", ""]
+    done = events[-1]
+    assert isinstance(done, Done)
+    assert done.usage.members == {"far": MemberUsage(7, 3, cost=0.00037)}  # 7 * 10 + 3 * 100 millionths
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens, done.members, done.turnout) == (7, 3, ("far",), 1)
+    (connection,) = server.connections
+    assert connection.path == "/v1/chat/completions"
+    assert connection.body["model"] == "there"
+    assert "authorization" not in connection.headers
+
+
+async def test_the_request_says_what_was_asked_and_nothing_else(remote_of: Callable[..., Any]) -> None:
+    model, server = await remote_of(saying("x"))
+    await collect(model, ASK)
+    assert server.connections[0].body == {
+        "model": "far",
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "messages": [{"role": "user", "content": "How many?"}],
+        "temperature": 1.0,
+    }
+    schema = {"type": "object"}
+    sampling = Sampling(
+        max_tokens=5,
+        temperature=0,
+        top_p=0.5,
+        top_k=3,
+        seed=7,
+        stop=("a", "b"),
+        logit_bias={5: -1.0},
+        grammar=Grammar("json_schema", json.dumps(schema)),
+    )
+    await collect(model, ask(sampling=sampling))
+    assert server.connections[1].body == server.connections[0].body | {
+        "max_tokens": 5,
+        "temperature": 0,
+        "top_p": 0.5,
+        "top_k": 3,
+        "seed": 7,
+        "stop": ["a", "b"],
+        "logit_bias": {"5": -1.0},
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "schema": schema, "strict": True},
+        },
+    }
+
+
+async def test_raw_prompts_go_to_the_completions_endpoint(remote_of: Callable[..., Any]) -> None:
+    model, server = await remote_of(
+        streaming({"choices": [{"index": 0, "text": "lo", "finish_reason": "length"}]}, "[DONE]")
+    )
+    answer = await collect(model, GenerationRequest(prompt="hel"))
+    assert (answer.text, answer.choices[0].finish_reason) == ("lo", "length")
+    await collect(model, GenerationRequest(prompt=(1, 2)))
+    assert [connection.path for connection in server.connections] == ["/v1/completions"] * 2
+    assert [connection.body["prompt"] for connection in server.connections] == ["hel", [1, 2]]
+
+
+async def test_several_choices_may_interleave(remote_of: Callable[..., Any]) -> None:
+    model, server = await remote_of(
+        streaming(content("b", 1), content("a", 0, "stop"), content("c", 1, "length"), "[DONE]")
+    )
+    answer = await collect(model, ask(n=2))
+    assert [(choice.text, choice.finish_reason) for choice in answer.choices] == [("a", "stop"), ("bc", "length")]
+    assert server.connections[0].body["n"] == 2
+
+
+async def test_reasoning_is_kept_apart_from_the_answer(remote_of: Callable[..., Any]) -> None:
+    thought = {"choices": [{"index": 0, "delta": {"reasoning_content": "hm"}}]}
+    model, _ = await remote_of(streaming(thought, content("18", finish_reason="stop"), "[DONE]"))
+    answer = await collect(model, ASK)
+    assert (answer.choices[0].reasoning, answer.text) == ("hm", "18")
+
+
+async def test_a_server_that_does_not_stream_is_understood(remote_of: Callable[..., Any]) -> None:
+    choice = {"index": 0, "message": {"content": "18"}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 4, "completion_tokens": 1}
+    model, _ = await remote_of(refusing(200, {"choices": [choice], "usage": usage}))
+    answer = await collect(model, ASK)
+    assert (answer.text, answer.done.usage.prompt_tokens) == ("18", 4)
+
+
+async def test_logprobs_of_a_chat_are_mapped(remote_of: Callable[..., Any]) -> None:
+    token = {"token": "é", "logprob": -0.5, "bytes": [195, 169], "top_logprobs": [{"token": "é", "logprob": -0.5}]}
+    model, server = await remote_of(
+        streaming(content("é", logprobs={"content": [token]}, finish_reason="stop"), "[DONE]")
+    )
+    answer = await collect(model, ask(top_logprobs=1))
+    (read,) = answer.choices[0].tokens
+    assert (read.text, read.logprob, read.bytes, read.top[0].text) == ("é", -0.5, b"\xc3\xa9", "é")
+    assert (server.connections[0].body["logprobs"], server.connections[0].body["top_logprobs"]) == (True, 1)
+
+
+async def test_logprobs_of_a_completion_are_mapped(remote_of: Callable[..., Any]) -> None:
+    logprobs = {"tokens": ["a", "b"], "token_logprobs": [None, -1.5], "top_logprobs": [None, {"c": -2.0, "b": -1.5}]}
+    choice = {"index": 0, "text": "ab", "finish_reason": "stop", "logprobs": logprobs}
+    model, _ = await remote_of(streaming({"choices": [choice]}, "[DONE]"))
+    answer = await collect(model, GenerationRequest(prompt="x", top_logprobs=2))
+    first, second = answer.choices[0].tokens
+    assert (first.logprob, second.logprob, [top.text for top in second.top]) == (None, -1.5, ["b", "c"])
+
+
+async def test_logprobs_that_the_remote_end_leaves_out_are_refused_by_name(remote_of: Callable[..., Any]) -> None:
+    model, _ = await remote_of(saying("18"))
+    with pytest.raises(UnsupportedError, match=r"'far'.*no logprobs") as raised:
+        await collect(model, ask(top_logprobs=0))
+    assert raised.value.param == "logprobs"
+
+
+@pytest.mark.parametrize(
+    ("request_", "param"),
+    [
+        (ask(tools=({"type": "function"},)), "tools"),
+        (ask(prompt_logprobs=0), "prompt_logprobs"),
+        (ask(overrides={"pool": "geometric"}), "ensemble.pool"),
+        (ask(sampling=Sampling(grammar=Grammar("regex", "a"))), "structured_outputs"),
+    ],
+)
+async def test_what_no_remote_api_takes_is_refused_before_asking(
+    remote_of: Callable[..., Any], request_: GenerationRequest, param: str
+) -> None:
+    model, server = await remote_of(saying("x"))
+    with pytest.raises(UnsupportedError) as raised:
+        await collect(model, request_)
+    assert raised.value.param == param
+    assert not server.connections
+
+
+# --- keys ---------------------------------------------------------------------------------------------------------
+
+
+async def test_the_key_comes_from_the_environment(
+    remote_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAR_KEY", "s3cret")
+    model, server = await remote_of(saying("x"), api_key_env="FAR_KEY")
+    await collect(model, ASK)
+    assert server.connections[0].headers["authorization"] == "Bearer s3cret"
+
+
+def test_a_missing_key_names_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FAR_KEY", raising=False)
+    with pytest.raises(ConfigError, match=r"'far'.*FAR_KEY"):
+        RemoteChat("far", RemoteModel(url="http://127.0.0.1:1/v1", api_key_env="FAR_KEY"))
+
+
+# --- trying again -------------------------------------------------------------------------------------------------
+
+
+async def test_a_failing_server_is_tried_again_and_then_answers(remote_of: Callable[..., Any]) -> None:
+    model, server = await remote_of(
+        refusing(500, "oops"), refusing(429, {"error": {"message": "slow down"}}, Retry_After="3"), saying("18")
+    )
+    assert (await collect(model, ASK)).text == "18"
+    assert len(server.connections) == 3
+    own, asked = model.waits
+    assert 0.25 <= own < 0.5
+    assert asked == 3
+
+
+async def test_after_the_last_try_the_reason_is_told(remote_of: Callable[..., Any]) -> None:
+    model, server = await remote_of(refusing(503, {"error": {"message": "overloaded"}}), max_retries=1)
+    with pytest.raises(MemberError, match=r"member 'far': the remote end answered 503: overloaded \(after 2 tries\)"):
+        await collect(model, ASK)
+    assert len(server.connections) == 2
+
+
+async def test_a_wait_beyond_the_deadline_or_the_timeout_is_not_begun(remote_of: Callable[..., Any]) -> None:
+    model, server = await remote_of(refusing(429, {"detail": "full"}, Retry_After="60"), timeout_s=90)
+    with pytest.raises(MemberError, match="429: full"):
+        await collect(model, ask(deadline_s=30))
+    impatient, _ = await remote_of(refusing(429, {"detail": "full"}, Retry_After="60"), timeout_s=30)
+    with pytest.raises(MemberError, match="429: full"):
+        await collect(impatient, ASK)
+    assert model.waits == impatient.waits == []
+    assert len(server.connections) == 1
+
+
+async def test_a_refused_request_is_not_repeated(remote_of: Callable[..., Any]) -> None:
+    model, server = await remote_of(refusing(401, {"error": {"message": "wrong key", "code": "invalid_api_key"}}))
+    with pytest.raises(MemberError, match="answered 401: wrong key"):
+        await collect(model, ASK)
+    assert len(server.connections) == 1
+
+
+async def test_a_prompt_too_long_for_the_remote_end_is_the_requests_fault(remote_of: Callable[..., Any]) -> None:
+    said = {"error": {"message": "This model's maximum context length is 8 tokens.", "code": 400}}
+    model, _ = await remote_of(refusing(400, said))
+    with pytest.raises(ContextLengthError, match=r"'far'.*maximum context length is 8"):
+        await collect(model, ASK)
+
+
+async def test_a_dead_address_is_named() -> None:
+    model = RemoteChat("far", RemoteModel(url="http://127.0.0.1:9/v1", max_retries=0))
+    with pytest.raises(MemberError, match=r"'far': cannot reach http://127.0.0.1:9/v1/"):
+        await collect(model, ASK)
+    await model.aclose()
+
+
+# --- breaking off -------------------------------------------------------------------------------------------------
+
+GARBAGE = [
+    pytest.param(streaming("{not json"), "malformed answer", id="no JSON"),
+    pytest.param(streaming('{"choices": "none"}'), "malformed answer: choices", id="wrong type"),
+    pytest.param(streaming("[1, 2]"), "malformed answer", id="no object"),
+    pytest.param(streaming(content("x", 5)), "choice 5 was not asked for", id="choice out of range"),
+    pytest.param(streaming("[DONE]"), "the answer is empty", id="nothing said"),
+    pytest.param(streaming(content(" \n", finish_reason="stop"), "[DONE]"), "the answer is empty", id="blank"),
+    pytest.param(streaming(content("18")), "the stream ended before the answer did", id="cut between events"),
+    pytest.param(streaming(content("1"), {"error": {"message": "out of memory"}}), "out of memory", id="error event"),
+    pytest.param(streaming(content("1", finish_reason="content_filter")), "content_filter", id="filtered"),
+    pytest.param(refusing(200, "<html>hello</html>"), "malformed answer", id="a web page"),
+    pytest.param(refusing(200, {"choices": []}), "the answer is empty", id="no choices"),
+    pytest.param(refusing(302, ""), "answered 302", id="redirect"),
+]
+
+
+@pytest.mark.parametrize(("behaviour", "reason"), GARBAGE)
+async def test_what_is_no_answer_is_an_error_with_its_reason(
+    remote_of: Callable[..., Any], behaviour: Behaviour, reason: str
+) -> None:
+    model, _ = await remote_of(behaviour)
+    with pytest.raises(MemberError, match=f"member 'far': .*{reason}"):
+        await collect(model, ASK)
+
+
+async def test_bytes_that_are_no_text_are_an_error(remote_of: Callable[..., Any]) -> None:
+    async def behave(connection: Connection) -> None:
+        await connection.start_stream()
+        await connection.send(b"data: \xff\xfe\n\n")
+
+    model, _ = await remote_of(behave)
+    with pytest.raises(MemberError, match="malformed answer"):
+        await collect(model, ASK)
+
+
+async def test_hanging_up_mid_stream_is_an_error_after_the_text(remote_of: Callable[..., Any]) -> None:
+    async def behave(connection: Connection) -> None:
+        await connection.send(
+            "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        event = f"data: {json.dumps(content('18'))}\n\n"
+        await connection.send(f"{len(event):x}\r\n{event}\r\n")
+
+    model, server = await remote_of(behave)
+    seen = []
+    with pytest.raises(MemberError, match="the connection broke off"):
+        async for event in model.generate(ASK):
+            seen.append(event)
+    assert [event.text for event in seen] == ["18"]
+    assert len(server.connections) == 1  # an answer that has begun is not begun again
+
+
+async def test_a_server_that_stalls_is_left_even_if_it_sends_comments(remote_of: Callable[..., Any]) -> None:
+    async def behave(connection: Connection) -> None:
+        await connection.start_stream()
+        await connection.event(content("1"))
+        while not connection.gone.is_set():
+            await connection.send(": still here\n\n")
+            await asyncio.sleep(0.02)
+
+    model, server = await remote_of(behave, timeout_s=0.2)
+    with pytest.raises(MemberError, match=r"stalled: nothing came for timeout_s = 0.2 s"):
+        await collect(model, ASK)
+    await asyncio.wait_for(server.connections[0].gone.wait(), 2)
+
+
+async def test_a_finished_answer_counts_even_if_its_stream_is_never_closed(remote_of: Callable[..., Any]) -> None:
+    async def behave(connection: Connection) -> None:
+        await connection.start_stream()
+        await connection.event(content("18", finish_reason="stop"))
+        await connection.gone.wait()
+
+    model, _ = await remote_of(behave, timeout_s=0.1)
+    assert (await collect(model, ASK)).text == "18"
+
+
+async def test_a_server_that_never_responds_is_left(remote_of: Callable[..., Any]) -> None:
+    async def behave(connection: Connection) -> None:
+        await connection.gone.wait()
+
+    model, server = await remote_of(behave, timeout_s=0.1)
+    with pytest.raises(MemberError, match=r"no response within timeout_s = 0.1 s"):
+        await collect(model, ASK)
+    assert len(server.connections) == 1
+
+
+async def test_the_deadline_gives_what_is_there_or_an_error(remote_of: Callable[..., Any]) -> None:
+    async def say_and_stall(connection: Connection) -> None:
+        await connection.start_stream()
+        await connection.event(content("eight"))
+        await connection.gone.wait()
+
+    async def stall(connection: Connection) -> None:
+        await connection.start_stream()
+        await connection.gone.wait()
+
+    model, _ = await remote_of(say_and_stall, stall)
+    answer = await collect(model, ask(deadline_s=0.2))
+    assert (answer.text, answer.choices[0].finish_reason) == ("eight", "length")
+    with pytest.raises(DeadlineError, match=r"0.1 s"):
+        await collect(model, ask(deadline_s=0.1))
+
+
+async def test_leaving_early_closes_the_connection(remote_of: Callable[..., Any]) -> None:
+    async def behave(connection: Connection) -> None:
+        await connection.start_stream()
+        while not connection.gone.is_set():
+            await connection.event(content("x"))
+            await asyncio.sleep(0.01)
+
+    model, server = await remote_of(behave, max_concurrency=1)
+    async with aclosing(model.generate(ASK)) as events:
+        async for _ in events:
+            break
+    await asyncio.wait_for(server.connections[0].gone.wait(), 2)
+
+    task = asyncio.create_task(collect(model, ASK))  # the one slot is free again
+    while len(server.connections) < 2:
+        await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.wait_for(server.connections[1].gone.wait(), 2)
+
+
+async def test_no_more_requests_run_at_once_than_allowed(remote_of: Callable[..., Any]) -> None:
+    async def behave(connection: Connection) -> None:
+        await asyncio.sleep(0.05)
+        await connection.say("x")
+
+    model, server = await remote_of(behave, max_concurrency=2)
+    await asyncio.gather(*(collect(model, ASK) for _ in range(5)))
+    assert (len(server.connections), server.max_live) == (5, 2)
+    with pytest.raises(DeadlineError):  # waiting for a slot is part of the request's time
+        await asyncio.gather(*(collect(model, ask(deadline_s=0.07)) for _ in range(5)))
+
+
+@given(st.binary(max_size=200), st.booleans())
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_bytes_from_a_remote_end_raise_anything_but_our_errors(raw: bytes, is_in_data: bool) -> None:
+    async def behave(connection: Connection) -> None:
+        await connection.start_stream()
+        await connection.send(b"data: " + raw + b"\n\n" if is_in_data else raw)
+
+    async def talk() -> None:
+        async with ScriptedRemote([behave]) as server:
+            model = RemoteChat("far", RemoteModel(url=server.url))
+            with pytest.raises(EnsembleError):
+                await collect(model, ASK)
+            await model.aclose()
+
+    asyncio.run(talk())

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.config.blocks import HostedModel
+from ensemble_server.server.engines.transformers_engine.members import Member, check_shared_vocabulary, load_members
+from tests.conftest import CHAT_TEMPLATE, make_model
+
+
+def load(max_context: int = 256, *, relative_to: Path = Path(), **models: HostedModel) -> dict[str, Member]:
+    return load_members(models, relative_to=relative_to, max_context=max_context)
+
+
+def refusal(**models: HostedModel) -> str:
+    with pytest.raises(ModelLoadError) as caught:
+        load(**models)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def family(tiny: dict[str, Path]) -> dict[str, Member]:
+    path = str(tiny["llama"])
+    return load(
+        base=HostedModel(path=path, system_prompt="Be brief."),
+        again=HostedModel(path=path),
+        half=HostedModel(path=path, dtype="bfloat16"),
+        red=HostedModel(base="base", adapter=str(tiny["red"])),
+        blue=HostedModel(base="again", adapter=str(tiny["blue"]), system_prompt="Sing."),
+        plain=HostedModel(base="base", system_prompt=""),
+        terse=HostedModel(base="base", chat_template="{{ messages[-1].content }}"),
+    )
+
+
+# --- weights ---
+
+
+def test_weights_are_loaded_once_for_all_that_stand_on_them(family: dict[str, Member]) -> None:
+    backbones = {name: id(member.backbone) for name, member in family.items()}
+    assert len({backbones[name] for name in ("base", "again", "red", "blue", "plain", "terse")}) == 1
+    assert backbones["half"] != backbones["base"]
+
+
+def test_a_member_keeps_the_order_name_and_adapter_of_its_entry(family: dict[str, Member]) -> None:
+    assert list(family) == ["base", "again", "half", "red", "blue", "plain", "terse"]
+    assert all(name == member.name for name, member in family.items())
+    adapters = {name: member.adapter for name, member in family.items() if member.adapter is not None}
+    assert adapters == {"red": "red", "blue": "blue"}
+
+
+def test_relative_paths_start_at_the_configs_folder(tiny: dict[str, Path]) -> None:
+    member = load(relative_to=tiny["llama"].parent, base=HostedModel(path="llama"))["base"]
+    assert member.vocab_size == 320
+
+
+def test_the_context_is_the_smaller_of_the_configs_and_the_models(tiny: dict[str, Path]) -> None:
+    entry = HostedModel(path=str(tiny["gpt2"]))
+    assert load(100, base=entry)["base"].max_model_len == 100
+    assert load(9999, base=entry)["base"].max_model_len == 512
+
+
+def test_end_of_text_is_what_checkpoint_or_tokenizer_call_so(tiny: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny["llama"], tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 7]}')
+    assert load(base=HostedModel(path=str(folder)))["base"].eos_ids == {0, 7, 2}
+
+
+# --- views of text ---
+
+
+def text_for(member: Member, *messages: tuple[str, str]) -> str:
+    rendered = member.surface.render([{"role": role, "content": content} for role, content in messages])
+    return member.surface.tokenizer.decode(rendered)
+
+
+def test_a_view_takes_over_what_it_does_not_say_itself(family: dict[str, Member]) -> None:
+    hello = ("user", "Hi")
+    briefly = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert text_for(family["base"], hello) == text_for(family["red"], hello) == briefly
+    assert text_for(family["blue"], hello) == briefly.replace("Be brief.", "Sing.")
+    assert (
+        text_for(family["again"], hello)
+        == text_for(family["plain"], hello)
+        == briefly[briefly.index("<|im_start|>u") :]
+    )
+    assert text_for(family["terse"], ("user", "Hi"), ("user", "There")) == "There"
+    assert family["red"].surface.chat_template == CHAT_TEMPLATE
+
+
+def test_a_system_prompt_without_a_template_is_refused_by_name(tiny: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny["llama"], tmp_path / "model")
+    (folder / "chat_template.jinja").unlink()
+    message = refusal(base=HostedModel(path=str(folder)), polite=HostedModel(base="base", system_prompt="Please."))
+    assert message.startswith("model 'polite': system_prompt needs a chat template")
+
+
+# --- one vocabulary ---
+
+
+def test_models_of_one_vocabulary_may_differ_in_shape_and_padding(tiny: dict[str, Path]) -> None:
+    members = load(**{name: HostedModel(path=str(tiny[name])) for name in ("llama", "deep", "gpt2")})
+    widths = {name: member.backbone.model.get_input_embeddings().num_embeddings for name, member in members.items()}
+    assert widths == {"llama": 336, "deep": 384, "gpt2": 336}
+    assert {member.vocab_size for member in members.values()} == {320}
+    check_shared_vocabulary(members.values())
+
+
+def test_different_vocabularies_are_refused_with_both_names_and_an_example(
+    tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    other = make_model(tmp_path / "other", extra=("<tool>", "<think>"))
+    members = load(base=HostedModel(path=str(tiny["llama"])), other=HostedModel(path=str(other)))
+    with pytest.raises(ModelLoadError) as caught:
+        check_shared_vocabulary(members.values())
+    message = str(caught.value)
+    assert (
+        "members 'base' and 'other' have different vocabularies (320 and 322 tokens, 2 token-id pairs differ" in message
+    )
+    assert "for example '<tool>' with id 320" in message
+    assert "text-level method" in message
+
+
+def test_equal_tokens_under_other_ids_are_another_vocabulary(tiny: dict[str, Path], tmp_path: Path) -> None:
+    one = make_model(tmp_path / "one", extra=("<a>", "<b>"))
+    two = make_model(tmp_path / "two", extra=("<b>", "<a>"))
+    members = load(one=HostedModel(path=str(one)), two=HostedModel(path=str(two)))
+    with pytest.raises(ModelLoadError, match="322 and 322 tokens, 4 token-id pairs differ, for example '<a>'"):
+        check_shared_vocabulary(members.values())
+
+
+def test_weights_for_fewer_tokens_than_the_vocabulary_has_are_told_apart(tiny: dict[str, Path], tmp_path: Path) -> None:
+    narrow = make_model(tmp_path / "narrow", vocab_size=310)
+    members = load(base=HostedModel(path=str(tiny["llama"])), narrow=HostedModel(path=str(narrow)))
+    with pytest.raises(ModelLoadError, match="'base' and 'narrow' have one vocabulary, but weights for 320 and 310"):
+        check_shared_vocabulary(members.values())
+
+
+# --- what cannot be loaded ---
+
+
+def test_a_missing_folder_is_refused_by_name(tiny: dict[str, Path]) -> None:
+    message = refusal(base=HostedModel(path=str(tiny["llama"])), gone=HostedModel(path=str(tiny["llama"] / "gone")))
+    assert message.startswith("model 'gone': ") and str(tiny["llama"] / "gone") in message
+
+
+def test_a_folder_without_tokenizer_is_refused_by_name(tiny: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny["llama"], tmp_path / "model")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    message = refusal(base=HostedModel(path=str(folder)))
+    assert message.startswith("model 'base': ") and "has no tokenizer that loads" in message
+
+
+@pytest.mark.parametrize("size", [0, 100, -100])
+def test_damaged_weights_are_refused_by_name(tiny: dict[str, Path], tmp_path: Path, size: int) -> None:
+    folder = shutil.copytree(tiny["llama"], tmp_path / "model")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    message = refusal(base=HostedModel(path=str(folder)))
+    assert message.startswith("model 'base': ") and "model.safetensors" in message
+
+
+def test_a_damaged_tokenizer_is_refused_by_name(tiny: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny["llama"], tmp_path / "model")
+    (folder / "tokenizer.json").write_text("{")
+    assert "model 'base': " in refusal(base=HostedModel(path=str(folder)))
+
+
+def test_a_damaged_adapter_is_refused_by_name(tiny: dict[str, Path], tmp_path: Path) -> None:
+    adapter = shutil.copytree(tiny["red"], tmp_path / "red")
+    (adapter / "adapter_model.safetensors").unlink()
+    message = refusal(base=HostedModel(path=str(tiny["llama"])), red=HostedModel(base="base", adapter=str(adapter)))
+    assert "adapter 'red'" in message and str(adapter) in message
+
+
+def test_an_unsupported_architecture_is_refused_by_name(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "bloom", "bloom", n_layer=2, n_head=4)
+    assert refusal(odd=HostedModel(path=str(folder))).startswith("model 'odd': ")
+
+
+def test_loading_is_quiet(tiny: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    load(base=HostedModel(path=str(tiny["llama"])), red=HostedModel(base="base", adapter=str(tiny["red"])))
+    assert capfd.readouterr() == ("", "")

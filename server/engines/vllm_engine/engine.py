@@ -24,8 +24,8 @@ from ensemble_server.ensembles.errors import (
     UnsupportedError,
 )
 from ensemble_server.server.config.blocks import Config
-from ensemble_server.server.engines import grammar
 from ensemble_server.server.engines.engine import StepStats
+from ensemble_server.server.engines.shared import grammar
 from ensemble_server.server.engines.shared.token_checks import check_ids, check_prompt
 from ensemble_server.server.engines.transformers_engine.members import check_shared_vocabulary
 from ensemble_server.server.engines.vllm_engine.generation import Prepared, generate

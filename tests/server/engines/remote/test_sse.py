@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensemble_server.server.engines import sse
+from ensemble_server.server.engines.remote import sse
 from ensemble_server.server.engines.remote.sse import EventDecoder
 
 # Texts that data lines can carry: anything but the two characters that end a line.

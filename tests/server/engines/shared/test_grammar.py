@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from ensemble_server.ensembles.base import Grammar
 from ensemble_server.ensembles.errors import RequestError, UnsupportedError
-from ensemble_server.server.engines import grammar
+from ensemble_server.server.engines.shared import grammar
 from ensemble_server.server.engines.shared.grammar import GrammarMask
 from ensemble_server.server.weights.surface import Surface
 from tests.conftest import make_tokenizer

@@ -46,7 +46,7 @@ test-vllm: .venv-vllm/env.stamp ## run the tests that need vLLM, in .venv-vllm; 
 	$(VLLM_PYTEST) tests/server/engines/vllm_engine tests/server/api $(VLLM_CLIENTS) $(ARGS)
 
 reference: .venv/demo.stamp ## write the tables of configs/README.md anew
-	$(BIN)/python -m ensemble_server.server.config.reference configs/README.md
+	$(BIN)/python -m ensemble_server.server.config.key_tables configs/README.md
 
 constraints: .venv/test.stamp ## write constraints.txt anew from what .venv holds
 	@grep '^#' constraints.txt > .venv/pins

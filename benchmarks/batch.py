@@ -47,7 +47,7 @@ from ensemble_server.server.batch.job.identity import Identity
 from ensemble_server.server.batch.job.rows import Row
 from ensemble_server.server.batch.job.store import JobStore
 from ensemble_server.server.batch.running.runner import run
-from ensemble_server.server.config.blocks import load_config
+from ensemble_server.server.config.loading import load_config
 from ensemble_server.server.hosting import Hosting
 from ensemble_server.server.weights.checkpoints import resolve_checkpoint
 

@@ -17,7 +17,7 @@ from ensemble_server.server.batch.job.rows import Row
 from ensemble_server.server.batch.job.store import JobStore
 from ensemble_server.server.batch.results.output_line import write_output
 from ensemble_server.server.batch.running.runner import run
-from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.hosting import Hosting
 from ensemble_server.server.weights.embeddings import SentenceEmbedder
 

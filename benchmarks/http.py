@@ -29,7 +29,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import httpx
 
 from ensemble_server.ensembles.base import Delta, GenerationRequest, Sampling
-from ensemble_server.server.config.blocks import load_config
+from ensemble_server.server.config.loading import load_config
 from ensemble_server.server.hosting import Hosting
 
 CONCURRENCIES = (1, 4, 16)

@@ -25,7 +25,7 @@ from scipy.stats import binomtest
 from ensemble_server.ensembles.base import GenerationRequest, Model, Sampling, collect
 from ensemble_server.ensembles.errors import EnsembleError
 from ensemble_server.ensembles.voting.answer_extraction import AnswerKind, extract, same_answer
-from ensemble_server.server.config.blocks import load_config
+from ensemble_server.server.config.loading import load_config
 from ensemble_server.server.hosting import Hosting
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from ensemble_server.ensembles.base import Answer, GenerationRequest, Sampling, collect
 from ensemble_server.ensembles.pooling import posterior
-from ensemble_server.server.config.blocks import load_config
+from ensemble_server.server.config.loading import load_config
 from ensemble_server.server.hosting import Hosting
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]

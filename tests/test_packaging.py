@@ -23,7 +23,7 @@ from packaging.version import Version
 
 from ensemble_server.server.cli.app import COMMANDS
 from ensemble_server.server.cli.doctor import EXTRAS
-from ensemble_server.server.config.blocks import load_config
+from ensemble_server.server.config.loading import load_config
 from ensemble_server.server.weights.checkpoints import PACKAGED_MODELS
 
 ROOT = Path(__file__).parents[1]

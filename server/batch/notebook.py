@@ -26,7 +26,8 @@ from ensemble_server.server.batch.results.output_line import write_output
 from ensemble_server.server.batch.source.inputs import Recipe, read_rows
 from ensemble_server.server.batch.source.records import BadRecord, Record, kind_of_source, read_records
 from ensemble_server.server.batch.source.template import PromptTemplate
-from ensemble_server.server.config.blocks import Config, load_config, parse_config
+from ensemble_server.server.config.blocks import Config
+from ensemble_server.server.config.loading import load_config, parse_config
 
 if TYPE_CHECKING:
     from ensemble_server.server.batch.running.runner import Progress, Summary

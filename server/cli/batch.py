@@ -226,7 +226,7 @@ def batch(
     from ensemble_server.server.batch.running.budget import parse_duration
     from ensemble_server.server.cli.batch_answer import BatchRun
     from ensemble_server.server.cli.batch_run import run_job
-    from ensemble_server.server.config.blocks import load_config
+    from ensemble_server.server.config.loading import load_config
 
     limits_s = {
         "deadline_s": parsed("--deadline", parse_duration, deadline),

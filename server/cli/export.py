@@ -17,7 +17,7 @@ def export(
     ] = False,
 ) -> None:
     """Write an ensemble as ONE model directory that transformers and vLLM load: generate(), lm-eval, vllm serve."""
-    from ensemble_server.server.config.blocks import load_config
+    from ensemble_server.server.config.loading import load_config
     from ensemble_server.server.one_model.export import export as write
 
     write(load_config(config), name, folder, copy=copy)

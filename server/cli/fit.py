@@ -60,7 +60,7 @@ def fit(
     """
     from ensemble_server.server.compare.arms.fitting import check_fittable
     from ensemble_server.server.compare.measures.documents import read_documents
-    from ensemble_server.server.config.blocks import load_config
+    from ensemble_server.server.config.loading import load_config
 
     files = [*(text or ()), *(more or ())]
     if not files:

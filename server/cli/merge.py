@@ -38,7 +38,7 @@ def merge(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise typer.BadParameter(f"{out} is there already and not empty", param_hint="--out")
     from ensemble_server.server.compare.merges.merging import build_merge
-    from ensemble_server.server.config.blocks import load_config
+    from ensemble_server.server.config.loading import load_config
 
     loaded = None if config is None else load_config(config)
     with _progress() as say:

@@ -28,7 +28,7 @@ def models(
     """
     from rich.console import Console
 
-    from ensemble_server.server.config.blocks import load_config
+    from ensemble_server.server.config.loading import load_config
 
     loaded = load_config(config)
     sizes, problems = _sizes(loaded)

@@ -12,7 +12,8 @@ import typer
 
 from ensemble_server.ensembles.base import Model
 from ensemble_server.ensembles.errors import ConfigError, EnsembleError, UnknownModelError
-from ensemble_server.server.config.blocks import RemoteModel, load_config
+from ensemble_server.server.config.blocks import RemoteModel
+from ensemble_server.server.config.loading import load_config
 from ensemble_server.server.config.problems import nearest
 from ensemble_server.server.engines.remote.remote import RemoteChat
 

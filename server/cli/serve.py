@@ -23,7 +23,7 @@ def serve(
     ] = None,
 ) -> None:
     """Serve the models of a config behind an OpenAI-compatible API. Ctrl-C stops it once live requests are done."""
-    from ensemble_server.server.config.blocks import load_config
+    from ensemble_server.server.config.loading import load_config
 
     loaded = load_config(config)
     given = {key: value for key, value in (("host", host), ("port", port)) if value is not None}

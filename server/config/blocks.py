@@ -1,117 +1,28 @@
-"""The configuration: one YAML file, read once, checked as a whole, frozen.
-
-Every entry under `models:` has a name that clients use. Its kind follows from its keys: `method` makes it an ensemble,
-`url` a remote model, `path` or `base` a hosted one. Loading reports every problem at once, each with its dotted path.
-
-What exists on disk or on the hub is not looked at here (that is `server.weights.checkpoints`), so that a config can be
-checked on another machine than the one that serves it.
-"""
+"""The configuration as frozen blocks, one per block of the YAML. `server.config.loading` makes them from a file."""
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from graphlib import CycleError, TopologicalSorter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ensemble_server.ensembles.errors import ConfigError
 from ensemble_server.ensembles.method import MethodConfig
-from ensemble_server.ensembles.registry import method_class
-from ensemble_server.server.config.problems import findings, nearest
-from ensemble_server.server.config.strict_yaml import expand_variables, read_yaml
-
-ENGINE_KINDS = ("transformers", "vllm")
-
-# --- values ------------------------------------------------------------------------------------------------------
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
-def _absolute(path: str, info: ValidationInfo) -> str:
-    """The path as seen from the config's folder; as it is where no folder is known (a block made in code)."""
-    folder = (info.context or {}).get("folder")
-    return path if folder is None else os.path.abspath(folder / Path(path).expanduser())
-
-
-def _absolute_unless_hub_id(path: str, info: ValidationInfo) -> str:
-    """ "org/name" and "name" are hub ids unless there is such a file or folder; all else is a path."""
-    absolute = _absolute(path, info)
-    if _HUB_ID.fullmatch(path) and not path.endswith(".gguf") and not os.path.exists(absolute):
-        return path
-    return absolute
-
-
-def _template_text(value: str, info: ValidationInfo) -> str:
-    """The template itself; read from its file if `value` is the path of one."""
-    if "\n" in value or not value.endswith(".jinja"):
-        return value
-    try:
-        return Path(_absolute(value, info)).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ValueError(f"the template file {value!r} cannot be read ({exc})") from exc
-
-
-def _base_url(url: str) -> str:
-    """An http(s) address without a slash at its end."""
-    try:
-        parts = urlsplit(url)
-        is_url = parts.scheme in {"http", "https"} and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:
-        is_url = False
-    if not is_url:
-        raise ValueError(f'must be an http(s) address such as "http://127.0.0.1:9000/v1", got {url!r}')
-    return url.rstrip("/")
-
-
-def _variable_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise ValueError("must be the name of an environment variable, not its value")
-    return name
-
-
-def _device(device: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", device):
-        raise ValueError(f"must be auto, cpu, cuda, cuda:N, mps, xpu or xpu:N, got {device!r}")
-    return device
-
-
-def _engine_kind(kind: Any) -> Any:
-    if kind not in ENGINE_KINDS:
-        raise ValueError(f"must be one of {', '.join(ENGINE_KINDS)}, got {kind!r}{nearest(str(kind), ENGINE_KINDS)}")
-    return kind
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What a number counts, for the reference of keys. Keys that end in `_s` or `_bytes` say it themselves."""
-
-    name: str
-
-
-CheckpointPath = Annotated[str, Field(min_length=1), AfterValidator(_absolute_unless_hub_id)]
-LocalPath = Annotated[str, Field(min_length=1), AfterValidator(_absolute)]
-VariableName = Annotated[str, AfterValidator(_variable_name)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Tokens = Annotated[Count, Unit("tokens")]
-Price = Annotated[float, Field(ge=0, allow_inf_nan=False), Unit("currency per million tokens")]
-
-# --- blocks ------------------------------------------------------------------------------------------------------
+from ensemble_server.server.config.values import (
+    BaseUrl,
+    CheckpointPath,
+    Count,
+    Device,
+    EmbeddedEngine,
+    LocalPath,
+    Price,
+    Seconds,
+    TemplateText,
+    Tokens,
+    Unit,
+    VariableName,
+)
 
 LISTED = "false hides it from /v1/models; it can still be a part of others"
 
@@ -137,11 +48,11 @@ class HostedModel(Block):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the weights while they run (auto: as stored); with `path` only"
     )
-    device: Annotated[str, AfterValidator(_device)] = Field(
+    device: Device = Field(
         "auto", description="auto (the first accelerator, else cpu), cpu, cuda, cuda:1, mps, xpu, ...; with `path` only"
     )
     system_prompt: str | None = Field(None, description="put before the messages of every chat, for this member alone")
-    chat_template: Annotated[str, AfterValidator(_template_text)] | None = Field(
+    chat_template: TemplateText | None = Field(
         None, description="Jinja text, or a path to a .jinja file, in place of the tokenizer's own template"
     )
     listed: bool = Field(True, description=LISTED)
@@ -160,7 +71,7 @@ class HostedModel(Block):
 class RemoteModel(Block):
     """A member behind an OpenAI-compatible endpoint. It generates text; its distributions cannot be pooled."""
 
-    url: Annotated[str, AfterValidator(_base_url)] = Field(description="base address, up to and including /v1")
+    url: BaseUrl = Field(description="base address, up to and including /v1")
     model: str | None = Field(None, min_length=1, description="its name over there; default: the entry's own name")
     api_key_env: VariableName | None = Field(None, description="environment variable that holds the key")
     timeout_s: Seconds = Field(120, description="longest wait for the next piece of an answer")
@@ -225,9 +136,7 @@ class EngineBlock(Block):
 class EngineConfig(EngineBlock):
     """The embedded engine, that runs the hosted models in this process."""
 
-    kind: Annotated[Literal["transformers"], BeforeValidator(_engine_kind)] = Field(
-        "transformers", description="in this process, on CPU or GPU"
-    )
+    kind: EmbeddedEngine = Field("transformers", description="in this process, on CPU or GPU")
     prefill_chunk: Tokens = Field(
         512, description="read of a prompt per step, so that a long one does not stall others"
     )
@@ -318,196 +227,3 @@ class Config(Block):
         """The model to try first: the first listed ensemble, else the first listed model."""
         ensembles = [name for name in self.listed if isinstance(self.models[name], MethodConfig)]
         return (ensembles or self.listed)[0]
-
-
-# --- loading -----------------------------------------------------------------------------------------------------
-
-
-def load_config(path: Path) -> Config:
-    """The configuration in the YAML file at `path`. Raises `ConfigError` that lists every problem in it."""
-    data, problems = read_yaml(path)
-    return _parse(data, source=path, problems=problems)
-
-
-def parse_config(data: Any, *, source: Path) -> Config:
-    """The configuration in `data`, the value of a YAML file at `source`. Raises as `load_config` does."""
-    return _parse(data, source=source, problems=[])
-
-
-def _parse(data: Any, *, source: Path, problems: list[str]) -> Config:
-    data, missing_variables = expand_variables(data)
-    problems = [*problems, *missing_variables]
-    if not isinstance(data, dict):
-        raise ConfigError(_report(source, [*problems, "must be a map with the key `models`"]))
-    blocks: dict[str, type[Block]] = {
-        "server": ServerConfig,
-        "engine": _engine_block(data.get("engine")),
-        "embedding": EmbeddingConfig,
-        "batch": BatchConfig,
-    }
-    known = ["models", *blocks]
-    problems += [f"unknown key {str(key)!r}{nearest(str(key), known)}" for key in data if key not in known]
-    folder = Path(os.path.abspath(source)).parent
-
-    def parse_block(block: type[Any], value: Any, at: str) -> Any:
-        """The block, or None once its problems are noted."""
-        try:
-            return block.model_validate(value, context={"folder": folder})
-        except ValidationError as exc:
-            problems.extend(findings(exc, block, value, at))
-            return None
-
-    entries = data.get("models")
-    if not isinstance(entries, dict) or not entries:
-        problems.append("models: must map at least one name to a model")
-        entries = {}
-    models: dict[str, ModelEntry] = {}
-    for name, entry in entries.items():
-        problems += _name_problems(name)
-        kind, kind_problem = _kind_of(entry)
-        if kind is None:
-            problems.append(f"models.{name}: {kind_problem}")
-            continue
-        if issubclass(kind, MethodConfig):
-            entry, file_problems = _with_files(entry, kind.yaml_files, folder)
-            problems += [f"models.{name}.{problem}" for problem in file_problems]
-            if file_problems:
-                continue
-        if (model := parse_block(kind, entry, f"models.{name}")) is not None:
-            models[name] = model
-    problems += _reference_problems(models, entries)
-    parsed = {
-        key: parse_block(
-            block, {} if data.get(key) is None else data[key], key
-        )  # `server:` with no keys below is empty
-        for key, block in blocks.items()
-    }
-
-    if not problems:
-        problems += _nesting_problems(models, parsed["server"])
-        if not any(model.listed for model in models.values()):
-            problems.append("models: every one has `listed: false`; at least one must be listed")
-    if problems:
-        raise ConfigError(_report(source, problems))
-    return Config(models=models, source=source, **parsed)
-
-
-def _report(source: Path, problems: list[str]) -> str:
-    if len(problems) == 1:
-        return f"{source}: {problems[0]}"
-    return "\n  - ".join([f"{source}: {len(problems)} problems", *problems])
-
-
-def _engine_block(value: Any) -> type[EngineBlock]:
-    kind = value.get("kind") if isinstance(value, dict) else None
-    return VllmEngineConfig if kind == "vllm" else EngineConfig
-
-
-def _name_problems(name: Any) -> list[str]:
-    if not isinstance(name, str):
-        return [f"models: the name {name!r} is read as {type(name).__name__}, put it in quotes"]
-    if not name or not name.isprintable() or " " in name:
-        return [f"models: the name {name!r} must be printable, without spaces, and not empty"]
-    return []
-
-
-def _kind_of(entry: Any) -> tuple[type[ModelEntry] | None, str]:
-    """The block that an entry under `models:` must fit, or None and what is wrong with it."""
-    if not isinstance(entry, dict):
-        return None, f"must be a map of keys such as {{path: ...}}, got {type(entry).__name__}"
-    signs = {"method": "an ensemble", "url": "a remote model", "path": "a hosted model", "base": "a hosted model"}
-    found = [key for key in signs if key in entry]
-    if not found:
-        wanted = "must have one of `path` or `base` (hosted), `url` (remote), `method` (ensemble)"
-        return None, f"{wanted}; its keys are: {', '.join(map(str, entry)) or 'none'}"
-    if len({signs[key] for key in found}) > 1:
-        return None, f"must be of one kind, but {' and '.join(f'`{key}` makes it {signs[key]}' for key in found)}"
-    if "url" in entry:
-        return RemoteModel, ""
-    if "method" not in entry:
-        return HostedModel, ""
-    if not isinstance(entry["method"], str):
-        return None, f"`method` must be the name of a method, got {type(entry['method']).__name__}"
-    try:
-        return method_class(entry["method"]).Config, ""
-    except ConfigError as exc:
-        return None, str(exc)
-
-
-def _with_files(entry: dict[str, Any], keys: Iterable[str], folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """`entry` with the YAML files that these keys name in the place of their paths, and the problems in the files."""
-    problems: list[str] = []
-    for key in keys:
-        if isinstance(path := entry.get(key), str):
-            try:
-                value, found = read_yaml(Path(os.path.abspath(folder / Path(path).expanduser())))
-            except ConfigError as exc:
-                value, found = None, [str(exc)]
-            entry = {**entry, key: value}
-            problems += [f"{key}: {problem}" for problem in found]
-    return entry, problems
-
-
-# --- what entries say of each other ------------------------------------------------------------------------------
-
-
-def _members_named_in(entry: Any) -> set[str]:
-    """The members of an ensemble whose block did not parse: what can be told without knowing its method."""
-    members = entry.get("members") if isinstance(entry, dict) and "method" in entry else None
-    return {name for name in members if isinstance(name, str)} if isinstance(members, list | dict) else set()
-
-
-def _reference_problems(models: Mapping[str, ModelEntry], entries: Mapping[Any, Any]) -> list[str]:
-    """Names that no entry has, bases that are none, and cycles. `entries` also has those that did not parse."""
-    known = [name for name in entries if isinstance(name, str)]
-    problems = []
-    graph: dict[str, set[str]] = {}
-    for name in known:
-        model = models.get(name)
-        parts = model.references() if isinstance(model, MethodConfig) else _members_named_in(entries[name])
-        problems += [
-            f"models.{name}: refers to an unknown model {part!r}{nearest(part, known)}"
-            for part in sorted(parts - set(known))
-        ]
-        graph[name] = parts & set(known)
-
-    for name, entry in entries.items():
-        base = entry.get("base") if isinstance(entry, dict) else None
-        if not isinstance(base, str):
-            continue
-        if base not in entries:
-            problems.append(f"models.{name}.base: there is no model {base!r}{nearest(base, known)}")
-        elif not isinstance(entries[base], dict) or "path" not in entries[base]:
-            problems.append(
-                f"models.{name}.base: {base!r} must be an entry with `path`, so that its weights are its own"
-            )
-
-    while True:
-        try:
-            TopologicalSorter(graph).prepare()
-            return problems
-        except CycleError as exc:
-            cycle = exc.args[1][::-1]  # each refers to the next
-            problems.append(f"models.{cycle[0]}: an ensemble cannot contain itself: {' -> '.join(cycle)}")
-            graph[cycle[0]] = graph[cycle[0]] - {cycle[1]}
-
-
-def _nesting_problems(models: Mapping[str, ModelEntry], limits: ServerConfig) -> list[str]:
-    """Ensembles nested deeper or reaching further than `limits` allow. References must be known and without cycles."""
-    graph = {name: model.references() if isinstance(model, MethodConfig) else set() for name, model in models.items()}
-    depth: dict[str, int] = {}
-    reach: dict[str, int] = {}
-    calls: dict[str, int] = {}
-    problems = []
-    for name in TopologicalSorter(graph).static_order():
-        depth[name] = 1 + max(depth[part] for part in graph[name]) if graph[name] else 0
-        reach[name] = sum(reach[part] for part in graph[name]) if graph[name] else 1
-        calls[name] = models[name].num_calls(calls) if isinstance(models[name], MethodConfig) else 1
-        if depth[name] == limits.max_depth + 1:  # the first too deep: all that contain it are, too
-            problems.append(f"models.{name}: is {depth[name]} ensembles deep, server.max_depth is {limits.max_depth}")
-        if reach[name] > limits.max_fan_out:
-            problems.append(f"models.{name}: reaches {reach[name]} members, server.max_fan_out is {limits.max_fan_out}")
-        if calls[name] > limits.max_calls:
-            limit = f"server.max_calls is {limits.max_calls}"
-            problems.append(f"models.{name}: one reply may take {calls[name]} calls of models, {limit}")
-    return problems

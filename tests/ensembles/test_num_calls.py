@@ -12,7 +12,7 @@ from ensemble_server.ensembles.base import GenerationRequest, collect
 from ensemble_server.ensembles.errors import ConfigError, RequestError
 from ensemble_server.ensembles.method import Services
 from ensemble_server.ensembles.registry import method_class
-from ensemble_server.server.config.blocks import load_config
+from ensemble_server.server.config.loading import load_config
 
 ASK = GenerationRequest(prompt="Why?")
 

@@ -19,7 +19,8 @@ from ensemble_server.ensembles.base import (
     collect,
 )
 from ensemble_server.ensembles.errors import EngineDeadError, ModelLoadError, RequestError
-from ensemble_server.server.config.blocks import Config, parse_config
+from ensemble_server.server.config.blocks import Config
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.engines.engine import StepStats
 from ensemble_server.server.hosting import Hosting
 from tests.conftest import make_model

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from ensemble_server.server.compare.measures.task_measure import Metric
-from ensemble_server.server.config.blocks import Block, Count, LocalPath, Tokens, Unit
+from ensemble_server.server.config.blocks import Block
+from ensemble_server.server.config.values import Count, LocalPath, Tokens, Unit
 
 METRIC_ALIASES = {"numeric": "number"}
 Bytes = Annotated[Count, Unit("bytes")]

@@ -31,7 +31,8 @@ from pydantic import ValidationError
 from ensemble_server.ensembles.errors import ConfigError
 from ensemble_server.server.compare.merges.recipes import read_recipe
 from ensemble_server.server.compare.planning.blocks import Arm, PlanFile
-from ensemble_server.server.config.blocks import Config, load_config, parse_config
+from ensemble_server.server.config.blocks import Config
+from ensemble_server.server.config.loading import load_config, parse_config
 from ensemble_server.server.config.problems import findings, nearest
 from ensemble_server.server.config.strict_yaml import expand_variables, read_yaml
 

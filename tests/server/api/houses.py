@@ -17,7 +17,7 @@ import pytest
 
 from ensemble_server.server.api.app import create_app
 from ensemble_server.server.api.serve import listening
-from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.engines.engine import StepStats
 from ensemble_server.server.hosting import Hosting
 from ensemble_server.server.metrics import Metrics

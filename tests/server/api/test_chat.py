@@ -10,8 +10,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import TypeAdapter
 
 from ensemble_server.ensembles.base import Delta, Done, MemberUsage, PromptScored, Usage
-from ensemble_server.server.api import responses
 from ensemble_server.server.engines.scripted_engine import Script
+from ensemble_server.server.requests import responses
 from tests.server.api.conftest import CHAT, asgi_client, events_of
 
 OURS = TypeAdapter(responses.ChatCompletion)

@@ -11,8 +11,8 @@ from openai.types import Completion
 from pydantic import TypeAdapter
 
 from ensemble_server.ensembles.base import Done, MemberUsage, PromptScored, TokenLogprob, Usage
-from ensemble_server.server.api import responses
 from ensemble_server.server.engines.scripted_engine import LOGPROB, Script, ScriptedModel
+from ensemble_server.server.requests import responses
 from ensemble_server.server.requests.logprobs import completion_logprobs
 from tests.server.api.conftest import asgi_client, events_of
 

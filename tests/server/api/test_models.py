@@ -5,8 +5,8 @@ from openai.types import Model
 from pydantic import TypeAdapter
 
 from ensemble_server.ensembles.method import Method, MethodConfig, Services
-from ensemble_server.server.api import responses
 from ensemble_server.server.engines.scripted_engine import Script, ScriptedModel
+from ensemble_server.server.requests import responses
 from tests.server.api.conftest import CHAT, HELLO, asgi_client
 
 LIST = TypeAdapter(responses.ModelList)

@@ -16,7 +16,7 @@ import pytest_asyncio
 
 from ensemble_server.ensembles.exchange.agreement import replay
 from ensemble_server.ensembles.exchange.transcript import Transcript
-from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.engines.scripted_engine import Script, ScriptedModel
 from ensemble_server.server.hosting import Hosting
 from tests.conftest import make_embedder

@@ -15,7 +15,7 @@ import yaml
 from ensemble_server.ensembles.errors import ConfigError
 from ensemble_server.server.batch import Row, run_batch, run_batch_async
 from ensemble_server.server.batch.job.store import job_path
-from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.hosting import Hosting
 
 SHORT = {"model": "base", "max_tokens": 3, "temperature": 0, "ignore_eos": True}

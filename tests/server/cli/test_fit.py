@@ -7,7 +7,7 @@ import yaml
 from typer.testing import CliRunner
 
 from ensemble_server.server.cli.app import app
-from ensemble_server.server.config.blocks import load_config
+from ensemble_server.server.config.loading import load_config
 from tests.conftest import SAMPLE
 
 CONFIG = """\

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ensemble_server.server.config.blocks import Config, parse_config
+from ensemble_server.server.config.blocks import Config
 from ensemble_server.server.config.fingerprints import fingerprint
+from ensemble_server.server.config.loading import parse_config
 
 
 def config_of(**engine: object) -> Config:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ensemble_server.ensembles.errors import ConfigError
-from ensemble_server.server.config.blocks import load_config
+from ensemble_server.server.config.loading import load_config
 
 MODELS = """
 models:

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ensemble_server.ensembles.errors import ConfigError, ModelLoadError
-from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.one_model.export import export
 from tests.conftest import make_model
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from ensemble_server.ensembles.errors import ModelLoadError
-from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.one_model import EnsembleConfig
 from ensemble_server.server.one_model.evidence import NUM_KEPT
 from ensemble_server.server.one_model.export import export

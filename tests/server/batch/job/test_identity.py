@@ -20,8 +20,8 @@ from ensemble_server.server.batch.job.identity import (
     shared_digest,
 )
 from ensemble_server.server.batch.job.rows import Row
-from ensemble_server.server.config.blocks import parse_config
 from ensemble_server.server.config.fingerprints import fingerprint
+from ensemble_server.server.config.loading import parse_config
 
 TEXT = "/v1/completions"
 JSON = st.recursive(

@@ -17,7 +17,7 @@ from ensemble_server.server.batch.job.store import JobStore
 from ensemble_server.server.batch.placement.ray_data import RayOptions, run_on_ray
 from ensemble_server.server.batch.results.output_line import write_output
 from ensemble_server.server.batch.running.runner import Progress, run
-from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.hosting import Hosting
 
 LOCAL = RayOptions(workers=2, cpus=0.5, rows_per_batch=4, init={"num_cpus": 2, "object_store_memory": 80 * 2**20})

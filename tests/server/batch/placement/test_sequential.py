@@ -26,7 +26,8 @@ from ensemble_server.server.batch.placement.memory_estimate import estimated_mem
 from ensemble_server.server.batch.placement.phases import Phase, check_can_be_sequential, phases
 from ensemble_server.server.batch.placement.sequential import run_sequential
 from ensemble_server.server.batch.running.answering import answer
-from ensemble_server.server.config.blocks import Config, parse_config
+from ensemble_server.server.config.blocks import Config
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.hosting import Hosting
 
 CHAT: Url = "/v1/chat/completions"
@@ -234,7 +235,7 @@ from ensemble_server.server.batch.job.identity import Identity
 from ensemble_server.server.batch.results.output_line import write_output
 from ensemble_server.server.batch.placement.sequential import run_sequential
 from ensemble_server.server.batch.job.store import JobStore
-from ensemble_server.server.config.blocks import load_config
+from ensemble_server.server.config.loading import load_config
 from tests.server.batch.placement.test_sequential import rows_of
 
 folder = Path(sys.argv[2])

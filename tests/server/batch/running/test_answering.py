@@ -15,7 +15,7 @@ from ensemble_server.ensembles.base import MemberUsage
 from ensemble_server.ensembles.errors import EngineDeadError, OverloadedError
 from ensemble_server.server.batch.job.rows import Row
 from ensemble_server.server.batch.running.answering import answer
-from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.engines.scripted_engine import Script
 from ensemble_server.server.hosting import Hosting
 from tests.server.api.conftest import asgi_client

@@ -12,7 +12,7 @@ import pytest
 from fastapi.exceptions import RequestValidationError
 
 from ensemble_server.ensembles.errors import DeadlineError, RequestError, UnknownModelError, UnsupportedError
-from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.hosting import Hosting
 from ensemble_server.server.requests.classify import classify
 from tests.reference import member_logprobs, pooled

@@ -10,7 +10,7 @@ from ensemble_server.ensembles.base import GenerationRequest
 from ensemble_server.ensembles.errors import MemberError, OverloadedError
 from ensemble_server.server.batch.job.rows import Row, Url
 from ensemble_server.server.batch.running.answering import answer
-from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.engines.scripted_engine import Script
 from ensemble_server.server.hosting import Hosting
 from tests.server.api.conftest import ScriptedHosting

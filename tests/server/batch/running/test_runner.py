@@ -22,7 +22,7 @@ from ensemble_server.server.batch.running import runner
 from ensemble_server.server.batch.running.answering import answer
 from ensemble_server.server.batch.running.room import Room, num_sequences, sequences_of
 from ensemble_server.server.batch.running.runner import Progress, RowBudget, Summary, run
-from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.engines.scripted_engine import Script, ScriptedModel
 from ensemble_server.server.hosting import Hosting
 

@@ -8,8 +8,9 @@ from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.server.compare.arms.candidates import ArmModel
 from ensemble_server.server.compare.arms.footprint import clusters, footprint, groups, leaves
 from ensemble_server.server.compare.arms.identity import identity
-from ensemble_server.server.config.blocks import Config, parse_config
+from ensemble_server.server.config.blocks import Config
 from ensemble_server.server.config.excerpt import closure, excerpt
+from ensemble_server.server.config.loading import parse_config
 
 
 def arm(name: str) -> ArmModel:

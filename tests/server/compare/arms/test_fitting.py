@@ -13,7 +13,7 @@ from ensemble_server.server.compare.arms.fitting import check_fittable, fit_weig
 from ensemble_server.server.compare.arms.held_back import fit_and_judge
 from ensemble_server.server.compare.measures.documents import Documents
 from ensemble_server.server.compare.measures.text_measure import measure_text
-from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.hosting import Hosting
 from tests.conftest import SAMPLE
 

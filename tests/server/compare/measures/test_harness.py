@@ -13,7 +13,7 @@ from ensemble_server.ensembles.base import GenerationRequest, Sampling, collect
 from ensemble_server.ensembles.errors import ConfigError, MemberError, UnsupportedError
 from ensemble_server.server.compare.measures.choice_likelihood import option_logprobs
 from ensemble_server.server.compare.measures.harness import run_harness
-from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.hosting import Hosting
 
 ROWS = [

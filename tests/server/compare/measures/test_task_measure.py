@@ -11,7 +11,7 @@ import pytest
 from ensemble_server.ensembles.errors import EngineDeadError, MemberError, OverloadedError, UnsupportedError
 from ensemble_server.server.compare.measures.choice_likelihood import option_logprobs
 from ensemble_server.server.compare.measures.task_measure import Item, ItemScore, Task, measure_task, pass_at_k
-from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.hosting import Hosting
 
 ITEMS = tuple(Item(f"i{n}", f"The quick brown fox {n}", ("dog",)) for n in range(4))

@@ -13,7 +13,7 @@ from ensemble_server.ensembles.errors import ConfigError, EngineDeadError
 from ensemble_server.server.compare.measures.documents import Documents
 from ensemble_server.server.compare.measures.text_measure import NotScored, TextScores, measure_text
 from ensemble_server.server.compare.measures.windows import cut_windows
-from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.hosting import Hosting
 from tests.conftest import SAMPLE, make_model
 

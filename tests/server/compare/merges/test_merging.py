@@ -17,7 +17,8 @@ from ensemble_server.ensembles.base import GenerationRequest, Sampling, collect
 from ensemble_server.ensembles.errors import ConfigError, ModelLoadError
 from ensemble_server.server.compare.merges import merge_process, merging, recipes
 from ensemble_server.server.compare.merges.merging import build_merge, check_recipe
-from ensemble_server.server.config.blocks import Config, parse_config
+from ensemble_server.server.config.blocks import Config
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.hosting import Hosting
 from tests.conftest import make_adapter, make_model
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from ensemble_server.server.config.blocks import HostedModel, parse_config
+from ensemble_server.server.config.blocks import HostedModel
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.engines.vllm_engine.directories import ModelFolder, model_folder
 from ensemble_server.server.engines.vllm_engine.placement import placements
 from ensemble_server.server.engines.vllm_engine.views import load_views, resolve_checkpoints

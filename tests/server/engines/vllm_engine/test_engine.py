@@ -26,7 +26,8 @@ from ensemble_server.ensembles.errors import (
 )
 from ensemble_server.server.api.app import create_app
 from ensemble_server.server.api.serve import listening
-from ensemble_server.server.config.blocks import Config, parse_config
+from ensemble_server.server.config.blocks import Config
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.engines.engine import StepStats
 from ensemble_server.server.engines.scripted_engine import Script, ScriptedModel
 from ensemble_server.server.engines.vllm_engine import process

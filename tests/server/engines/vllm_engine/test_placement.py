@@ -9,7 +9,8 @@ import pytest
 
 from ensemble_server.ensembles.base import Mixture
 from ensemble_server.ensembles.errors import ModelLoadError
-from ensemble_server.server.config.blocks import HostedModel, parse_config
+from ensemble_server.server.config.blocks import HostedModel
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.engines.vllm_engine.placement import Placement, Weights, placements
 
 A, B, C = ({"path": f"/{name}"} for name in "abc")

@@ -12,7 +12,7 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 from ensemble_server.ensembles.base import Done, GenerationRequest, Model, PromptScored, Sampling
 from ensemble_server.ensembles.errors import OverloadedError
-from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.engines.engine import StepStats
 from ensemble_server.server.hosting import Hosting
 from tests.conftest import WIDE, make_model

@@ -17,7 +17,7 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 from ensemble_server.ensembles.base import Answer, GenerationRequest, Sampling, collect
 from ensemble_server.ensembles.errors import EngineRestartingError
-from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.engines.vllm_engine.model import VllmModel
 from ensemble_server.server.hosting import Hosting
 from tests.conftest import WIDE, make_model

@@ -13,7 +13,7 @@ import pytest_asyncio
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 from ensemble_server.ensembles.base import GenerationRequest, Sampling, collect
-from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.hosting import Hosting
 from tests.conftest import WIDE, make_adapter, make_model
 from tests.reference import Reference, differences

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ensemble_server.server.config.blocks import parse_config
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.one_model.export import export
 from tests.conftest import WIDE, make_adapter, make_model
 from tests.reference import Reference

@@ -1,6 +1,6 @@
 """Writes the tables of `configs/README.md` from the blocks of the config themselves, so that no key is left out.
 
-    python -m server.config_reference configs/README.md
+    python -m ensemble_server.server.config.key_tables configs/README.md
 
 Everything between `<!-- keys: NAME -->` and `<!-- end -->` is replaced; the text around it is written by hand.
 """
@@ -27,9 +27,9 @@ from ensemble_server.server.config.blocks import (
     HostedModel,
     RemoteModel,
     ServerConfig,
-    Unit,
     VllmEngineConfig,
 )
+from ensemble_server.server.config.values import Unit
 
 BLOCKS: dict[str, type[BaseModel]] = {
     "hosted": HostedModel,

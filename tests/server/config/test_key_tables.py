@@ -6,7 +6,7 @@ import pytest
 
 from ensemble_server.ensembles.method import MethodConfig
 from ensemble_server.ensembles.registry import METHODS, method_class
-from ensemble_server.server.config.reference import BLOCKS, table, with_tables
+from ensemble_server.server.config.key_tables import BLOCKS, table, with_tables
 
 README = Path(__file__).parents[3] / "configs" / "README.md"
 

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from ensemble_server.ensembles.errors import ConfigError
 from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
 from ensemble_server.ensembles.registry import METHODS
-from ensemble_server.server.config.blocks import Config, HostedModel, RemoteModel, load_config, parse_config
+from ensemble_server.server.config.blocks import Config, HostedModel, RemoteModel
+from ensemble_server.server.config.loading import load_config, parse_config
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SERVED = sorted(set(CONFIGS.glob("[!.]*.yaml")) - set(CONFIGS.glob("compare-*.yaml")))  # the latter are plans
@@ -381,7 +382,7 @@ def test_a_bomb_of_aliases_is_refused_in_no_time(tmp_path: Path) -> None:
 
 def test_loading_a_config_imports_no_torch() -> None:
     code = (
-        "import sys; from pathlib import Path; from ensemble_server.server.config.blocks import load_config; "
+        "import sys; from pathlib import Path; from ensemble_server.server.config.loading import load_config; "
         f"load_config(Path({str(CONFIGS / 'demo.yaml')!r})); "
         "print([name for name in ('torch', 'transformers', 'peft', 'sentence_transformers') if name in sys.modules])"
     )

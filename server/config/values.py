@@ -1,0 +1,96 @@
+"""The values that keys of the config take: what each must look like, and what it is turned into.
+
+What exists on disk or on the hub is not looked at here (that is `server.weights.checkpoints`), so that a config can be
+checked on another machine than the one that serves it. The exception is the text of a template file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
+
+from ensemble_server.server.config.problems import nearest
+
+ENGINE_KINDS = ("transformers", "vllm")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def _absolute(path: str, info: ValidationInfo) -> str:
+    """The path as seen from the config's folder; as it is where no folder is known (a block made in code)."""
+    folder = (info.context or {}).get("folder")
+    return path if folder is None else os.path.abspath(folder / Path(path).expanduser())
+
+
+def _absolute_unless_hub_id(path: str, info: ValidationInfo) -> str:
+    """ "org/name" and "name" are hub ids unless there is such a file or folder; all else is a path."""
+    absolute = _absolute(path, info)
+    if _HUB_ID.fullmatch(path) and not path.endswith(".gguf") and not os.path.exists(absolute):
+        return path
+    return absolute
+
+
+def _template_text(value: str, info: ValidationInfo) -> str:
+    """The template itself; read from its file if `value` is the path of one."""
+    if "\n" in value or not value.endswith(".jinja"):
+        return value
+    try:
+        return Path(_absolute(value, info)).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ValueError(f"the template file {value!r} cannot be read ({exc})") from exc
+
+
+def _base_url(url: str) -> str:
+    """An http(s) address without a slash at its end."""
+    try:
+        parts = urlsplit(url)
+        is_url = parts.scheme in {"http", "https"} and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        is_url = False
+    if not is_url:
+        raise ValueError(f'must be an http(s) address such as "http://127.0.0.1:9000/v1", got {url!r}')
+    return url.rstrip("/")
+
+
+def _variable_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError("must be the name of an environment variable, not its value")
+    return name
+
+
+def _device(device: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", device):
+        raise ValueError(f"must be auto, cpu, cuda, cuda:N, mps, xpu or xpu:N, got {device!r}")
+    return device
+
+
+def _engine_kind(kind: Any) -> Any:
+    if kind not in ENGINE_KINDS:
+        raise ValueError(f"must be one of {', '.join(ENGINE_KINDS)}, got {kind!r}{nearest(str(kind), ENGINE_KINDS)}")
+    return kind
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a number counts, for the reference of keys. Keys that end in `_s` or `_bytes` say it themselves."""
+
+    name: str
+
+
+CheckpointPath = Annotated[str, Field(min_length=1), AfterValidator(_absolute_unless_hub_id)]
+LocalPath = Annotated[str, Field(min_length=1), AfterValidator(_absolute)]
+TemplateText = Annotated[str, AfterValidator(_template_text)]
+BaseUrl = Annotated[str, AfterValidator(_base_url)]
+Device = Annotated[str, AfterValidator(_device)]
+EmbeddedEngine = Annotated[Literal["transformers"], BeforeValidator(_engine_kind)]
+VariableName = Annotated[str, AfterValidator(_variable_name)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Tokens = Annotated[Count, Unit("tokens")]
+Price = Annotated[float, Field(ge=0, allow_inf_nan=False), Unit("currency per million tokens")]

@@ -9,10 +9,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONFIG ?= configs/demo.yaml
 TORCH_BACKEND ?=
 ARGS ?=
+WORKERS ?= logical
 
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
 VLLM_BIN := .venv-vllm/bin
 VLLM_INSTALL := $(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check
 VLLM_PYTEST := HF_HUB_OFFLINE=1 $(VLLM_BIN)/python -m pytest -m vllm
@@ -34,9 +35,10 @@ test: .venv/test.stamp ## install what the tests need and run the fast ones; ARG
 test-slow: .venv/test.stamp ## run the tests that load the demo's models
 	$(PYTEST) -m "slow and not vllm" $(ARGS)
 
-lint: .venv/test.stamp ## check style and format
+lint: .venv/test.stamp ## check style, format and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 vllm-env: .venv-vllm/env.stamp ## install the CPU build of vLLM into .venv-vllm
 

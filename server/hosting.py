@@ -22,8 +22,8 @@ from ensemble_server.server.engines.transformers_engine.engine import Transforme
 from ensemble_server.server.engines.transformers_engine.members import load_members
 from ensemble_server.server.weights.embeddings import SentenceEmbedder
 from ensemble_server.server.weights.reranking import CrossEncoderReranker
-from ensemble_server.server.weights.surface import Surface
 from ensemble_server.server.weights.threads import in_own_thread
+from ensemble_server.server.weights.view import Surface
 
 
 class SingleMember:

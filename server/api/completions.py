@@ -38,7 +38,7 @@ from ensemble_server.server.requests.terms import Terms
 if TYPE_CHECKING:
     from ensemble_server.server.hosting import Hosting
     from ensemble_server.server.metrics import Metrics
-    from ensemble_server.server.weights.surface import Surface
+    from ensemble_server.server.weights.view import Surface
 
 
 # --- the requests -------------------------------------------------------------------------------------------------

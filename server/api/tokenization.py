@@ -20,7 +20,7 @@ from ensemble_server.server.requests.tool_use import tool_definition
 
 if TYPE_CHECKING:
     from ensemble_server.server.hosting import Hosting
-    from ensemble_server.server.weights.surface import Surface
+    from ensemble_server.server.weights.view import Surface
 
 
 class TokenizeText(Part):

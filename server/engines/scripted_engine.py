@@ -33,7 +33,7 @@ from ensemble_server.ensembles.base import (
 from ensemble_server.ensembles.errors import MemberError
 
 if TYPE_CHECKING:
-    from ensemble_server.server.weights.surface import Surface
+    from ensemble_server.server.weights.view import Surface
 
 LOGPROB = math.log(0.5)  # of every scripted token; alternative k has 0.5 ** (k + 1)
 

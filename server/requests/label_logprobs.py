@@ -19,7 +19,7 @@ from ensemble_server.server.requests.messages import template_messages
 
 if TYPE_CHECKING:
     from ensemble_server.server.hosting import Hosting
-    from ensemble_server.server.weights.surface import Surface
+    from ensemble_server.server.weights.view import Surface
 
 NUM_ALTERNATIVES = 64  # of one distribution that are read; labels of one token are nearly always among them
 

@@ -22,7 +22,7 @@ from ensemble_server.server.requests.tool_calls import (
 )
 
 if TYPE_CHECKING:
-    from ensemble_server.server.weights.surface import Surface
+    from ensemble_server.server.weights.view import Surface
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ensemble_server.server.config.fingerprints import fingerprint
 from ensemble_server.server.hosting import Hosting, compose
 
 if TYPE_CHECKING:
-    from ensemble_server.server.weights.surface import Surface
+    from ensemble_server.server.weights.view import Surface
 
 
 class _ReplayedHosting(Hosting):
@@ -26,9 +26,9 @@ class _ReplayedHosting(Hosting):
         self._surfaces: dict[str, Surface] = {}
 
     def surface(self, name: str) -> Surface | None:
-        from ensemble_server.server.engines.transformers_engine.members import member_surface
         from ensemble_server.server.weights.checkpoints import resolve_checkpoint
-        from ensemble_server.server.weights.surface import load_tokenizer
+        from ensemble_server.server.weights.tokenizer import load_tokenizer
+        from ensemble_server.server.weights.view import member_surface
 
         entry = self.config.models[name]
         if isinstance(entry, MethodConfig):

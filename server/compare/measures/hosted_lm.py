@@ -18,7 +18,7 @@ from ensemble_server.ensembles.text_level import derived_seed
 
 if TYPE_CHECKING:
     from ensemble_server.server.hosting import Hosting
-    from ensemble_server.server.weights.surface import Surface
+    from ensemble_server.server.weights.view import Surface
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from ensemble_server.ensembles.errors import ConfigError, UnsupportedError
 from ensemble_server.server.compare.measures.documents import Documents
-from ensemble_server.server.weights.surface import Surface
+from ensemble_server.server.weights.view import Surface
 
 
 @dataclass(frozen=True)

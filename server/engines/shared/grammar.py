@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ensemble_server.ensembles.base import Grammar
 from ensemble_server.ensembles.errors import RequestError, UnsupportedError
-from ensemble_server.server.weights.surface import Surface
+from ensemble_server.server.weights.view import Surface
 
 _ANY_JSON_OBJECT = json.dumps({"type": "object"})
 

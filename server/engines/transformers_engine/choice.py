@@ -16,7 +16,8 @@ from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prompt import Prompt
 from ensemble_server.server.engines.transformers_engine.token_report import describe, explained
-from ensemble_server.server.weights.surface import StopStrings, TextStream
+from ensemble_server.server.weights.tokenizer import TextStream
+from ensemble_server.server.weights.view import StopStrings
 
 
 class LiveChoice:

@@ -38,10 +38,11 @@ from ensemble_server.server.engines.transformers_engine.backbone import Backbone
 from ensemble_server.server.engines.transformers_engine.choice import LiveChoice
 from ensemble_server.server.engines.transformers_engine.generation import Generation
 from ensemble_server.server.engines.transformers_engine.job import Job, deliver
-from ensemble_server.server.engines.transformers_engine.members import Member, check_shared_vocabulary
+from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import PrefixCache
 from ensemble_server.server.engines.transformers_engine.scheduler import Scheduler, Work
 from ensemble_server.server.engines.transformers_engine.visit import Visit, Visitor
+from ensemble_server.server.weights.vocabularies import check_shared_vocabulary
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,8 @@ from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.server.engines.transformers_engine.backbone import Backbone
 from ensemble_server.server.weights.checkpoint_facts import id_set
 from ensemble_server.server.weights.checkpoints import checkpoint_of
-from ensemble_server.server.weights.surface import Surface, load_tokenizer
+from ensemble_server.server.weights.tokenizer import Vocabulary, load_tokenizer
+from ensemble_server.server.weights.view import Surface, member_surface
 
 if TYPE_CHECKING:
     from ensemble_server.server.config.blocks import HostedModel
@@ -86,33 +87,11 @@ class Root:
     @classmethod
     def load(cls, key: WeightsKey, adapters: Mapping[str, Path]) -> Root:
         tokenizer = load_tokenizer(key.folder)
-        vocab_size = Surface(tokenizer).vocab_size
+        vocab_size = Vocabulary(tokenizer).vocab_size
         backbone = Backbone.load(
             key.folder, dtype=key.dtype, device=key.device, adapters=adapters, vocab_size=vocab_size
         )
         return cls(backbone, tokenizer)
-
-
-def check_shared_vocabulary(members: Iterable[Member]) -> None:
-    """Raise `ModelLoadError` unless all members map the same tokens to the same ids (widths may differ by padding)."""
-    first, *others = members
-    for other in others:
-        ours, theirs = first.surface.token_ids, other.surface.token_ids
-        if ours == theirs and first.vocab_size == other.vocab_size:
-            continue
-        pair = f"members {first.name!r} and {other.name!r} have"
-        if ours == theirs:
-            raise ModelLoadError(
-                f"{pair} one vocabulary, but weights for {first.vocab_size} and {other.vocab_size} of its tokens; "
-                "resize the smaller one's embeddings, or choose a text-level method such as crowd_vote"
-            )
-        strangers = sorted(set(ours.items()) ^ set(theirs.items()), key=lambda item: (item[1], item[0]))
-        token, token_id = strangers[0]
-        raise ModelLoadError(
-            f"{pair} different vocabularies ({len(ours)} and {len(theirs)} tokens, {len(strangers)} token-id pairs "
-            f"differ, for example {token!r} with id {token_id}); next-token distributions can only be pooled over one "
-            "vocabulary: choose members of one family, or a text-level method such as crowd_vote"
-        )
 
 
 def _weights_key(name: str, model: HostedModel, relative_to: Path) -> WeightsKey:
@@ -136,17 +115,3 @@ def _member(name: str, model: HostedModel, models: Mapping[str, HostedModel], ro
         eos_ids=root.backbone.eos_ids | id_set(root.tokenizer.eos_token_id),
         max_model_len=min(max_context, root.backbone.max_positions or max_context),
     )
-
-
-def member_surface(name: str, models: Mapping[str, HostedModel], tokenizer: PreTrainedTokenizerBase) -> Surface:
-    """How member `name` sees text, with the tokenizer of the weights that it stands on. Raises `ModelLoadError`."""
-    model = models[name]
-    parent = models[model.base] if model.path is None else model
-    try:
-        return Surface(
-            tokenizer,
-            chat_template=model.chat_template or parent.chat_template,
-            system_prompt=model.system_prompt if model.system_prompt is not None else parent.system_prompt,
-        )
-    except ModelLoadError as exc:
-        raise ModelLoadError(f"model {name!r}: {exc}") from exc

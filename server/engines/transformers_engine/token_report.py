@@ -9,7 +9,7 @@ import torch
 
 from ensemble_server.ensembles.base import MemberToken, TokenLogprob
 from ensemble_server.ensembles.pooling.disagreement import entropy, jensen_shannon
-from ensemble_server.server.weights.surface import Surface
+from ensemble_server.server.weights.view import Surface
 
 
 def describe(

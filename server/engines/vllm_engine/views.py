@@ -9,10 +9,10 @@ from pathlib import Path
 
 from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.server.config.blocks import HostedModel
-from ensemble_server.server.engines.transformers_engine.members import member_surface
 from ensemble_server.server.weights.checkpoint_facts import id_set, max_positions
 from ensemble_server.server.weights.checkpoints import checkpoint_of
-from ensemble_server.server.weights.surface import Surface, load_tokenizer
+from ensemble_server.server.weights.tokenizer import load_tokenizer
+from ensemble_server.server.weights.view import Surface, member_surface
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ensemble_server.ensembles.errors import ModelLoadError
-from ensemble_server.server.engines.transformers_engine.adapters import refuse_beyond_plain_lora
+from ensemble_server.server.weights.adapters import refuse_beyond_plain_lora
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -18,7 +18,7 @@ from ensemble_server.server.api.serve import listening
 from ensemble_server.server.config.blocks import BatchConfig, EngineConfig, ServerConfig
 from ensemble_server.server.engines.scripted_engine import Script, ScriptedModel
 from ensemble_server.server.metrics import Metrics
-from ensemble_server.server.weights.surface import Surface
+from ensemble_server.server.weights.view import Surface
 from tests.conftest import make_tokenizer
 
 HELLO = Script(("Hel", "lo", " wor", "ld"))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from ensemble_server.server.engines.scripted_engine import ScriptedModel
-from ensemble_server.server.weights.surface import Surface
+from ensemble_server.server.weights.view import Surface
 from tests.conftest import make_tokenizer
 from tests.server.api.conftest import CHAT, HELLO, asgi_client
 

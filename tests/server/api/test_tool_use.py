@@ -10,7 +10,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from ensemble_server.server.engines.scripted_engine import Script, ScriptedModel
 from ensemble_server.server.requests.messages import FunctionDefinition
 from ensemble_server.server.requests.tool_use import tool_definition
-from ensemble_server.server.weights.surface import Surface
+from ensemble_server.server.weights.view import Surface
 from tests.conftest import CHAT_TEMPLATE
 from tests.server.api.conftest import CHAT, asgi_client, events_of
 

@@ -11,7 +11,7 @@ import pytest
 from ensemble_server.ensembles.base import Delta, Done, GenerationRequest, Model, PromptScored, Sampling, collect
 from ensemble_server.ensembles.errors import MemberError
 from ensemble_server.server.engines.scripted_engine import LOGPROB, Script, ScriptedModel
-from ensemble_server.server.weights.surface import Surface
+from ensemble_server.server.weights.view import Surface
 from tests.conftest import make_tokenizer
 
 MESSAGES = ({"role": "user", "content": "hi"},)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ensemble_server.server.compare.measures.documents import Documents
 from ensemble_server.server.compare.measures.windows import cut_windows
-from ensemble_server.server.weights.surface import Surface
+from ensemble_server.server.weights.view import Surface
 from tests.conftest import SAMPLE, make_tokenizer
 
 

@@ -14,7 +14,7 @@ from ensemble_server.ensembles.base import Grammar
 from ensemble_server.ensembles.errors import RequestError, UnsupportedError
 from ensemble_server.server.engines.shared import grammar
 from ensemble_server.server.engines.shared.grammar import GrammarMask
-from ensemble_server.server.weights.surface import Surface
+from ensemble_server.server.weights.view import Surface
 from tests.conftest import make_tokenizer
 
 VOCAB = 330  # wider than the tokenizer, as logits are

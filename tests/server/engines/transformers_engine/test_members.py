@@ -7,7 +7,8 @@ import pytest
 
 from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.server.config.blocks import HostedModel
-from ensemble_server.server.engines.transformers_engine.members import Member, check_shared_vocabulary, load_members
+from ensemble_server.server.engines.transformers_engine.members import Member, load_members
+from ensemble_server.server.weights.vocabularies import check_shared_vocabulary
 from tests.conftest import CHAT_TEMPLATE, make_model
 
 

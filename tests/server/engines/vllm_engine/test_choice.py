@@ -11,7 +11,7 @@ import pytest
 from ensemble_server.ensembles.base import Delta, GenerationRequest, MemberToken, Sampling
 from ensemble_server.ensembles.errors import MemberError
 from ensemble_server.server.engines.vllm_engine.choice import VllmChoice, describe_prompt
-from ensemble_server.server.weights.surface import Surface
+from ensemble_server.server.weights.view import Surface
 from tests.conftest import make_tokenizer
 from tests.server.engines.vllm_engine.outputs import completion, logprob
 

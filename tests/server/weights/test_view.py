@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ensemble_server.ensembles.errors import ModelLoadError, RequestError, UnsupportedError
 from ensemble_server.server.weights.checkpoints import resolve_checkpoint
-from ensemble_server.server.weights.surface import StopStrings, Surface, TextStream
+from ensemble_server.server.weights.tokenizer import TextStream
+from ensemble_server.server.weights.view import StopStrings, Surface
 from tests.conftest import CHAT_TEMPLATE, SAMPLE, make_tokenizer
 
 TEXTS = [

@@ -6,54 +6,29 @@ are in its terms.
 
 from __future__ import annotations
 
-import codecs
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers import PreTrainedTokenizerBase
 
 from ensemble_server.ensembles.base import Message
 from ensemble_server.ensembles.errors import ModelLoadError, RequestError, UnsupportedError
+from ensemble_server.server.config.blocks import HostedModel
+from ensemble_server.server.weights.tokenizer import Vocabulary
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Raises `ModelLoadError` if the folder has none that loads."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as exc:  # tokenizers raise whatever their parts raise
-        raise ModelLoadError(f"{folder} has no tokenizer that loads ({type(exc).__name__}: {exc})") from exc
-
-
-class Surface:
+class Surface(Vocabulary):
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, *, chat_template: str | None = None, system_prompt: str | None = None
     ) -> None:
-        self.tokenizer = tokenizer
+        super().__init__(tokenizer)
         self.chat_template: str | None = chat_template or tokenizer.chat_template
         self.system_prompt = system_prompt
         if isinstance(self.chat_template, dict):  # several named templates: the one for plain chat is called "default"
             self.chat_template = self.chat_template.get("default")
         if system_prompt and self.chat_template is None:
             raise ModelLoadError("system_prompt needs a chat template, which this model lacks; set chat_template")
-
-    @cached_property
-    def token_ids(self) -> Mapping[str, int]:
-        """token -> id; two surfaces share a vocabulary if these maps are equal."""
-        return self.tokenizer.get_vocab()
-
-    @cached_property
-    def vocab_size(self) -> int:
-        return max(self.token_ids.values()) + 1
-
-    @cached_property
-    def special_ids(self) -> frozenset[int]:
-        """Tokens that stand for no text: those with a role (end of text), and all that are marked as special."""
-        marked = [index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special]
-        return frozenset(marked) | frozenset(self.tokenizer.all_special_ids)
 
     @property
     def has_chat_template(self) -> bool:
@@ -62,14 +37,6 @@ class Surface:
     @property
     def supports_tools(self) -> bool:
         return self.chat_template is not None and "tools" in self.chat_template
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Text of `token_ids`, as a stream of them yields it; bytes that are no UTF-8 become U+FFFD."""
-        stream = TextStream(self, skip_special_tokens=skip_special_tokens)
-        return "".join([stream.add(token_id) for token_id in token_ids]) + stream.flush()
 
     def render(
         self,
@@ -109,49 +76,24 @@ class Surface:
         except Exception as exc:  # templates are programs: they raise whatever Jinja and their authors raise
             raise RequestError(f"the chat template refuses these messages: {exc}", param="messages") from exc
 
-    def bytes_of(self, token_id: int, previous: int | None = None) -> bytes:
-        """The bytes that a token adds to the text after the token `previous`. Special tokens give their literal text.
-
-        Byte-level and byte-fallback vocabularies have exact bytes; others (WordPiece, WordLevel) decode in context.
-        """
-        token = self.tokenizer.convert_ids_to_tokens(token_id)
-        if token is None:  # an id between the vocabulary's tokens that no token has
-            return b""
-        match self._decoder_kind:
-            case "byte_level" | "byte_fallback" if token_id in self._added:
-                return self._added[token_id].encode()
-            case "byte_level":
-                table = self._byte_table
-                return bytes(table[char] for char in token) if all(char in table for char in token) else token.encode()
-            case "byte_fallback":
-                if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                    return bytes([int(token[3:5], 16)])
-                return token.replace("▁", " ").encode()
-        if previous is None:
-            return self.tokenizer.decode([token_id]).encode()
-        before = self.tokenizer.decode([previous])
-        return self.tokenizer.decode([previous, token_id])[len(before) :].encode()
-
     def info(self) -> dict[str, Any]:
         """What a remote client needs to use this tokenizer (lm-evaluation-harness asks for these four)."""
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         return {name: getattr(self.tokenizer, name) for name in names} | {"chat_template": self.chat_template}
 
-    @cached_property
-    def _added(self) -> Mapping[int, str]:
-        return {index: token.content for index, token in self.tokenizer.added_tokens_decoder.items()}
 
-    @cached_property
-    def _byte_table(self) -> Mapping[str, int]:
-        return {char: byte for byte, char in bytes_to_unicode().items()}
-
-    @cached_property
-    def _decoder_kind(self) -> str:
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        description = repr(backend.decoder) if backend is not None and backend.decoder is not None else ""
-        if "ByteLevel" in description:
-            return "byte_level"
-        return "byte_fallback" if "ByteFallback" in description or "Metaspace" in description else "other"
+def member_surface(name: str, models: Mapping[str, HostedModel], tokenizer: PreTrainedTokenizerBase) -> Surface:
+    """How member `name` sees text, with the tokenizer of the weights that it stands on. Raises `ModelLoadError`."""
+    model = models[name]
+    parent = models[model.base] if model.path is None else model
+    try:
+        return Surface(
+            tokenizer,
+            chat_template=model.chat_template or parent.chat_template,
+            system_prompt=model.system_prompt if model.system_prompt is not None else parent.system_prompt,
+        )
+    except ModelLoadError as exc:
+        raise ModelLoadError(f"model {name!r}: {exc}") from exc
 
 
 def _for_template(message: Message) -> dict[str, Any]:
@@ -163,27 +105,6 @@ def _for_template(message: Message) -> dict[str, Any]:
             for call in calls
         ]
     return copy
-
-
-class TextStream:
-    """Token ids in, whole characters out. Text may lag behind the tokens while a character is incomplete."""
-
-    def __init__(self, surface: Surface, *, skip_special_tokens: bool) -> None:
-        self._surface = surface
-        self._skipped = surface.special_ids if skip_special_tokens else frozenset()
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._previous: int | None = None
-
-    def add(self, token_id: int) -> str:
-        if token_id in self._skipped:
-            return ""
-        piece = self._decoder.decode(self._surface.bytes_of(token_id, self._previous))
-        self._previous = token_id
-        return piece
-
-    def flush(self) -> str:
-        """What is left when no more tokens come: the replacement character if a character stayed incomplete."""
-        return self._decoder.decode(b"", final=True)
 
 
 class StopStrings:

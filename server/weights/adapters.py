@@ -1,0 +1,46 @@
+"""What a LoRA adapter's own files ask for, and what of it no engine here can give."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ensemble_server.ensembles.errors import ModelLoadError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+# What a LoRA config can ask for beyond y = W x + B A x: other formulas, weights besides A and B, changed base layers.
+_BEYOND_PLAIN_LORA = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def refuse_beyond_plain_lora(name: str, config: PeftConfig) -> None:
+    """Raises `ModelLoadError` if the adapter `name` asks for anything that y = W x + B A x · scaling cannot give."""
+    if config.peft_type != "LORA":
+        raise ModelLoadError(f"adapter {name!r} is of type {config.peft_type.value}; only LoRA adapters are supported")
+    for feature in _BEYOND_PLAIN_LORA:
+        if getattr(config, feature, None):
+            raise ModelLoadError(
+                f"adapter {name!r} uses {feature}, which cannot share its base's forward; "
+                "merge it into the base (PEFT's merge_and_unload) and load the result as a model of its own"
+            )
+    if config.bias != "none":
+        raise ModelLoadError(f"adapter {name!r} trains biases (bias={config.bias!r}); merge it into the base instead")
+    if str(config.init_lora_weights).lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
+        raise ModelLoadError(
+            f"adapter {name!r} was started with init_lora_weights={config.init_lora_weights!r}, which changes the base "
+            "for everyone on it; save it as a plain LoRA (path_initial_model_for_weight_conversion) or merge it"
+        )

@@ -1,0 +1,111 @@
+"""A checkpoint's tokenizer: which tokens it has, and the text and bytes that each of them stands for."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from ensemble_server.ensembles.errors import ModelLoadError
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Raises `ModelLoadError` if the folder has none that loads."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as exc:  # tokenizers raise whatever their parts raise
+        raise ModelLoadError(f"{folder} has no tokenizer that loads ({type(exc).__name__}: {exc})") from exc
+
+
+class Vocabulary:
+    """The tokens of a tokenizer, as ids, as text and as bytes."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def token_ids(self) -> Mapping[str, int]:
+        """token -> id; two surfaces share a vocabulary if these maps are equal."""
+        return self.tokenizer.get_vocab()
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return max(self.token_ids.values()) + 1
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that stand for no text: those with a role (end of text), and all that are marked as special."""
+        marked = [index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special]
+        return frozenset(marked) | frozenset(self.tokenizer.all_special_ids)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of `token_ids`, as a stream of them yields it; bytes that are no UTF-8 become U+FFFD."""
+        stream = TextStream(self, skip_special_tokens=skip_special_tokens)
+        return "".join([stream.add(token_id) for token_id in token_ids]) + stream.flush()
+
+    def bytes_of(self, token_id: int, previous: int | None = None) -> bytes:
+        """The bytes that a token adds to the text after the token `previous`. Special tokens give their literal text.
+
+        Byte-level and byte-fallback vocabularies have exact bytes; others (WordPiece, WordLevel) decode in context.
+        """
+        token = self.tokenizer.convert_ids_to_tokens(token_id)
+        if token is None:  # an id between the vocabulary's tokens that no token has
+            return b""
+        match self._decoder_kind:
+            case "byte_level" | "byte_fallback" if token_id in self._added:
+                return self._added[token_id].encode()
+            case "byte_level":
+                table = self._byte_table
+                return bytes(table[char] for char in token) if all(char in table for char in token) else token.encode()
+            case "byte_fallback":
+                if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+                    return bytes([int(token[3:5], 16)])
+                return token.replace("▁", " ").encode()
+        if previous is None:
+            return self.tokenizer.decode([token_id]).encode()
+        before = self.tokenizer.decode([previous])
+        return self.tokenizer.decode([previous, token_id])[len(before) :].encode()
+
+    @cached_property
+    def _added(self) -> Mapping[int, str]:
+        return {index: token.content for index, token in self.tokenizer.added_tokens_decoder.items()}
+
+    @cached_property
+    def _byte_table(self) -> Mapping[str, int]:
+        return {char: byte for byte, char in bytes_to_unicode().items()}
+
+    @cached_property
+    def _decoder_kind(self) -> str:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        description = repr(backend.decoder) if backend is not None and backend.decoder is not None else ""
+        if "ByteLevel" in description:
+            return "byte_level"
+        return "byte_fallback" if "ByteFallback" in description or "Metaspace" in description else "other"
+
+
+class TextStream:
+    """Token ids in, whole characters out. Text may lag behind the tokens while a character is incomplete."""
+
+    def __init__(self, vocabulary: Vocabulary, *, skip_special_tokens: bool) -> None:
+        self._vocabulary = vocabulary
+        self._skipped = vocabulary.special_ids if skip_special_tokens else frozenset()
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._previous: int | None = None
+
+    def add(self, token_id: int) -> str:
+        if token_id in self._skipped:
+            return ""
+        piece = self._decoder.decode(self._vocabulary.bytes_of(token_id, self._previous))
+        self._previous = token_id
+        return piece
+
+    def flush(self) -> str:
+        """What is left when no more tokens come: the replacement character if a character stayed incomplete."""
+        return self._decoder.decode(b"", final=True)

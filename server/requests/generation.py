@@ -5,10 +5,10 @@ One body may ask for several generations (a completion has one per prompt), and 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ensemble_server.ensembles.base import (
@@ -16,7 +16,6 @@ from ensemble_server.ensembles.base import (
     Delta,
     DistributionModel,
     Done,
-    Event,
     GenerationRequest,
     Grammar,
     MemberUsage,
@@ -29,6 +28,7 @@ from ensemble_server.ensembles.errors import RequestError
 from ensemble_server.ensembles.method import Method
 from ensemble_server.server.api.request_log import RequestRecord
 from ensemble_server.server.engines.remote.remote import RemoteChat
+from ensemble_server.server.engines.shared.side_by_side import side_by_side
 from ensemble_server.server.requests.protocol import ChatBody, CompletionBody, GenerationBody
 from ensemble_server.server.requests.responses import EnsembleObject, MemberUsageObject, UsageObject
 from ensemble_server.server.requests.terms import Terms
@@ -177,7 +177,8 @@ class Generations:
         """(index of the prompt, event), as they come. Closing it ends all generations."""
         with self.metrics.live_request():
             max_concurrent = max(1, self.hosting.config.engine.max_batch // self.requests[0].n)
-            async with aclosing(_interleaved(self.model, self.requests, max_concurrent)) as events:
+            openers = [partial(self.model.generate, request) for request in self.requests]
+            async with aclosing(side_by_side(openers, at_once=max_concurrent)) as events:
                 async for place, event in events:
                     match event:
                         case Delta():
@@ -261,45 +262,3 @@ def _member_usage(used: MemberUsage) -> MemberUsageObject:
     if used.cost:
         shown["cost"] = used.cost
     return shown
-
-
-async def _interleaved(
-    model: Model, requests: Sequence[GenerationRequest], max_concurrent: int
-) -> AsyncGenerator[tuple[int, Event]]:
-    """The events of all `requests`, as they come, each with its request's index; at most `max_concurrent` run at once.
-
-    The first error ends all and is raised here.
-    """
-    if len(requests) == 1:
-        async with aclosing(model.generate(requests[0])) as events:
-            async for event in events:
-                yield 0, event
-        return
-
-    arrived: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue(maxsize=64)
-    turn = asyncio.Semaphore(max_concurrent)
-
-    async def generate(place: int, request: GenerationRequest) -> None:
-        try:
-            async with turn, aclosing(model.generate(request)) as events:
-                async for event in events:
-                    await arrived.put((place, event))
-            await arrived.put((place, None))
-        except Exception as exc:
-            await arrived.put((place, exc))
-
-    tasks = [asyncio.create_task(generate(place, request)) for place, request in enumerate(requests)]
-    try:
-        num_live = len(tasks)
-        while num_live:
-            place, item = await arrived.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                num_live -= 1
-            else:
-                yield place, item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

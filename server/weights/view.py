@@ -105,39 +105,3 @@ def _for_template(message: Message) -> dict[str, Any]:
             for call in calls
         ]
     return copy
-
-
-class StopStrings:
-    """Cuts a stream of text at the first stop string, also across the borders of pieces.
-
-    Text that could be the beginning of a stop string is held back until it is clear that it is not.
-    """
-
-    def __init__(self, stops: Sequence[str], *, include: bool) -> None:
-        self._stops = tuple(stops)
-        self._include = include
-        self._held = ""
-
-    def add(self, piece: str) -> tuple[str, str | None]:
-        """-> (text that may be shown, the stop string that was met or None). After a stop there is nothing more."""
-        if not self._stops:
-            return piece, None
-        text = self._held + piece
-        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:  # the one that is complete first: which one that is does not depend on where pieces end
-            at, stop = min(found, key=lambda pair: (pair[0] + len(pair[1]), pair[0]))
-            self._held = ""
-            return text[: at + len(stop) * self._include], stop
-        hold = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - hold :]
-        return text[: len(text) - hold], None
-
-    def flush(self) -> str:
-        """The text held back, when no more comes."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`: ("abc", "cd") -> 1"""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -27,12 +27,12 @@ from ensemble_server.ensembles.errors import (
     EnsembleError,
     MemberError,
     ModelLoadError,
-    UnsupportedError,
 )
 from ensemble_server.ensembles.pooling import pool
 from ensemble_server.server.engines.engine import StepStats
 from ensemble_server.server.engines.shared import grammar
-from ensemble_server.server.engines.shared.token_checks import check_ids, check_prompt
+from ensemble_server.server.engines.shared.reading import RequestReader
+from ensemble_server.server.engines.shared.token_checks import check_ids
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.backbone import Backbone
 from ensemble_server.server.engines.transformers_engine.choice import LiveChoice
@@ -76,7 +76,7 @@ class TransformersEngine:
         self._failure: str | None = None
         devices = {member.backbone.device for member in members.values()}
         self._devices = ThreadPoolExecutor(len(devices), "device") if len(devices) > 1 else None
-        self._tokenizing = threading.Lock()  # fast tokenizers must not be reconfigured by two threads at once
+        self._reader = RequestReader(always_writes=False)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # --- for asyncio tasks ---------------------------------------------------------------------------------------
@@ -172,24 +172,7 @@ class TransformersEngine:
         """Read the request in every member's terms and check that it can be served. Runs in a worker thread."""
         members = [self._members[member] for member in mixture.weights]
         surface, vocab_size = members[0].surface, members[0].vocab_size
-        with self._tokenizing:
-            if request.messages is not None:
-                prompts = [member.surface.render(request.messages, tools=request.tools) for member in members]
-            else:
-                raw = request.prompt
-                prompts = [surface.encode(raw) if isinstance(raw, str) else list(raw)] * len(members)
-        limit = self.max_model_len(mixture)
-        if request.truncate_prompt_tokens is not None:
-            prompts = [ids[-request.truncate_prompt_tokens :] for ids in prompts]
-        _check_prompts(prompts, vocab_size, request)
-        longest = max(len(ids) for ids in prompts)
-        wanted = request.sampling.max_tokens
-        if longest > limit or (longest == limit and wanted != 0 and request.prompt_logprobs is None):
-            raise ContextLengthError(
-                f"the prompt has {longest} tokens; this model's context holds {limit}, prompt and answer together",
-                param="messages" if request.messages is not None else "prompt",
-            )
-        check_ids(request.sampling.logit_bias, vocab_size, "logit_bias")
+        reading = self._reader.read(request, members, max_model_len=self.max_model_len(mixture))
         structure = request.sampling.grammar
         eos_ids = frozenset().union(*(member.eos_ids for member in members))
 
@@ -203,9 +186,8 @@ class TransformersEngine:
             request,
             mixture,
             members,
-            prompts,
+            reading,
             method=method,
-            max_new_tokens=limit - longest if wanted is None else min(wanted, limit - longest),
             new_grammar=new_grammar,
             prefixes=self._prefixes,
             loop=loop,
@@ -371,15 +353,4 @@ def _check_finite(job: Generation, logprobs: Sequence[torch.Tensor], pooled: tor
         culprits = [member for member, row in zip(job.members, logprobs, strict=True) if row[0].isnan()]
         raise MemberError(
             (culprits or job.members)[0].name, "its output is not a number (NaN); its weights may be damaged"
-        )
-
-
-def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, request: GenerationRequest) -> None:
-    field = "messages" if request.messages is not None else "prompt"
-    for token_ids in prompts:
-        check_prompt(token_ids, vocab_size, field)
-    if request.prompt_logprobs is not None and any(ids != prompts[0] for ids in prompts):
-        raise UnsupportedError(
-            "prompt log-probabilities need one prompt for all members; these have different views of the conversation",
-            param="prompt_logprobs",
         )

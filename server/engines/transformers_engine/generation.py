@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ensemble_server.ensembles.base import Delta, Done, GenerationRequest, MemberUsage, Mixture, PromptScored, Usage
+from ensemble_server.ensembles.base import Delta, GenerationRequest, Mixture, PromptScored
+from ensemble_server.server.engines.shared import usage
 from ensemble_server.server.engines.shared.grammar import GrammarMask
+from ensemble_server.server.engines.shared.reading import Reading
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.choice import LiveChoice
 from ensemble_server.server.engines.transformers_engine.job import Job
@@ -18,17 +20,16 @@ from ensemble_server.server.engines.transformers_engine.prompt import Prompt
 
 
 class Generation(Job):
-    """`max_new_tokens` may be 0: then the prompt is only scored. `new_grammar` makes one grammar per choice."""
+    """`new_grammar` makes one grammar per choice."""
 
     def __init__(
         self,
         request: GenerationRequest,
         mixture: Mixture,
         members: Sequence[Member],
-        token_ids: Sequence[list[int]],
+        reading: Reading,
         *,
         method: str,
-        max_new_tokens: int,
         new_grammar: Callable[[], GrammarMask | None],
         prefixes: PrefixCache,
         loop: asyncio.AbstractEventLoop,
@@ -42,12 +43,12 @@ class Generation(Job):
         )
         self.request = request
         self.mixture = mixture
-        self.token_ids = token_ids
+        self.token_ids = reading.prompts
         self.prompt: Prompt | None = None  # made when the job is admitted
         self.live: list[LiveChoice] = []
         self.num_started = 0  # choices that have begun; the rest wait for free places
         self._method = method
-        self._max_new_tokens = max_new_tokens
+        self._max_new_tokens = reading.max_new_tokens
         self._new_grammar = new_grammar
         self._prefixes = prefixes
         self._eos_ids = frozenset().union(*(member.eos_ids for member in members))
@@ -124,13 +125,6 @@ class Generation(Job):
             self._finish()
 
     def _finish(self) -> None:
-        members = tuple(member.name for member in self.members)
-        self.outbox.append(Done(self._usage(), self._method, members, len(members)))
+        num_read = {member.name: len(ids) for member, ids in zip(self.members, self.token_ids, strict=True)}
+        self.outbox.append(usage.done(self._method, num_read, self._num_generated))
         self.is_finished = True
-
-    def _usage(self) -> Usage:
-        members = {
-            member.name: MemberUsage(len(ids), self._num_generated)
-            for member, ids in zip(self.members, self.token_ids, strict=True)
-        }
-        return Usage(len(self.token_ids[0]), self._num_generated, members)

@@ -1,4 +1,4 @@
-"""What a client may want to know about one token: text, bytes, log-probability, alternatives, each member's view."""
+"""What a client may want to know about one token, out of whole distributions; each member's view, too."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from ensemble_server.ensembles.base import MemberToken, TokenLogprob
 from ensemble_server.ensembles.pooling.disagreement import entropy, jensen_shannon
+from ensemble_server.server.engines.shared.token_report import report
 from ensemble_server.server.weights.view import Surface
 
 
@@ -17,11 +18,8 @@ def describe(
 ) -> TokenLogprob:
     """One token under `logprobs` (V,). If likely enough it is among `top` too, with the very same number."""
     values, ids = logprobs.topk(min(num_top, len(logprobs))) if num_top else (logprobs[:0], logprobs[:0])
-    top = tuple(
-        _token(surface, int(candidate), float(value), previous)
-        for candidate, value in zip(ids.tolist(), values.tolist(), strict=True)
-    )
-    return _token(surface, token_id, float(logprobs[token_id]), previous, top=top)
+    alternatives = zip(ids.tolist(), values.tolist(), strict=True)
+    return report(surface, token_id, float(logprobs[token_id]), alternatives, previous=previous)
 
 
 def explained(
@@ -41,10 +39,3 @@ def explained(
     return TokenLogprob(
         token.token_id, token.text, token.bytes, token.logprob, token.top, members, float(entropy(pooled)), spread
     )
-
-
-def _token(
-    surface: Surface, token_id: int, logprob: float, previous: int | None, top: tuple[TokenLogprob, ...] = ()
-) -> TokenLogprob:
-    data = surface.bytes_of(token_id, previous)
-    return TokenLogprob(token_id, data.decode(errors="replace"), data, logprob, top)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -16,7 +15,6 @@ from typing import Self
 
 from ensemble_server.ensembles.base import Event, GenerationRequest, Mixture
 from ensemble_server.ensembles.errors import (
-    ContextLengthError,
     EngineDeadError,
     MemberError,
     ModelLoadError,
@@ -26,7 +24,7 @@ from ensemble_server.ensembles.errors import (
 from ensemble_server.server.config.blocks import Config
 from ensemble_server.server.engines.engine import StepStats
 from ensemble_server.server.engines.shared import grammar
-from ensemble_server.server.engines.shared.token_checks import check_ids, check_prompt
+from ensemble_server.server.engines.shared.reading import RequestReader
 from ensemble_server.server.engines.vllm_engine.generation import Prepared, generate
 from ensemble_server.server.engines.vllm_engine.model import VllmModel
 from ensemble_server.server.engines.vllm_engine.parameters import check_supported
@@ -47,7 +45,7 @@ class VllmEngine:
         self._models = models
         self._model_of = {member: model for model in models for member in model.plan.placement.slots}
         self._ids = itertools.count()
-        self._tokenizing = threading.Lock()  # fast tokenizers must not be reconfigured by two threads at once
+        self._reader = RequestReader(always_writes=True)
 
     @classmethod
     async def planned(cls, config: Config, *, on_step: Callable[[StepStats], None] | None = None) -> Self:
@@ -147,43 +145,14 @@ class VllmEngine:
     def _prepare(self, mixture: Mixture, request: GenerationRequest, method: str) -> Prepared:
         """Read the request in the members' terms and check that it can be served. Runs in a worker thread."""
         views = [self.views[name] for name in mixture.weights]
-        vocab_size = views[0].vocab_size
-        with self._tokenizing:
-            token_ids = _prompt(views, request)
-        field = "messages" if request.messages is not None else "prompt"
-        if request.truncate_prompt_tokens is not None:
-            token_ids = token_ids[-request.truncate_prompt_tokens :]
-        check_prompt(token_ids, vocab_size, field)
-        check_ids(request.sampling.logit_bias, vocab_size, "logit_bias")
         check_supported(request, mixture)
-        limit = self.max_model_len(mixture)
-        if len(token_ids) >= limit:
-            raise ContextLengthError(
-                f"the prompt has {len(token_ids)} tokens; this model's context holds {limit}, prompt and answer "
-                "together",
-                param=field,
+        reading = self._reader.read(request, views, max_model_len=self.max_model_len(mixture))
+        if any(prompt != reading.prompts[0] for prompt in reading.prompts):
+            raise UnsupportedError(
+                "in vLLM an ensemble is one model that reads one prompt; these members have different views of the "
+                "conversation: use engine.kind transformers",
+                param="messages",
             )
         if request.sampling.grammar is not None:
             grammar.check(request.sampling.grammar)
-        room = limit - len(token_ids)
-        wanted = request.sampling.max_tokens
-        return Prepared(request, mixture, views, token_ids, room if wanted is None else min(wanted, room), method)
-
-
-def _prompt(views: Sequence[MemberView], request: GenerationRequest) -> list[int]:
-    """What all members read. Raises `UnsupportedError` if they would read a conversation differently."""
-    if request.messages is None:
-        raw = request.prompt
-        return views[0].surface.encode(raw) if isinstance(raw, str) else list(raw)
-    looks = {
-        (id(view.surface.tokenizer), view.surface.chat_template, view.surface.system_prompt): view.surface
-        for view in views
-    }
-    first, *others = (surface.render(request.messages, tools=request.tools) for surface in looks.values())
-    if any(prompt != first for prompt in others):
-        raise UnsupportedError(
-            "in vLLM an ensemble is one model that reads one prompt; these members have different views of the "
-            "conversation: use engine.kind transformers",
-            param="messages",
-        )
-    return first
+        return Prepared(request, mixture, views, reading, method)

@@ -13,17 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ensemble_server.ensembles.base import (
-    Delta,
-    Done,
-    Event,
-    GenerationRequest,
-    MemberUsage,
-    Mixture,
-    PromptScored,
-    Usage,
-)
+from ensemble_server.ensembles.base import Delta, Done, Event, GenerationRequest, Mixture, PromptScored
 from ensemble_server.ensembles.errors import DeadlineError
+from ensemble_server.server.engines.shared import usage
+from ensemble_server.server.engines.shared.reading import Reading
+from ensemble_server.server.engines.shared.side_by_side import side_by_side
 from ensemble_server.server.engines.vllm_engine.choice import VllmChoice, describe_prompt
 from ensemble_server.server.engines.vllm_engine.views import MemberView
 
@@ -35,14 +29,21 @@ OpenStream = Callable[[int], AsyncGenerator["RequestOutput", None]]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that has been read and found to be servable. `max_new_tokens` 0: the prompt is only scored."""
+    """A request that has been read, by all members alike, and found to be servable."""
 
     request: GenerationRequest
     mixture: Mixture
     views: Sequence[MemberView]
-    token_ids: list[int]
-    max_new_tokens: int
+    reading: Reading
     method: str
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.reading.prompts[0]
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.reading.max_new_tokens
 
     @property
     def vocab_size(self) -> int:
@@ -65,10 +66,7 @@ class Prepared:
         )
 
     def done(self, num_generated: int) -> Done:
-        members = tuple(self.mixture.weights)
-        used = MemberUsage(len(self.token_ids), num_generated)
-        usage = Usage(len(self.token_ids), num_generated, dict.fromkeys(members, used))
-        return Done(usage, self.method, members, len(members))
+        return usage.done(self.method, dict.fromkeys(self.mixture.weights, len(self.token_ids)), num_generated)
 
     def prompt_scored(self, output: RequestOutput) -> PromptScored:
         num_top = self.request.prompt_logprobs
@@ -84,24 +82,25 @@ async def generate(prepared: Prepared, open_stream: OpenStream, on_begin: Callab
     """
     request = prepared.request
     choices = [prepared.choice(index) for index in range(request.n if prepared.max_new_tokens else 1)]
+    openers = [partial(_read, choice, partial(open_stream, index)) for index, choice in enumerate(choices)]
     deadline = None if request.deadline_s is None else asyncio.get_running_loop().time() + request.deadline_s
-    held: list[tuple[int, RequestOutput]] = []  # came before the choice that brings the prompt's scores
+    held: list[Delta] = []  # came before the choice that brings the prompt's scores
     has_begun = False
     try:
-        async with aclosing(_side_by_side(choices, open_stream, deadline)) as outputs:
-            async for index, output in outputs:
+        async with aclosing(side_by_side(openers, deadline=deadline)) as outputs:
+            async for index, (output, delta) in outputs:
+                if delta is not None and prepared.max_new_tokens:
+                    held.append(delta)
                 if not has_begun:
                     if index and request.prompt_logprobs is not None:
-                        held.append((index, output))
                         continue
                     has_begun = True
                     on_begin()
                     yield prepared.prompt_scored(output)
                     if not prepared.max_new_tokens:
                         break
-                for place, ready in ((index, output), *held):
-                    if (delta := choices[place].read(ready.outputs[0])) is not None:
-                        yield delta
+                for ready in held:
+                    yield ready
                 held = []
     except TimeoutError as exc:
         if not has_begun:
@@ -112,54 +111,16 @@ async def generate(prepared: Prepared, open_stream: OpenStream, on_begin: Callab
     if not prepared.max_new_tokens:
         for index in range(request.n):
             yield Delta(index, finish_reason="length")
-    yield prepared.done(sum(choice.num_generated for choice in choices))
+    yield prepared.done(sum(choice.num_generated for choice in choices) if prepared.max_new_tokens else 0)
 
 
-async def _side_by_side(
-    choices: Sequence[VllmChoice], open_stream: OpenStream, deadline: float | None
-) -> AsyncGenerator[tuple[int, RequestOutput]]:
-    """(index, output) of all choices' streams as they come; a stream is closed, which frees its place in vLLM, when its
-    choice is finished. Raises the first error of a stream, and `TimeoutError` when the event loop's time is `deadline`.
-    """
-    if len(choices) == 1:
-        async with aclosing(open_stream(0)) as stream:
-            while True:
-                async with asyncio.timeout_at(deadline):
-                    output = await anext(stream, None)
-                if output is None:
-                    return
-                yield 0, output
-                if choices[0].is_finished and not output.finished:
-                    return
-
-    arrived: asyncio.Queue[tuple[int, RequestOutput | BaseException | None]] = asyncio.Queue()
-
-    async def pump(index: int) -> None:
-        async with aclosing(open_stream(index)) as stream:
-            async for output in stream:
-                arrived.put_nowait((index, output))
-
-    def ended(index: int, task: asyncio.Task[None]) -> None:
-        arrived.put_nowait((index, None if task.cancelled() else task.exception()))
-
-    tasks = []
-    try:
-        for index in range(len(choices)):
-            tasks.append(asyncio.create_task(pump(index)))
-            tasks[-1].add_done_callback(partial(ended, index))
-        num_live = len(tasks)
-        while num_live:
-            async with asyncio.timeout_at(deadline):
-                index, item = await arrived.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                num_live -= 1
-            else:
-                yield index, item
-                if choices[index].is_finished and not item.finished:
-                    tasks[index].cancel()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+async def _read(
+    choice: VllmChoice, open_stream: Callable[[], AsyncGenerator[RequestOutput, None]]
+) -> AsyncGenerator[tuple[RequestOutput, Delta | None], None]:
+    """vLLM's outputs and what they show. The stream is closed, which frees its place in vLLM, when its choice is
+    finished."""
+    async with aclosing(open_stream()) as outputs:
+        async for output in outputs:
+            yield output, choice.read(output.outputs[0])
+            if choice.is_finished and not output.finished:
+                return

@@ -14,6 +14,7 @@ import numpy as np
 
 from ensemble_server.ensembles.base import GenerationRequest, Grammar, Mixture, Sampling
 from ensemble_server.ensembles.errors import UnsupportedError
+from ensemble_server.server.engines.shared.choice_text import ends_of_text
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams, StructuredOutputsParams
@@ -65,7 +66,7 @@ def sampling_params(
         seed=None if sampling.seed is None else choice_seed(sampling.seed, index),
         # Which tokens end a text is for the members' views to say, not for vLLM's reading of the checkpoint.
         ignore_eos=True,
-        stop_token_ids=_stop_ids(sampling, eos_ids, vocab_size),
+        stop_token_ids=_stop_ids(sampling, ends_of_text(sampling, eos_ids), vocab_size),
         logprobs=request.top_logprobs,
         prompt_logprobs=request.prompt_logprobs if index == 0 else None,
         structured_outputs=None if sampling.grammar is None else _structured(sampling.grammar),
@@ -82,12 +83,9 @@ def choice_seed(seed: int, index: int) -> int:
     return int(state) >> 1
 
 
-def _stop_ids(sampling: Sampling, eos_ids: frozenset[int], vocab_size: int) -> list[int]:
-    """A grammar ends with an end of text, whatever the request says of it. Ids that no token has cannot come."""
-    ends = set(sampling.stop_token_ids)
-    if sampling.grammar is not None or not sampling.ignore_eos:
-        ends |= eos_ids
-    return sorted(token_id for token_id in ends if 0 <= token_id < vocab_size)
+def _stop_ids(sampling: Sampling, ends: frozenset[int], vocab_size: int) -> list[int]:
+    """Ids that no token has cannot come."""
+    return sorted(token_id for token_id in ends.union(sampling.stop_token_ids) if 0 <= token_id < vocab_size)
 
 
 def _structured(grammar: Grammar) -> StructuredOutputsParams:

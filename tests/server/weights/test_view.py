@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from ensemble_server.ensembles.errors import ModelLoadError, RequestError, UnsupportedError
 from ensemble_server.server.weights.checkpoints import resolve_checkpoint
 from ensemble_server.server.weights.tokenizer import TextStream
-from ensemble_server.server.weights.view import StopStrings, Surface
+from ensemble_server.server.weights.view import Surface
 from tests.conftest import CHAT_TEMPLATE, SAMPLE, make_tokenizer
 
 TEXTS = [
@@ -192,57 +192,6 @@ def test_streamed_text_of_the_demo_model_is_its_tokenizers_own(demo_surface: Sur
     shown = pieces(demo_surface, token_ids)
     assert "".join(shown) == demo_surface.tokenizer.decode(token_ids) == text
     assert not any("\ufffd" in piece for piece in shown)
-
-
-# --- stop strings ---
-
-
-def cut(text: str, stops: list[str], *, include: bool) -> tuple[str, str | None]:
-    """`text` as it stands when the first stop string is complete, character by character."""
-    for end in range(1, len(text) + 1):
-        ending = [stop for stop in stops if text[:end].endswith(stop)]
-        if ending:
-            stop = max(ending, key=len)
-            return text[: end if include else end - len(stop)], stop
-    return text, None
-
-
-letters = st.text("abc", max_size=12)
-stop_lists = st.lists(st.text("abc", min_size=1, max_size=4), max_size=3, unique=True)
-
-
-@given(st.lists(letters, max_size=6), stop_lists, st.booleans())
-@example(["xabcdx"], ["abcd", "bc"], False)
-@example(["xabc", "dx"], ["abcd", "bc"], False)
-@example(["aab"], ["aab", "ab"], True)
-def test_however_text_is_cut_into_pieces_it_ends_at_the_first_stop(
-    parts: list[str], stops: list[str], include: bool
-) -> None:
-    stream = StopStrings(stops, include=include)
-    shown, met = "", None
-    for part in parts:
-        text, met = stream.add(part)
-        shown += text
-        if met is not None:
-            break
-    else:
-        shown += stream.flush()
-    assert (shown, met) == cut("".join(parts), stops, include=include)
-
-
-def test_text_is_held_back_only_while_it_may_become_a_stop() -> None:
-    stream = StopStrings(["\n\nUser:"], include=False)
-    assert stream.add("Hi\n") == ("Hi", None)
-    assert stream.add("\nUs") == ("", None)
-    assert stream.add("a") == ("\n\nUsa", None)
-    assert stream.add("\n") == ("", None)
-    assert stream.flush() == "\n"
-
-
-def test_without_stops_nothing_is_held_back() -> None:
-    stream = StopStrings([], include=False)
-    assert stream.add("anything") == ("anything", None)
-    assert stream.flush() == ""
 
 
 # --- conversations ---

@@ -9,6 +9,7 @@ import pytest
 
 from ensemble_server.ensembles.base import Delta, Done, Event, GenerationRequest, Mixture, PromptScored, Sampling
 from ensemble_server.ensembles.errors import DeadlineError
+from ensemble_server.server.engines.shared.reading import Reading
 from ensemble_server.server.engines.vllm_engine.generation import Prepared, generate
 from ensemble_server.server.engines.vllm_engine.views import MemberView
 from ensemble_server.server.weights.view import Surface
@@ -27,7 +28,8 @@ def view(tmp_path_factory: pytest.TempPathFactory) -> MemberView:
 
 def prepared_of(view: MemberView, *, max_new_tokens: int = 3, **changes: Any) -> Prepared:
     changes = {"prompt": (5, 6), "sampling": Sampling(**changes.pop("sampling", {}))} | changes
-    return Prepared(GenerationRequest(**changes), Mixture({"a": 1.0}), [view], [5, 6], max_new_tokens, "member")
+    reading = Reading([[5, 6]], max_new_tokens)
+    return Prepared(GenerationRequest(**changes), Mixture({"a": 1.0}), [view], reading, "member")
 
 
 async def events_of(prepared: Prepared, streams: Streams) -> list[Event]:

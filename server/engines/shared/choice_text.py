@@ -1,0 +1,96 @@
+"""One choice of one request, whatever engine draws its tokens: token ids in, what the client sees out.
+
+    token → whole characters → stop strings → the end
+
+A token that ends a choice (an end of text, a stop token) is counted, but is no part of its text, of its token ids or of
+its log-probabilities. `ignore_eos` makes an end of text an ordinary token. Not so under a grammar: an end of text is
+allowed there only where the text is complete, and stands for that. It ends the choice and is never shown, since with
+it the text would no longer match.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ensemble_server.ensembles.base import Delta, FinishReason, Sampling, TokenLogprob
+from ensemble_server.server.engines.shared.stop_strings import StopStrings
+from ensemble_server.server.weights.tokenizer import TextStream, Vocabulary
+
+
+def ends_of_text(sampling: Sampling, eos_ids: frozenset[int]) -> frozenset[int]:
+    """The tokens that end a choice without being named in the request."""
+    return frozenset() if sampling.ignore_eos and sampling.grammar is None else eos_ids
+
+
+class ChoiceText:
+    """Not shared between choices. `max_new_tokens` >= 1; `eos_ids`: ends of text of any member.
+
+    `finish_reason` is set with the delta that has it; nothing may be added after that. `last_token`: the last one that
+    was shown.
+    """
+
+    def __init__(
+        self, index: int, sampling: Sampling, vocabulary: Vocabulary, *, max_new_tokens: int, eos_ids: frozenset[int]
+    ) -> None:
+        self.index = index
+        self.num_generated = 0
+        self.last_token: int | None = None
+        self.finish_reason: FinishReason | None = None
+        self._max_new_tokens = max_new_tokens
+        self._min_tokens = sampling.min_tokens
+        self._ends = ends_of_text(sampling, eos_ids)
+        self._stop_token_ids = frozenset(sampling.stop_token_ids)
+        self._stream = TextStream(vocabulary, skip_special_tokens=sampling.skip_special_tokens)
+        self._stops = StopStrings(sampling.stop, include=sampling.include_stop_str_in_output)
+
+    def add(self, token_id: int, report: TokenLogprob | None = None, *, is_complete: bool = False) -> Delta:
+        """What the next token shows. `report`: what the client gets to know of it, if anything. `is_complete`: by the
+        grammar, nothing may follow it.
+        """
+        self.num_generated += 1
+        if token_id in self._ends:
+            return self._last("stop", None)
+        if token_id in self._stop_token_ids:
+            return self._last("stop", token_id)
+        self.last_token = token_id
+        shown = Delta(self.index, self._stream.add(token_id), (token_id,), () if report is None else (report,))
+        if self.num_generated >= self._min_tokens:
+            text, stop = self._stops.add(shown.text)
+            shown = replace(shown, text=text)
+            if stop is not None:
+                self.finish_reason = "stop"
+                return replace(shown, finish_reason="stop", stop_reason=stop)
+        if is_complete:
+            return self._last("stop", None, shown)
+        if self.num_generated >= self._max_new_tokens:
+            return self._last("length", None, shown)
+        return shown
+
+    def end(self, finish_reason: FinishReason, stop_reason: str | int | None = None) -> Delta:
+        """No token comes any more: the choice ends with what it has."""
+        return self._last(finish_reason, stop_reason)
+
+    def expire(self) -> Delta:
+        """The request's deadline has passed."""
+        return self.end("length", "deadline")
+
+    def _last(self, finish_reason: FinishReason, stop_reason: str | int | None, shown: Delta | None = None) -> Delta:
+        """With what was held back. A stop string that only the very end completes cuts it, too."""
+        self.finish_reason = finish_reason
+        shown = Delta(self.index) if shown is None else shown
+        tail, stop = self._stops.add(self._stream.flush())
+        tail = tail if stop is not None else tail + self._stops.flush()
+        return replace(shown, text=shown.text + tail, finish_reason=finish_reason, stop_reason=stop_reason)
+
+
+def joined(deltas: Sequence[Delta]) -> Delta:
+    """Consecutive deltas of one choice, at least one, as one."""
+    return Delta(
+        deltas[0].index,
+        "".join(delta.text for delta in deltas),
+        tuple(token_id for delta in deltas for token_id in delta.token_ids),
+        tuple(token for delta in deltas for token in delta.tokens),
+        finish_reason=deltas[-1].finish_reason,
+        stop_reason=deltas[-1].stop_reason,
+    )

@@ -1,0 +1,16 @@
+"""What a mixture's answer used: every member reads its own prompt and every token that is generated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ensemble_server.ensembles.base import Done, MemberUsage, Usage
+
+
+def done(method: str, num_read: Mapping[str, int], num_generated: int) -> Done:
+    """The last event of a request. `num_read`: tokens of the prompt by member; the first member's count as the
+    request's. `num_generated`: tokens of all choices, also those that ended a choice and were not shown.
+    """
+    members = {name: MemberUsage(length, num_generated) for name, length in num_read.items()}
+    usage = Usage(next(iter(num_read.values())), num_generated, members)
+    return Done(usage, method, tuple(members), len(members))

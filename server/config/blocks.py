@@ -53,7 +53,7 @@ class HostedModel(Block):
     )
     system_prompt: str | None = Field(None, description="put before the messages of every chat, for this member alone")
     chat_template: TemplateText | None = Field(
-        None, description="Jinja text, or a path to a .jinja file, in place of the tokenizer's own template"
+        None, description="Jinja text, or the path of a file with it, in place of the tokenizer's own template"
     )
     listed: bool = Field(True, description=LISTED)
 

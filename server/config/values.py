@@ -37,13 +37,18 @@ def _absolute_unless_hub_id(path: str, info: ValidationInfo) -> str:
 
 
 def _template_text(value: str, info: ValidationInfo) -> str:
-    """The template itself; read from its file if `value` is the path of one."""
-    if "\n" in value or not value.endswith(".jinja"):
+    """The template itself; read from its file if `value` is the path of one, whatever its ending.
+
+    A text with nothing of Jinja in it would send the same prompt whatever the client asks, so it can only be a path.
+    """
+    if "\n" in value or any(mark in value for mark in ("{{", "{%", "{#")):
         return value
     try:
         return Path(_absolute(value, info)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
-        raise ValueError(f"the template file {value!r} cannot be read ({exc})") from exc
+        raise ValueError(
+            f"the template file {value!r} cannot be read ({exc}); a template that is no file has {{{{ }}}} in it"
+        ) from exc
 
 
 def _base_url(url: str) -> str:

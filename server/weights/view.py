@@ -7,7 +7,9 @@ are in its terms.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +18,10 @@ from ensemble_server.ensembles.base import Message
 from ensemble_server.ensembles.errors import ModelLoadError, RequestError, UnsupportedError
 from ensemble_server.server.config.blocks import HostedModel
 from ensemble_server.server.weights.tokenizer import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+_MARK = "f3b1c2"  # a text that no template has of its own
 
 
 class Surface(Vocabulary):
@@ -29,6 +35,26 @@ class Surface(Vocabulary):
             self.chat_template = self.chat_template.get("default")
         if system_prompt and self.chat_template is None:
             raise ModelLoadError("system_prompt needs a chat template, which this model lacks; set chat_template")
+
+    @cached_property
+    def template_problem(self) -> str | None:
+        """What is wrong with the chat template, found on one plain question; None if all is well or there is none."""
+        if self.chat_template is None:
+            return None
+        try:
+            text = self._text_of([{"role": "user", "content": _MARK}])
+        except Exception as exc:  # templates are programs: they raise whatever Jinja and their authors raise
+            return f"cannot render a plain question ({type(exc).__name__}: {exc})"
+        return None if _MARK in text else "leaves out what the user says"
+
+    @cached_property
+    def has_system_role(self) -> bool:
+        """Whether the template shows system messages. Some families refuse them, some drop them without a word."""
+        try:
+            text = self._text_of([{"role": "system", "content": _MARK}, {"role": "user", "content": "?"}])
+        except Exception:  # as above
+            return False
+        return _MARK in text
 
     @property
     def has_chat_template(self) -> bool:
@@ -45,7 +71,8 @@ class Surface(Vocabulary):
         tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        """The conversation as this member reads it. Its own system prompt stands before the client's.
+        """The conversation as this member reads it. Its own system prompt stands before the client's. Where the
+        template has no system role, what system messages say stands at the head of the next user message.
 
         Raises `UnsupportedError` without a chat template, `RequestError` if the template refuses the messages.
         """
@@ -69,12 +96,20 @@ class Surface(Vocabulary):
                 conversation[0]["content"] = f"{self.system_prompt}\n\n{conversation[0]['content']}"
             else:
                 conversation.insert(0, {"role": "system", "content": self.system_prompt})
+        if any(message["role"] == "system" for message in conversation) and not self.has_system_role:
+            conversation = _without_system_role(conversation)
         try:
-            return self.tokenizer.apply_chat_template(
-                conversation, chat_template=self.chat_template, return_dict=False, **options
-            )
-        except Exception as exc:  # templates are programs: they raise whatever Jinja and their authors raise
+            return self._apply_template(conversation, **options)
+        except Exception as exc:  # as above
             raise RequestError(f"the chat template refuses these messages: {exc}", param="messages") from exc
+
+    def _text_of(self, conversation: list[dict[str, Any]]) -> str:
+        return self._apply_template(conversation, add_generation_prompt=True, tokenize=False)
+
+    def _apply_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any:
+        return self.tokenizer.apply_chat_template(
+            conversation, chat_template=self.chat_template, return_dict=False, **options
+        )
 
     def info(self) -> dict[str, Any]:
         """What a remote client needs to use this tokenizer (lm-evaluation-harness asks for these four)."""
@@ -83,17 +118,27 @@ class Surface(Vocabulary):
 
 
 def member_surface(name: str, models: Mapping[str, HostedModel], tokenizer: PreTrainedTokenizerBase) -> Surface:
-    """How member `name` sees text, with the tokenizer of the weights that it stands on. Raises `ModelLoadError`."""
+    """How member `name` sees text, with the tokenizer of the weights that it stands on.
+
+    Raises `ModelLoadError` for a template of the config that cannot render a plain question. The tokenizer's own is
+    only warned about: raw completions do without it.
+    """
     model = models[name]
-    parent = models[model.base] if model.path is None else model
+    parent = model if model.base is None else models[model.base]
+    chat_template = model.chat_template or parent.chat_template
     try:
-        return Surface(
+        surface = Surface(
             tokenizer,
-            chat_template=model.chat_template or parent.chat_template,
+            chat_template=chat_template,
             system_prompt=model.system_prompt if model.system_prompt is not None else parent.system_prompt,
         )
     except ModelLoadError as exc:
         raise ModelLoadError(f"model {name!r}: {exc}") from exc
+    if (problem := surface.template_problem) is not None:
+        if chat_template is not None or surface.system_prompt:
+            raise ModelLoadError(f"model {name!r}: its chat_template {problem}; correct it, or leave it out")
+        logger.warning("model %r: the chat template of its tokenizer %s; set chat_template", name, problem)
+    return surface
 
 
 def _for_template(message: Message) -> dict[str, Any]:
@@ -105,3 +150,20 @@ def _for_template(message: Message) -> dict[str, Any]:
             for call in calls
         ]
     return copy
+
+
+def _without_system_role(conversation: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """[system a, user b, assistant c] -> [user "a\\n\\nb", assistant c]; what no user message follows becomes one."""
+    merged: list[dict[str, Any]] = []
+    waiting: list[str] = []
+    for message in conversation:
+        if message["role"] == "system":
+            waiting.append(message["content"] or "")
+            continue
+        if waiting and message["role"] == "user":
+            message = {**message, "content": "\n\n".join([*waiting, message["content"] or ""])}
+            waiting = []
+        merged.append(message)
+    if waiting:
+        merged.append({"role": "user", "content": "\n\n".join(waiting)})
+    return merged

@@ -157,6 +157,15 @@ def test_a_chat_template_may_be_a_file(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["nine.j2", "t.txt", "template", "t.jinja2", "folder/t.tmpl"])
+def test_a_template_file_may_have_any_ending_and_its_name_is_never_the_template(tmp_path: Path, name: str) -> None:
+    entry = f"{{path: org/name, chat_template: {name}}}"
+    assert f"models.x.chat_template: the template file '{name}' cannot be read" in entry_problem(tmp_path, entry)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / name).write_text("{{ messages }}", encoding="utf-8")
+    assert parsed(tmp_path, f"models: {{x: {entry}}}").models["x"].chat_template == "{{ messages }}"
+
+
 # --- environment ---
 
 

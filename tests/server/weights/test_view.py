@@ -13,9 +13,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ensemble_server.ensembles.errors import ModelLoadError, RequestError, UnsupportedError
+from ensemble_server.server.config.blocks import HostedModel
 from ensemble_server.server.weights.checkpoints import resolve_checkpoint
 from ensemble_server.server.weights.tokenizer import TextStream
-from ensemble_server.server.weights.view import Surface
+from ensemble_server.server.weights.view import Surface, member_surface
 from tests.conftest import CHAT_TEMPLATE, SAMPLE, make_tokenizer
 
 TEXTS = [
@@ -294,3 +295,60 @@ def test_templates_get_the_arguments_of_tool_calls_as_objects(byte_level: PreTra
     message = {"role": "assistant", "content": "", "tool_calls": [call]}
     assert surface.decode(surface.render([message])) == "Rome"
     assert call["function"]["arguments"] == '{"city": "Rome"}', "the client's message stays as it is"
+
+
+# --- templates that lack something ---
+
+NO_SYSTEM_ROLE = {
+    "refuses": "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}",
+    "drops": "",
+}
+TURNS = "{% for m in messages %}{% if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize("way", NO_SYSTEM_ROLE)
+@pytest.mark.parametrize(
+    ("own", "messages", "read"),
+    [
+        ("Be brief.", [("user", "Hi")], "<user>Be brief.\n\nHi"),
+        ("Be brief.", [("system", "Rhyme."), ("user", "Hi")], "<user>Be brief.\n\nRhyme.\n\nHi"),
+        (None, [("system", "Rhyme."), ("user", "Hi"), ("assistant", "Yo")], "<user>Rhyme.\n\nHi<assistant>Yo"),
+        (None, [("user", "Hi"), ("assistant", "Yo"), ("system", "Stop.")], "<user>Hi<assistant>Yo<user>Stop."),
+        (None, [("user", "Hi")], "<user>Hi"),
+    ],
+)
+def test_without_a_system_role_the_next_user_message_begins_with_what_it_says(
+    byte_level: PreTrainedTokenizerFast, way: str, own: str | None, messages: list[tuple[str, str]], read: str
+) -> None:
+    surface = Surface(byte_level, chat_template=NO_SYSTEM_ROLE[way] + TURNS, system_prompt=own)
+    assert not surface.has_system_role
+    conversation = [{"role": role, "content": content} for role, content in messages]
+    assert surface.render_text(conversation) == read
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{% for %}", "cannot render a plain question"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{# nine #}turns", "leaves out what the user says"),
+        ("{{ messages[0].role }}", "leaves out what the user says"),
+    ],
+)
+def test_a_template_of_the_config_that_cannot_ask_a_question_is_found_at_load(
+    byte_level: PreTrainedTokenizerFast, template: str, problem: str
+) -> None:
+    models = {"a": HostedModel(path="org/name", chat_template=template), "b": HostedModel(base="a")}
+    for name in models:
+        with pytest.raises(ModelLoadError, match=f"model '{name}': its chat_template .*{problem}"):
+            member_surface(name, models, byte_level)
+
+
+def test_a_broken_template_of_the_tokenizer_is_only_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert member_surface("a", {"a": HostedModel(path="org/name")}, tokenizer).encode("Hi")
+    assert "model 'a': the chat template of its tokenizer cannot render" in caplog.text

@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 def serve(
-    config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The YAML file.", metavar="CONFIG")],
+    config: Annotated[
+        Path | None, typer.Argument(exists=True, dir_okay=False, help="The YAML file.", metavar="CONFIG")
+    ] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Serve the demo that the package carries: a small model and its experts.")
+    ] = False,
     host: Annotated[str | None, typer.Option(help="Address to listen on, in place of the config's.")] = None,
     port: Annotated[
         int | None,
@@ -23,12 +28,14 @@ def serve(
     ] = None,
 ) -> None:
     """Serve the models of a config behind an OpenAI-compatible API. Ctrl-C stops it once live requests are done."""
-    from ensemble_server.server.config.loading import load_config
+    from ensemble_server.server.config.loading import load_config, load_demo
 
-    loaded = load_config(config)
+    if (config is None) != demo:
+        raise typer.BadParameter("give a CONFIG, or --demo", param_hint="CONFIG")
+    loaded = load_demo() if config is None else load_config(config)
     given = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     loaded = loaded.model_copy(update={"server": loaded.server.model_copy(update=given)})
-    typer.echo(f"Loading {', '.join(loaded.models)} from {config} ...")
+    typer.echo(f"Loading {', '.join(loaded.models)} from {loaded.source} ...")
 
     from ensemble_server.server.api.serve import serve as serve_api
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,13 @@ def load_config(path: Path) -> Config:
     """The configuration in the YAML file at `path`. Raises `ConfigError` that lists every problem in it."""
     data, problems = read_yaml(path)
     return _parse(data, source=path, problems=problems)
+
+
+def load_demo() -> Config:
+    """The demo that the package carries. What it keeps for batches goes below the working folder."""
+    config = load_config(Path(str(files("ensemble_server") / "configs" / "demo.yaml")))
+    kept = config.batch.model_copy(update={"folder": os.path.abspath("ensemble-demo.batches")})
+    return config.model_copy(update={"batch": kept})
 
 
 def parse_config(data: Any, *, source: Path) -> Config:

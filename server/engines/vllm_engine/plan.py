@@ -60,6 +60,7 @@ def import_vllm() -> None:
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to its makers
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # threads run here already, and must not be forked
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # nothing of the user's folder is imported in place of a package
     try:
         import vllm  # noqa: F401
     except ImportError as exc:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ensemble_server.server.config.blocks import Config
+from ensemble_server.server.config.blocks import Config, HostedModel
 from tests.server.cli.conftest import Run
 
 
@@ -54,6 +54,24 @@ def test_options_replace_the_configs_address(ensemble: Callable[..., Run], api: 
     assert run.out.startswith(
         f"Loading plain, mix from {file} ...\nReady: http://127.0.0.1:54321/v1 serves plain, mix."
     )
+
+
+def test_the_demo_is_served_from_any_folder(
+    ensemble: Callable[..., Run], api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ensemble("serve", "--demo").code == 0
+    assert {"base", "code", "jargon", "shakespeare", "mix", "adaptive"} <= set(api.config.models)
+    adapters = [model.adapter for model in api.config.models.values() if isinstance(model, HostedModel) and model.base]
+    assert len(adapters) == 3
+    assert all((Path(str(adapter)) / "adapter_model.safetensors").is_file() for adapter in adapters)
+    assert api.config.batch_folder == tmp_path / "ensemble-demo.batches"  # not among the package's own files
+
+
+def test_a_config_or_the_demo_has_to_be_named(ensemble: Callable[..., Run], api: Api, tmp_path: Path) -> None:
+    for arguments in ([], [config_file(tmp_path), "--demo"]):
+        run = ensemble("serve", *arguments)
+        assert (run.code, "give a CONFIG, or --demo" in run.err) == (2, True)
 
 
 @pytest.mark.parametrize(

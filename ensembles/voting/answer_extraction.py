@@ -1,14 +1,18 @@
 """The answer inside a text: a number, the letter of an option, yes or no, or a short text, in one canonical spelling.
 
 Two texts give the same answer exactly if their canonical spellings are equal ("18", "$18.00" and "\\boxed{18}" are all
-"18"), so answers can be counted, and agreement is transitive. A text in which nothing is found gives None: it abstains.
+"18"), so answers can be counted, and agreement is transitive. A text in which nothing is found gives None, it abstains;
+so does one that names several options or numbers where one was to be named. Blocks of thoughts (`ensembles.thoughts`)
+are never looked at.
 
 Where an answer is looked for, first hit wins:
-1. the last `\\boxed{...}`;
-2. after the last marker: "answer is", "answer:", a short line "A: ...", "####", "答案";
-3. in the whole text: its last number; a letter that stands alone; a leading, else the last yes or no; all of it.
+1. the last `\\boxed{...}` or `<answer>...</answer>`, which decides alone: a box that cannot be read is no reason to
+   take a number from elsewhere;
+2. after the last marker: "answer is", "answer:", a short line "A: ...", "#### 18", and their like in other languages;
+3. in the whole text: its last number (`numerals`); the option that its prose chooses (`options`); a leading, else the
+   last yes or no; all of it.
 
-Left out on purpose: numbers in words, units and percent signs (18 % is 18), mixed numbers, decimal commas.
+Left out on purpose: numbers in words, units and percent signs (18 % is 18).
 
 Reference: Wang et al., "Self-consistency improves chain of thought reasoning", https://arxiv.org/abs/2203.11171
 """
@@ -17,46 +21,77 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from fractions import Fraction
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
+
+from ensemble_server.ensembles.thoughts import without_thoughts
+from ensemble_server.ensembles.voting import latex
+from ensemble_server.ensembles.voting.numerals import Numeral, canonical, numerals
+from ensemble_server.ensembles.voting.options import NO_CHOICE, NoChoice, chosen_option, is_ruled_out, leading_option
 
 AnswerKind = Literal["number", "choice", "yes_no", "text"]
 
-MAX_DIGITS = 100  # longer runs of digits are no answers, and would cost time to compare
-
-_FULL_WIDTH = {0xFF01 + offset: 0x21 + offset for offset in range(94)} | {0x2212: "-", 0x2044: "/"}
-
-_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+_TAGGED = re.compile(r"<(?P<tag>(?:final_?)?answer)>(?P<content>.*?)(?:</(?P=tag)>|\Z)", re.IGNORECASE | re.DOTALL)
 _MARKER = re.compile(
-    r"\bfinal answer\b|\banswers?\b[^\n.:=]{0,40}?(?:\bis\b|\bare\b|\bbe\b|:|=)"
-    r"|^[ \t*_]*A[ \t]*:(?=[^\n]{0,40}$)|####|答案\s?[是为:]?",
+    r"^\W*(?:final |correct |my )?(?:answer|ans)\.?[ \t]*(?=[(\[*]*[A-J][)\]*.]*[ \t]*$)"
+    r"|\bfinal answer\b|\b(?:answers?|ans)\b[^\n.:=]{0,40}?(?:\bis\b|\bare\b|\bbe\b|:|=)"
+    r"|\b(?:correct|right|best|final|my) (?:option|choice)\b[^\n.:=]{0,20}?(?:\bis\b|:|=)"
+    r"|\b(?:respuesta|réponse|reponse|antwort|lösung|risposta|resposta|odpowiedź|antwoord|svar(?:et)?|vastaus|odpověď"
+    r"|răspuns(?:ul)?|válasz|jawaban(?:nya)?|cevap|yanıt|ответ|đáp án|đáp số|απάντηση)\b[^\n.:=]{0,40}?"
+    r"(?:\b(?:es|est|ist|lautet|è|é|jest|är|er|adalah|là|je|este|on|is)\b|:|=|—|–)"
+    r"|^[ \t*_]*A[ \t]*:(?=[^\n]{0,40}$)|^[ \t]*####(?=[^\n#]*\s*\Z|\s*[-+]?[$€£]?\s?\.?\d|\s*\(?[A-J]\)?\s*$)"
+    r"|答案\s?[是为為:]?|答えは|正解は|答え:|정답은|정답\s*:|الإجابة(?: هي|:)|उत्तर:",
     re.IGNORECASE | re.MULTILINE,
 )
-_AFTER_MARKER = re.compile(r"[\s*_:=]*([^\n]*)")
+_AFTER_MARKER = re.compile(r"[\s*_:=>\"“]*([^\n]*)")
 _CLAUSE_END = re.compile(r"[,;.](?=\s|$)")
-
-_LATEX = (
-    (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
-    (re.compile(r"\\(?:text|math)[a-z]*\s*\{([^{}]*)\}"), r"\1"),
-    (re.compile(r"\{,\}"), ","),
-    (re.compile(r"\\([$%])"), r"\1"),
-    (re.compile(r"\\[!,;()\[\]]|\\left|\\right"), ""),
+_REFUSAL = re.compile(
+    r"\W*(?:I (?:do not|don['’]t|cannot|can['’]t|am not|have no)|I['’]m not|not sure"
+    r"|unsure|unknown|unclear|none\b|no idea|(?:cannot|can['’]t|could not) be|impossible to|there is no)",
+    re.IGNORECASE,
 )
 
-_DIGITS = r"(?:\d{1,3}(?:[,\u00a0\u202f]\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-_SEPARATORS = str.maketrans("", "", ",\u00a0\u202f")
-_NUMBER = re.compile(
-    rf"(?P<sign>(?<![\w)\]])[-+](?=[\d.$€£¥]))?(?:[$€£¥]\s?)?(?P<sign_inside>(?<=[$€£¥])-)?"
-    rf"(?<![A-Za-z\d])(?P<value>{_DIGITS})"
-    rf"(?:[eE](?P<exponent>[-+]?\d{{1,2}})(?!\w)|\s?/\s?(?P<divisor>{_DIGITS}))?"
+_ASIDE = re.compile(r"\([^()]*\)")
+_DENIED = re.compile(r"\W*not [^,;.]*?(?:,|;|\.\s)?\s*(?:but|it is|it's)\b|\W*not [^;.]*(?:\.(?!\d)|$)", re.IGNORECASE)
+_OPERATED = re.compile(r"(?<![A-Za-z])[xyzn]\s?[-+*/^×·]|[-+*/^×·]\s?[xyzn](?![A-Za-z])")
+_SPACED_SIGN = re.compile(r"((?:\A|[=(:≈])\s*)[-–]\s+(?=[\d.$€£])")
+
+_NEGATION = r"\b(?:not|never|cannot be|\w+n['’]t(?: be)?)\s+(?:\w+ly\s+|a |an |the )?"
+_YES = "yes|true|correct|yep|yeah|oui|sí|ja|да|sì"
+_NO = "no|false|incorrect|nope|non|nein|нет|untrue"
+_YES_NO = re.compile(rf"(?P<negation>{_NEGATION})?\b(?P<word>{_YES}|{_NO})\b", re.IGNORECASE)
+_LEADING_YES_NO = re.compile(
+    r"[\W_]*(?P<word>yes|yep|yeah|true|no|nope|false|oui|non|nein|sí|sì|ja|да|нет)\b", re.IGNORECASE
 )
-_LETTER_AFTER_MARKER = re.compile(r"(?i:option|choice)?[\s*_]*[(\[]?(?:([A-J])(?![\w'’])|([a-j])(?=[)\].,:;*]|$))")
-_LETTER_ALONE = re.compile(r"[\W_]*([A-Ja-j])[\W_]*")
-_LETTER_AT_LINE = re.compile(r"^[ \t*_]*[(\[]?([A-J])[)\].:]", re.MULTILINE)
-_LETTER_IN_TEXT = re.compile(r"\(([A-J])\)|\b([B-HJ])\b(?!['’])|\b(A)\b(?=[\W_]*\Z)")
-_YES_NO = re.compile(r"\b(not\s+)?(yes|true|correct|no|false|incorrect)\b", re.IGNORECASE)
-_LEADING_YES_NO = re.compile(r"[\W_]*(yes|true|no|false)\b", re.IGNORECASE)
+_BOTH = re.compile(
+    r"\b(?:yes|true|correct)\W{0,3}(?:or|and|/|,|vs\.?)\W{0,3}(?:no|false|incorrect)\b"
+    r"|\b(?:no|false|incorrect)\W{0,3}(?:or|and|/|,|vs\.?)\W{0,3}(?:yes|true|correct)\b",
+    re.IGNORECASE,
+)
+_NO_AS_DETERMINER = re.compile(
+    r"\bno(?= (?!it|they|he|she|we|you|i|this|that|these|those|because|since|as|not|and|but|there|the|if|so|in|for)\b"
+    r"[a-z])",
+    re.IGNORECASE,
+)
+_HAN_YES_NO = re.compile(r"(?P<no>不是|不对|否|错误?|いいえ|아니[요오])|(?P<yes>是的?|对|正确|はい|네)")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+
+
+@dataclass(frozen=True)
+class _Passage:
+    """A part of a text in which the answer is likely. `is_whole`: it holds the answer and nothing else."""
+
+    text: str
+    is_whole: bool
+
+
+class _Abstains:
+    """The type of ABSTAINS."""
+
+
+ABSTAINS = _Abstains()  # looked for and not to be had: it is not looked for elsewhere
+_Found = str | _Abstains | None
 
 
 def extract(text: str, kind: AnswerKind) -> str | None:
@@ -66,12 +101,9 @@ def extract(text: str, kind: AnswerKind) -> str | None:
     "2/6" -> "1/3"). choice: an upper-case letter A to J. yes_no: "yes" or "no" (true and false count as these).
     text: lower case, without punctuation and English articles ("The Eiffel Tower." -> "eiffel tower").
     """
-    text = unicodedata.normalize("NFC", text).translate(_FULL_WIDTH)  # not NFKC, which makes 25 m² read 25 m2
-    finder = _FINDERS[kind]
-    for passage in _marked_passages(text):
-        if (answer := finder(passage, True)) is not None:
-            return answer
-    return finder(text, False)
+    text = latex.normalized(unicodedata.normalize("NFC", without_thoughts(text)))  # not NFKC: 25 m² would read 25 m2
+    found = _found(text, kind, depth=0)
+    return found if isinstance(found, str) else None
 
 
 def same_answer(left: str, right: str, kind: AnswerKind) -> bool:
@@ -80,100 +112,163 @@ def same_answer(left: str, right: str, kind: AnswerKind) -> bool:
     return answer is not None and answer == extract(right, kind)
 
 
-def _marked_passages(text: str) -> list[str]:
-    passages = [match.group(1) for match in _BOXED.finditer(text)][-1:]
-    if markers := list(_MARKER.finditer(text)):
-        passages.append(_AFTER_MARKER.match(text, markers[-1].end()).group(1))
-    return [passage for passage in passages if passage.strip()]
+def _found(text: str, kind: AnswerKind, depth: int) -> _Found:
+    in_passage, in_text = _FINDERS[kind]
+    if (inner := _last_box(text)) is not None and depth < 3:
+        if inner.is_whole:
+            found = in_passage(latex.plain(inner.text), True)
+            return ABSTAINS if found is None else found
+        found = _found(inner.text, kind, depth + 1)
+        return ABSTAINS if found is None else found
+    for marker in list(_MARKER.finditer(text))[-1:]:
+        passage = _AFTER_MARKER.match(text, marker.end())
+        assert passage is not None, "the pattern matches anywhere"
+        if passage.group(1).strip() and not is_ruled_out(text[max(0, marker.start() - 100) : marker.end()]):
+            found = in_passage(latex.plain(passage.group(1)), False)
+            if found is not None:
+                return found
+    return in_text(latex.plain(text))
 
 
-def _without_latex(text: str) -> str:
-    for pattern, plain in _LATEX:
-        text = pattern.sub(plain, text)
-    return text
+def _last_box(text: str) -> _Passage | None:
+    """What stands in the last box, or between the last tags, whichever ends later; blank ones do not count."""
+    boxes = [(box.end, _Passage(box.content, True)) for box in latex.boxed(text)]
+    tags = [(match.end(), _Passage(match.group("content"), False)) for match in _TAGGED.finditer(text)]
+    filled = [(end, passage) for end, passage in (*boxes, *tags) if passage.text.strip()]
+    return max(filled, key=lambda found: found[0])[1] if filled else None
 
 
-def _find_number(text: str, is_marked: bool) -> str | None:
-    text = _without_latex(text)
-    if not is_marked:
-        return next(reversed(_numbers(text)), None)
-    clause = _CLAUSE_END.split(text, maxsplit=1)[0]
-    for passage in (clause[clause.rfind("=") + 1 :], clause, text):  # "is 3 + 4 = 7, as 7 < 9": 7
-        if numbers := _numbers(passage):
-            return numbers[0]
+# --- numbers -----------------------------------------------------------------------------------------------------
+
+
+def _number_in_passage(passage: str, is_whole: bool) -> _Found:
+    passage = _SPACED_SIGN.sub(r"\1-", passage)
+    if is_whole:
+        return _only_number(passage)
+    if denied := _DENIED.match(passage):
+        passage = passage[denied.end() :]
+    clause = _CLAUSE_END.split(passage, maxsplit=1)[0]
+    for part in (clause[clause.rfind("=") + 1 :], clause, passage):  # "is 3 + 4 = 7, as 7 < 9": 7
+        found = list(numerals(part))
+        if not found:
+            continue
+        if found[0].is_symbolic or _are_alternatives(part, found):
+            return ABSTAINS
+        if (answer := next((spelled for number in found if (spelled := _spelled(number))), None)) is not None:
+            return answer
     return None
 
 
-def _numbers(text: str) -> list[str]:
-    return [number for match in _NUMBER.finditer(text) if (number := _canonical_number(match)) is not None]
+def _only_number(passage: str) -> _Found:
+    """The number of a passage that is the answer. Several of different value are none: (3, 4), or 1 or 2."""
+    for part in (passage[passage.rfind("=") + 1 :], passage):
+        part = _ASIDE.sub(" ", part) if re.match(r"\W*\d", part) else part
+        found = list(numerals(part))
+        if found:
+            spelled = {_spelled(number) for number in found}
+            if len(spelled) == 1 and None not in spelled and not _OPERATED.search(part):
+                return spelled.pop()
+            return ABSTAINS
+    return None
 
 
-def _canonical_number(match: re.Match[str]) -> str | None:
-    if len(match.group("value")) > MAX_DIGITS or len(match.group("divisor") or "") > MAX_DIGITS:
-        return None
-    value = Fraction(match.group("value").translate(_SEPARATORS))
-    if match.group("divisor"):
-        divisor = Fraction(match.group("divisor").translate(_SEPARATORS))
-        if not divisor:
-            return None
-        value /= divisor
-    if match.group("exponent"):
-        value *= Fraction(10) ** int(match.group("exponent"))
-    if "-" in (match.group("sign"), match.group("sign_inside")):
-        value = -value
-    return _decimal(value)
+def _are_alternatives(part: str, found: list[Numeral]) -> bool:
+    """ "3 or 4", "between 3 and 4": two numbers and no more between them than that."""
+    if len(found) < 2:
+        return False
+    between = part[found[0].end : found[1].start].strip(" $").lower()
+    return between in ("or", "oder", "ou", "o", "或") or part[: found[0].start].strip(" $").lower().endswith("between")
 
 
-def _decimal(value: Fraction) -> str:
-    """Fraction(75, 10) -> "7.5"; Fraction(1, 3) -> "1/3", since its decimals do not end."""
-    twos = fives = 0
-    rest = value.denominator
-    while rest % 2 == 0:
-        rest, twos = rest // 2, twos + 1
-    while rest % 5 == 0:
-        rest, fives = rest // 5, fives + 1
-    if rest != 1:
-        return f"{value.numerator}/{value.denominator}"
-    places = max(twos, fives)
-    digits = str(abs(value.numerator) * 10**places // value.denominator).rjust(places + 1, "0")
-    whole, decimals = digits[: len(digits) - places], digits[len(digits) - places :]
-    sign = "-" if value < 0 else ""
-    return f"{sign}{whole}.{decimals}" if decimals else f"{sign}{whole}"
+def _last_number(text: str) -> _Found:
+    for number in reversed(list(numerals(text))):
+        if number.is_symbolic and not _is_factor(text, number):
+            return ABSTAINS
+        if (spelled := _spelled(number)) is not None:
+            return spelled
+    return None
 
 
-def _find_choice(text: str, is_marked: bool) -> str | None:
-    text = _without_latex(text).strip()
-    if alone := _LETTER_ALONE.fullmatch(text):
-        return alone.group(1).upper()
-    if is_marked:
-        match = _LETTER_AFTER_MARKER.match(text)
-        return match.group(match.lastindex).upper() if match else None
-    at_lines = list(_LETTER_AT_LINE.finditer(text))
-    if len(at_lines) == 1:
-        return at_lines[0].group(1)
-    # Several lines that open with a letter are the options read back; an answer comes after them.
-    hits = list(_LETTER_IN_TEXT.finditer(text, at_lines[-1].end() if at_lines else 0))
-    return hits[-1].group(hits[-1].lastindex) if hits else None
+def _is_factor(text: str, number: Numeral) -> bool:
+    """ "2x as many", "3n": a word about size, or an algebraic step, after which an earlier number may be the answer."""
+    return text[number.start : number.end][-1:].lower() in ("x", "y", "z", "n", "i")
 
 
-def _find_yes_no(text: str, is_marked: bool) -> str | None:
-    if leading := _LEADING_YES_NO.match(text):
-        return _canonical_yes_no(leading.group(1), False)
+def _spelled(number: Numeral) -> str | None:
+    return None if number.value is None else canonical(number.value)
+
+
+# --- options -----------------------------------------------------------------------------------------------------
+
+
+def _choice_in_passage(passage: str, is_whole: bool) -> _Found:
+    if (alone := _alone(passage)) is not None:
+        return alone
+    if _REFUSAL.match(passage):
+        return ABSTAINS
+    found = chosen_option(passage) if is_whole else leading_option(passage)
+    return ABSTAINS if isinstance(found, NoChoice) else found
+
+
+def _choice_in_text(text: str) -> _Found:
+    if (alone := _alone(text)) is not None:
+        return alone
+    found = chosen_option(text)
+    return ABSTAINS if found is NO_CHOICE else found
+
+
+def _alone(text: str) -> str | None:
+    match = re.fullmatch(r"[\W_]*([A-Ja-j])[\W_]*", text)
+    return match.group(1).upper() if match else None
+
+
+# --- yes and no --------------------------------------------------------------------------------------------------
+
+
+def _yes_no_in_passage(passage: str, is_whole: bool) -> _Found:
+    if _BOTH.match(passage.lstrip(" *_\"'([")) or _REFUSAL.match(passage):
+        return ABSTAINS
+    return _yes_no(passage, takes_first=True)
+
+
+def _yes_no_in_text(text: str) -> _Found:
+    return _yes_no(text, takes_first=False)
+
+
+def _yes_no(text: str, *, takes_first: bool) -> str | None:
+    is_only_both = _BOTH.search(text) is not None
+    text = _NO_AS_DETERMINER.sub(" ", _BOTH.sub(" ", text))
+    if (leading := _LEADING_YES_NO.match(text)) and not is_only_both:
+        return _as_yes_no(leading.group("word"), False)
     hits = list(_YES_NO.finditer(text))
-    if not hits:
-        return None
-    hit = hits[0] if is_marked else hits[-1]
-    return _canonical_yes_no(hit.group(2), bool(hit.group(1)))
+    if hits:
+        hit = hits[0] if takes_first else hits[-1]
+        return _as_yes_no(hit.group("word"), bool(hit.group("negation")))
+    if not any(char.isascii() and char.isalpha() for char in text) and (han := _HAN_YES_NO.search(text)):
+        return "no" if han.group("no") else "yes"
+    return None
 
 
-def _canonical_yes_no(word: str, is_negated: bool) -> str:
-    return "yes" if (word.lower() in ("yes", "true", "correct")) != is_negated else "no"
+def _as_yes_no(word: str, is_negated: bool) -> str:
+    return "yes" if (word.lower() in _YES.split("|")) != is_negated else "no"
 
 
-def _find_text(text: str, is_marked: bool) -> str | None:
-    text = _without_latex(text).lower()
+# --- short texts -------------------------------------------------------------------------------------------------
+
+
+def _text_in_passage(passage: str, is_whole: bool) -> _Found:
+    return _bare_text(passage)
+
+
+def _bare_text(text: str) -> str | None:
+    text = text.lower()
     letters = "".join(char if char.isalnum() or unicodedata.category(char)[0] == "M" else " " for char in text)
     return " ".join(_ARTICLES.sub(" ", letters).split()) or None
 
 
-_FINDERS = {"number": _find_number, "choice": _find_choice, "yes_no": _find_yes_no, "text": _find_text}
+_FINDERS: dict[AnswerKind, tuple[Callable[[str, bool], _Found], Callable[[str], _Found]]] = {
+    "number": (_number_in_passage, _last_number),
+    "choice": (_choice_in_passage, _choice_in_text),
+    "yes_no": (_yes_no_in_passage, _yes_no_in_text),
+    "text": (_text_in_passage, _bare_text),
+}

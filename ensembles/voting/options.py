@@ -1,0 +1,401 @@
+"""The letter of an option, A to J, in prose: "I would go with C, since ..." names C.
+
+A letter counts where it stands as the name of an option: in brackets or quotes, before a mark of punctuation or the
+end, between words that an option's name goes with ("choose C", "C is", "C because"). "A" as an article, "I" as a
+pronoun, and letters of names ("vitamin C", "e.g.") do not. All letters are judged by one rule, so that a phrase which
+gives away B gives away A and I, too; the exception is "I" before a verb of the first person, which nothing could tell
+apart.
+
+What is said of a letter decides. Letters that are ruled out ("not A", "A is wrong", "rather than A") do not count;
+letters joined by "and" or "or" are named together, which is no choice. Of the letters that are asserted ("it must be
+C", "C is right") the one is taken, or that of a conclusion ("so C", "but then D") over what was weighed before; if
+none is asserted, the only one that is named. A text that names two, or none, chooses none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ensemble_server.ensembles.voting.option_words import (
+    ADVERBS,
+    AFTER,
+    AFTER_AT_END,
+    AFTER_I,
+    AFTER_I_AND_COMMA,
+    ASSERTING,
+    BETWEEN,
+    BETWEEN_NEGATION_AND_LETTER,
+    CONNECTORS,
+    COPULAS,
+    ENTITIES,
+    FIRST_PERSON,
+    LEADING,
+    NEGATIONS,
+    NOUNS,
+    PAIRS_AFTER,
+    RANGES,
+    SUBJECTS_BEFORE_I,
+    THIRD_PERSON_EXCEPTIONS,
+    TURNS,
+    VERBS,
+)
+
+LETTERS = "ABCDEFGHIJ"
+MAX_MENTIONS = 500  # letters that are looked at, the last of a text; the rest would only cost time
+NUM_TOKENS_AROUND = 10  # how far what is said of a letter is looked for
+
+_LATIN = r"A-Za-z\u00c0-\u024f"
+_TOKEN = re.compile(rf"[{_LATIN}]+(?:['’][{_LATIN}]+)*|\d+(?:[.,]\d+)*|=>|->|[\u0370-\u1fff]+|[^\s\w]|\w|\n")
+_QUOTED = re.compile(
+    r"(?<![\w'’])(?:[\"“”„«‹'‘「『【<{]|\*{1,3}|_{1,2}|`)\s?(?P<letter>[A-J])\s?"
+    r"(?:[\"”“»›'’」』】>}]|\*{1,3}|_{1,2}|`)(?!\w)"
+)
+_EMPHASIS = re.compile(r"[*`\"“”„«»]|(?<!\w)_|_(?!\w)")
+_ROMAN = re.compile(r"\b(?:II|III|IV|ii|iii|iv)\b")
+_OPTION_LINE = re.compile(
+    r"^[ \t>*_#-]*[(\[]?(?:option |choice )?\**(?P<letter>[A-J])\**[)\].:](?!\w)[^\n]*", re.MULTILINE | re.IGNORECASE
+)
+_SAID_CORRECT = re.compile(
+    r"[)\].:*\s–—-]*(?:correct|right|true|yes)\b|[^\n]*(?:✓|✔|✅|\(correct\)|←\s*correct)", re.IGNORECASE
+)
+
+# What follows a letter, in lower case, a blank between tokens.
+_GLUE = r"(?:: |- |– |— |\( ?|\) )*(?:(?:\w+ly|also|both|all|itself|indeed|alone) )*"
+_BEING = (
+    r"(?:is|are|was|were|seems?|looks?|appears?|remains?|stands?|turns? out(?: to be)?|to be|being"
+    r"|(?:would|must|should|could|can|will|has to|have to) (?:\w+ly )?be)"
+)
+_NEGATED_AFTER = re.compile(
+    rf"{_GLUE}(?:"
+    rf"{_BEING} (?:(?:\w+ly|also|both|all|just|the|an?|most|more|to be|therefore|thus) )*"
+    r"(?:not|never|wrong|incorrect|false|out|impossible|invalid|eliminated|excluded|ruled|discarded|dismissed|rejected"
+    r"|ignored|irrelevant|unlikely|implausible|untrue|off|mistaken|distractor|unrelated|no|too (?!\W|$)\w)"
+    r"|\w+n['’]t\b|(?:do|does|did|is|are|was|can|could|should|would|will|has|have|must|may) not\b|cannot\b"
+    r"|(?:can|could|must|should|may|has to) (?:also |\w+ly )*never|fails?\b|contradicts?\b|lacks?\b|makes? no\b"
+    r"|(?:has|have) no\b|ignores?\b|violates?\b|confuses?\b|(?:wrong|incorrect|false|no|not|out|nicht|no es)\b)"
+)
+_ASSERTED_AFTER = re.compile(
+    rf"{_GLUE}(?:"
+    rf"{_BEING}(?: \S+){{0,4}}? (?:correct|right|true|best|better|stronger|answers?|one|choice|option|pick|winner"
+    r"|solution|it|accurate|valid|fits?)\b"
+    r"|it is\b|wins\b|fits\b|works\b|makes (?:the most |more )?sense|matches\b|satisfies\b|holds\b|gets my"
+    r"|(?:best|correctly) |correct\b|right\b|true\b|✓|✔|✅)"
+)
+_I_WOULD_BE_RIGHT = re.compile(  # said of option I; "I would be happy" is not
+    r"(?:would|must|should|could|can|will|may|might) (?:clearly |definitely |then |therefore |also )*"
+    r"be (?:my |the |it\b|our |your |(?:correct|right|true|best)(?: |$)(?!to\b|if\b|in\b))"
+    r"|rather than |for sure|for certain"
+)
+
+_CLAUSE_ENDS = frozenset(".;!?\n") | {"but", "because", "since", "so", "although", "though", "while", "whereas"}
+_MARKS_AFTER = frozenset(".,;:!?)]\n=→-–—/…⇒&+") | {"=>", "->"}
+_MARKS_OF_LIST_END = frozenset(".;!?)\n")
+_NO_CLAUSE_BEFORE = ("\n", ".", ",", ";", ":")
+
+
+class NoChoice:
+    """The type of NO_CHOICE."""
+
+
+NO_CHOICE = NoChoice()  # the text names options, and does not choose one of them
+
+
+@dataclass(frozen=True)
+class _Token:
+    text: str
+    start: int
+
+    @property
+    def word(self) -> str:
+        return self.text.lower()
+
+    def is_before(self, other: _Token) -> bool:
+        """Whether nothing stands between them."""
+        return self.start + len(self.text) == other.start
+
+
+@dataclass(frozen=True)
+class _Mention:
+    """Letters that are named together, from token `start` to before token `end`, and what is said of them."""
+
+    letters: frozenset[str]
+    start: int
+    end: int
+    is_negated: bool = False
+    is_asserted: bool = False
+
+    def choice(self) -> str | NoChoice:
+        return next(iter(self.letters)) if len(self.letters) == 1 else NO_CHOICE
+
+
+def chosen_option(text: str) -> str | NoChoice | None:
+    """The option that a text without LaTeX chooses; NO_CHOICE if it names several, None if it names none."""
+    prose, marked_right = _without_option_list(text)
+    tokens = _tokens(prose)
+    found = _decided(_mentions(tokens, prose), tokens)
+    return marked_right if found is None else found
+
+
+def leading_option(text: str) -> str | NoChoice | None:
+    """The option that a text begins with, save for words like "most likely option": "(B), since ..." -> "B".
+
+    NO_CHOICE if it begins with several ("either C or D"); None if with something else.
+    """
+    tokens = _tokens(text)
+    first = next(iter(_mentions(tokens, text)), None)
+    if first is None or first.is_negated or any(token.word not in LEADING for token in tokens[: first.start]):
+        return None
+    return first.choice()
+
+
+def is_ruled_out(text: str) -> bool:
+    """Whether what comes after `text` is denied by its last clause: "I do not think that the answer is"."""
+    tokens = _tokens(text[-200:])
+    return _is_negation(_clause_before(tokens, len(tokens)))
+
+
+def _tokens(text: str) -> list[_Token]:
+    """Words, numbers, marks and line ends. Quoted and emphasised letters stand in brackets, other emphasis is gone."""
+    bracketed = _QUOTED.sub(lambda match: f"({match.group('letter')})".center(len(match.group())), text)
+    plain = _EMPHASIS.sub(lambda match: " " * len(match.group()), bracketed)
+    return [_Token(match.group(), match.start()) for match in _TOKEN.finditer(plain)]
+
+
+def _without_option_list(text: str) -> tuple[str, str | None]:
+    """The text less the lines that read the options back, if several do, and the letter of the line that is right."""
+    lines = list(_OPTION_LINE.finditer(text))
+    if len({line.group("letter").upper() for line in lines}) < 2:
+        return text, None
+    right = {
+        line.group("letter").upper() for line in lines if _SAID_CORRECT.match(text, line.end("letter"), line.end())
+    }
+    return _OPTION_LINE.sub("", text), next(iter(right)) if len(right) == 1 else None
+
+
+# --- is it an option ---------------------------------------------------------------------------------------------
+
+
+def _mentions(tokens: Sequence[_Token], text: str) -> list[_Mention]:
+    """What a text names: upper-case letters, and only where there are none lower-case ones, which are mostly words."""
+    is_roman = _ROMAN.search(text) is not None
+    for letters in (LETTERS, LETTERS.lower()):
+        places = [
+            place
+            for place, token in enumerate(tokens)
+            if len(token.text) == 1 and token.text in letters and _is_option(tokens, place, is_roman)
+        ]
+        if places:
+            return [_judged(group, tokens) for group in _groups(places[-MAX_MENTIONS:], tokens)]
+    return []
+
+
+def _is_option(tokens: Sequence[_Token], place: int, is_roman: bool) -> bool:
+    """Whether the letter at `place` is the name of an option."""
+    token = tokens[place]
+    before = tokens[place - 1] if place else _Token("\n", -2)
+    after = tokens[place + 1] if place + 1 < len(tokens) else _Token("\n", token.start + 2)
+    is_i = token.word == "i"
+    if before.text in "([" and after.text in ")]":
+        return not (is_roman and token.text == "i")
+    if is_i and is_roman:
+        return before.word in NOUNS
+    if _is_part_of_a_name(tokens, place, before, after):
+        return False
+    if is_i and _is_pronoun(tokens, place, before.word, after.word):
+        return False
+    if token.text.islower():
+        return _is_lower_option(tokens, place, before.word, after)
+    if after.text in _MARKS_AFTER or not _is_latin(after) or before.word in NOUNS:
+        return True
+    if _goes_after(tokens, place + 1) or before.word in VERBS:
+        return True
+    return before.word in COPULAS and after.text[0].isupper() and len(after.text) > 1
+
+
+def _is_part_of_a_name(tokens: Sequence[_Token], place: int, before: _Token, after: _Token) -> bool:
+    """ "vitamin C", "C++", "e.g.", "A-level", "5 C", "R&D" """
+    token = tokens[place]
+    if before.word in ENTITIES or before.text[0].isdecimal():
+        return True
+    if token.is_before(after):
+        if after.text in "'’+#&°^_%" or after.text[0].isdecimal():
+            return True
+        beyond = tokens[place + 2] if place + 2 < len(tokens) else None
+        if beyond is not None and after.is_before(beyond):
+            if after.text in "-–":
+                return beyond.text not in tuple(LETTERS)
+            if after.text == "." and len(beyond.text) == 1 and beyond.text.isalpha():
+                return place + 3 < len(tokens) and tokens[place + 3].text == "."
+    if before.is_before(token):
+        previous = tokens[place - 2].text if place > 1 else ""
+        if before.text in "/-–":
+            return previous.upper() not in tuple(LETTERS)
+        return before.text in "'’#&$+^_" or (before.text == "." and len(previous) == 1 and previous.isalpha())
+    return False
+
+
+def _is_latin(token: _Token) -> bool:
+    return token.text[0].isascii() or (token.text[0].isalpha() and token.text[0] <= "\u024f")
+
+
+def _goes_after(tokens: Sequence[_Token], place: int) -> bool:
+    """Whether the word at `place` goes with an option's name before it, and would not with an article."""
+    token = tokens[place]
+    beyond = tokens[place + 1] if place + 1 < len(tokens) else _Token("\n", token.start + 50)
+    if beyond.text == "-" and token.is_before(beyond):  # by-product, so-called
+        return False
+    if token.word in PAIRS_AFTER:
+        return beyond.word in PAIRS_AFTER[token.word]
+    if token.word in AFTER_AT_END:
+        return not beyond.text[0].isalpha() or beyond.word in AFTER or not _is_latin(beyond)
+    return token.word in AFTER or _is_third_person(tokens, place)
+
+
+def _is_third_person(tokens: Sequence[_Token], place: int) -> bool:
+    """Whether a verb in -s follows, adverbs before it: "clearly follows". A noun after an article is none."""
+    for token in tokens[place : place + 4]:
+        word = token.word
+        if word in ("is", "has"):
+            return True
+        if word.endswith("s") and not word.endswith(("ss", "us", "is")) and word not in THIRD_PERSON_EXCEPTIONS:
+            return len(word) > 2
+        if not (word.endswith("ly") or word in ADVERBS):
+            return False
+    return False
+
+
+def _is_pronoun(tokens: Sequence[_Token], place: int, before: str, after: str) -> bool:
+    """Whether the "I" at `place` is whoever speaks."""
+    is_named = before in NOUNS or before in VERBS or before in COPULAS
+    rest = [token.word for token in tokens[place + 1 : place + 7]]
+    if not after[0].isalpha():
+        if before in ("and", "as", "that"):
+            earlier = tokens[place - 2].text if place > 1 else ""
+            return earlier not in (*LETTERS, *LETTERS.lower(), ")")
+        if before in SUBJECTS_BEFORE_I and not is_named:
+            return True
+        if after == "," and not is_named:
+            follows, beyond = (*rest[1:], "", "")[:2]
+            return follows not in AFTER_I_AND_COMMA or (follows == "as" and beyond in ("a", "an", "your", "the"))
+        return False
+    if not after[0].isascii() and after[0] > "\u024f":
+        return False
+    if _I_WOULD_BE_RIGHT.match(" ".join(rest)):
+        return False
+    if after in AFTER_I or _is_third_person(tokens, place + 1):
+        return after in ("all", "rather", "that", "right") and not is_named
+    is_after_conjunction = before in ("and", "that", "so", "then", "or", "than")
+    return after in FIRST_PERSON or not is_named or (is_after_conjunction and after not in AFTER)
+
+
+def _is_lower_option(tokens: Sequence[_Token], place: int, before: str, after: _Token) -> bool:
+    """A lower-case letter needs more around it: "a" and "i" are words, "e", "g" and "h" are units."""
+    is_word = tokens[place].text in "ai"
+    if after.text == ")" and before in _NO_CLAUSE_BEFORE:
+        return True
+    is_closed = after.text in _MARKS_AFTER or not _is_latin(after) or after.word in _CLOSING_LOWER
+    if before in NOUNS:
+        return is_closed or not is_word
+    if before in VERBS or before in COPULAS:
+        return is_closed and not (after.text == "-" and is_word)
+    rest = " ".join(token.word for token in tokens[place + 1 : place + 7])
+    is_subject = before in _NO_CLAUSE_BEFORE and after.word in ("is", "seems", "looks", "makes")
+    return is_subject and _ASSERTED_AFTER.match(rest) is not None
+
+
+_CLOSING_LOWER = frozenset(
+    ("because", "since", "is", "was", "seems", "looks", "makes", "over", "rather", "instead", "based", "has", "for")
+)
+
+
+# --- what is said of it ------------------------------------------------------------------------------------------
+
+
+def _groups(places: Sequence[int], tokens: Sequence[_Token]) -> list[_Mention]:
+    """Letters joined by "and", "or" and the like, as one mention: "A, B and C"."""
+    groups: list[list[int]] = []
+    is_complete = True  # after the "and" and its letter nothing is added by a comma alone
+    for place in places:
+        has_connector = is_next = False
+        if groups:
+            first, last = groups[-1][0], groups[-1][-1]
+            between = {token.word for token in tokens[last + 1 : min(place, last + NUM_TOKENS_AROUND)]}
+            is_range = between == {"to"} and first > 0 and tokens[first - 1].word in RANGES
+            has_connector = bool(between & CONNECTORS) or is_range
+            is_next = bool(between) and (between <= BETWEEN or is_range) and (has_connector or not is_complete)
+        if is_next and tokens[place].text not in {tokens[other].text for other in groups[-1]}:
+            groups[-1].append(place)
+            is_complete = has_connector
+        else:
+            groups.append([place])
+            is_complete = False
+    mentions = []
+    for group in groups:
+        inside = {token.word for token in tokens[group[0] : group[-1]]}
+        is_at_end = group[-1] + 1 == len(tokens) or tokens[group[-1] + 1].text in _MARKS_OF_LIST_END
+        parts = [group] if inside & (CONNECTORS | {"to"}) or is_at_end else [[place] for place in group]
+        mentions += [
+            _Mention(frozenset(tokens[place].text.upper() for place in part), part[0], part[-1] + 1) for part in parts
+        ]
+    return mentions
+
+
+def _judged(mention: _Mention, tokens: Sequence[_Token]) -> _Mention:
+    """`mention` with what its clause says of it."""
+    before = _clause_before(tokens, mention.start)
+    after = " ".join(token.word for token in tokens[mention.end : mention.end + NUM_TOKENS_AROUND])
+    after = re.split(r" ?[.;!?\n]", after, maxsplit=1)[0].removeprefix(") ")
+    is_negated = _is_negation(before) or _NEGATED_AFTER.match(after) is not None
+    is_said = bool(before and before[-1] in ASSERTING) or _ASSERTED_AFTER.match(after) is not None
+    is_alone = not before and not after
+    return _Mention(mention.letters, mention.start, mention.end, is_negated, not is_negated and (is_said or is_alone))
+
+
+def _clause_before(tokens: Sequence[_Token], place: int) -> list[str]:
+    """The last words of the clause before a mention, in lower case, less those that belong to its name."""
+    words: list[str] = []
+    for token in reversed(tokens[max(0, place - NUM_TOKENS_AROUND) : place]):
+        if token.word in _CLAUSE_ENDS and not (token.word == "so" and not words):
+            break
+        words.append(token.word)
+        if token.word == "so":
+            break
+    words.reverse()
+    if len(words) > 1 and words[-1] == "," and words[-2] in ("therefore", "so", "thus", "hence", "is", "say", "choose"):
+        words.pop()
+    while words and words[-1] in _BEFORE_NAMES:
+        words.pop()
+    return words
+
+
+_BEFORE_NAMES = frozenset(("(", "[", "option", "choice", "letter", "the", "answer", "clearly", "definitely", "either"))
+
+
+def _is_negation(before: Sequence[str]) -> bool:
+    """Whether a clause that begins with these words rules out what it says next."""
+    for distance, word in enumerate(reversed(before)):
+        if word == "than":  # none other than
+            earlier = before[: len(before) - distance - 1]
+            return not {"none", "no", "nothing"} & set(earlier[-2:])
+        if word in ("over", "no"):  # "no C"; but "there is no doubt that it is C"
+            return distance == 0
+        if word == "instead" or word in NEGATIONS or word.endswith(("n't", "n’t")):
+            return True
+        if word not in BETWEEN_NEGATION_AND_LETTER or distance > 6:
+            return False
+    return False
+
+
+def _decided(mentions: Sequence[_Mention], tokens: Sequence[_Token]) -> str | NoChoice | None:
+    kept = [mention for mention in mentions if not mention.is_negated]
+    asserted = [mention for mention in kept if mention.is_asserted]
+    if not asserted:
+        letters = frozenset[str]().union(*(mention.letters for mention in kept))
+        return None if not letters else next(iter(letters)) if len(letters) == 1 else NO_CHOICE
+    last = asserted[-1]
+    others = [mention for mention in asserted if mention.letters != last.letters]
+    if others and not TURNS & {token.word for token in tokens[others[-1].end : last.start]}:
+        return NO_CHOICE
+    return last.choice()

@@ -9,6 +9,8 @@ a weak one copies a proposal or loses the thread. Cost: members x samples x laye
 which reads all proposals. Only the aggregator streams, so the first token comes after the slowest proposer. Needs: any
 models. Several choices (n) are written by the aggregator from the same proposals.
 
+What members thought before they answered is not passed on (`ensembles.thoughts`).
+
 Related: crowd_vote, which picks a proposal and writes nothing; exchange_of_thought, where all read each other.
 
 References: Wang et al., "Mixture-of-Agents", 2024, https://arxiv.org/abs/2406.04692 (layers);
@@ -18,7 +20,7 @@ Jiang et al., "LLM-Blender", 2023, https://arxiv.org/abs/2306.02561 (rank first,
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -27,14 +29,13 @@ from pydantic import Field
 
 from ensemble_server.ensembles.base import Delta, Done, Event, GenerationRequest, Model
 from ensemble_server.ensembles.candidates import CandidateConfig, candidate_calls, candidates_trace
-from ensemble_server.ensembles.crowd_vote import hold_vote
-from ensemble_server.ensembles.errors import DeadlineError, ModelLoadError, UnsupportedError
+from ensemble_server.ensembles.crowd_vote import SIMILARITY_NEEDS, hold_vote
+from ensemble_server.ensembles.errors import DeadlineError
 from ensemble_server.ensembles.fan_out import Outcome, answered_members, fan_out, total_usage
-from ensemble_server.ensembles.method import Method, Services
-from ensemble_server.ensembles.text_level import check_num_calls, check_text_level, overridden
+from ensemble_server.ensembles.method import Services
+from ensemble_server.ensembles.text_level import EmbeddingNeed, TextLevel
+from ensemble_server.ensembles.thoughts import without_thoughts
 from ensemble_server.ensembles.voting.similarity import SimilarityBlend
-
-OVERRIDABLE = ("weights", "samples", "layers", "top_k", "similarity", "temperature", "min_turnout")
 
 INSTRUCTION = (
     "Several answers to the request were proposed independently; they are numbered here. They may be wrong, incomplete"
@@ -44,7 +45,13 @@ INSTRUCTION = (
 
 
 def fused(request: GenerationRequest, proposals: Sequence[str], instruction: str) -> GenerationRequest:
-    """`request` with the numbered proposals in it: after the last message of its user, or before a raw prompt."""
+    """`request` with the numbered proposals in it: after the last message of its user, or before a raw prompt.
+
+    Blank ones are left out; without any, the request stays as it is.
+    """
+    proposals = [text for text in proposals if text.strip()]
+    if not proposals:
+        return request
     numbered = "\n\n".join(f"{number}. {text.strip()}" for number, text in enumerate(proposals, start=1))
     reading = f"{instruction}\n\n{numbered}"
     if request.messages is None:
@@ -69,8 +76,11 @@ class _Layer:
     report: Mapping[str, Any] | None
 
 
-class AnswerFusion(Method):
+class AnswerFusion(TextLevel):
     reference: ClassVar[str] = "https://arxiv.org/abs/2406.04692"
+    overridable = ("weights", "samples", "layers", "top_k", "similarity", "temperature", "min_turnout")
+    writes_choices = True  # the aggregator writes them all, from the same proposals
+    gives_logprobs = True  # the text is the aggregator's, and so are its logprobs, if it has any
 
     class Config(CandidateConfig):
         aggregator: str = Field(description="name of the model that reads the proposals and writes the reply")
@@ -87,32 +97,19 @@ class AnswerFusion(Method):
         def num_calls(self, calls: Mapping[str, int]) -> int:
             return self.layers * super().num_calls(calls) + calls[self.aggregator]
 
-        @property
-        def embeds(self) -> bool:
-            return self.top_k is not None and "embedding" in self.similarity
+        def embedding_need(self) -> EmbeddingNeed | None:
+            is_used = self.top_k is not None and "embedding" in self.similarity
+            return SIMILARITY_NEEDS if is_used else None
 
     config: Config
 
     def __init__(self, name: str, config: Config, models: Mapping[str, Model], services: Services) -> None:
         super().__init__(name, config, models, services)
-        if config.embeds and services.embedder is None:
-            raise ModelLoadError(
-                f"model {name!r}: the similarity 'embedding' needs an embedding model; set one up, or take rouge_l_word"
-            )
         self.members = tuple(dict.fromkeys((*self.members, config.aggregator)))
         limits = [models[member].max_model_len for member in self.members]
         self.max_model_len = min((limit for limit in limits if limit is not None), default=None)
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
-        # The text is the aggregator's, and so are its logprobs, if it has any.
-        check_text_level(replace(request, top_logprobs=None), ensemble=self.name, method=self.config.method)
-        config = overridden(self.config, request, OVERRIDABLE)
-        check_num_calls(self, config, num_replies=1)  # n choices are asked of the aggregator alone
-        if config.embeds and self.services.embedder is None:
-            raise UnsupportedError(
-                "the similarity 'embedding' needs an embedding model, and this server has none; take rouge_l_word",
-                param="ensemble.similarity",
-            )
+    async def reply(self, request: GenerationRequest, config: Config) -> AsyncGenerator[Event, None]:
         clock = asyncio.get_running_loop().time
         ends = None if request.deadline_s is None else clock() + request.deadline_s
 
@@ -157,7 +154,7 @@ class AnswerFusion(Method):
             deadline_s=config.deadline_s(request),
         )
         candidates = [outcome for outcome in outcomes if outcome.answer is not None]
-        proposals = [outcome.answer.text for outcome in candidates]
+        proposals = [without_thoughts(outcome.answer.text) for outcome in candidates]
         if config.top_k is None:
             return _Layer(outcomes, proposals, None)
         vote = await hold_vote(

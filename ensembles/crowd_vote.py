@@ -16,25 +16,18 @@ Reference: the winning entry of the WSDM Cup 2024 chose among its models' answer
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import Field
 
-from ensemble_server.ensembles.base import Done, Embedder, Event, GenerationRequest, Model
+from ensemble_server.ensembles.base import Done, Embedder, Event, GenerationRequest
 from ensemble_server.ensembles.candidates import CandidateConfig, candidate_calls, candidates_trace
-from ensemble_server.ensembles.errors import ModelLoadError, UnsupportedError
 from ensemble_server.ensembles.fan_out import answered_members, fan_out, total_usage
-from ensemble_server.ensembles.method import Method, Services
-from ensemble_server.ensembles.text_level import (
-    as_delta,
-    check_num_calls,
-    check_text_level,
-    independent_choices,
-    overridden,
-)
+from ensemble_server.ensembles.text_level import EmbeddingNeed, TextLevel, as_delta
+from ensemble_server.ensembles.thoughts import without_thoughts
 from ensemble_server.ensembles.voting.consensus import Consensus, elect, equal_texts
 from ensemble_server.ensembles.voting.similarity import (
     SimilarityBlend,
@@ -44,15 +37,16 @@ from ensemble_server.ensembles.voting.similarity import (
     rouge_l,
 )
 
-OVERRIDABLE = ("weights", "samples", "similarity", "temperature", "prune", "min_turnout")
+SIMILARITY_NEEDS = EmbeddingNeed("similarity", "the similarity 'embedding'", "take rouge_l_word")
 
 
 @dataclass(frozen=True)
 class HeldVote:
     """A vote that was held: what was compared, how, and what came of it.
 
-    `matrices`: (n, n) for each similarity, and `matrix` their blend. `incomparable`: the candidates that a similarity
-    knows nothing about (blank texts); they are like no other, and score 0.
+    `texts`: what was compared, without thoughts. `matrices`: (n, n) for each similarity, and `matrix` their blend.
+    `incomparable`: the candidates that a similarity knows nothing about (blank texts); they are like no other, and
+    score 0.
     """
 
     texts: tuple[str, ...]
@@ -86,7 +80,11 @@ async def hold_vote(
     weights: Sequence[float] | None = None,
     prune: float | None = None,
 ) -> HeldVote:
-    """The vote over at least one text. `embedder`: needed for "embedding". `weights`, `prune`: as `elect` has them."""
+    """The vote over at least one text, less its thoughts (`ensembles.thoughts`).
+
+    `embedder`: needed for "embedding". `weights`, `prune`: as `elect` has them.
+    """
+    texts = [without_thoughts(text) for text in texts]
     matrices = {}
     for name in similarity:
         if name == "embedding":
@@ -116,8 +114,9 @@ def count(
     )
 
 
-class CrowdVote(Method):
+class CrowdVote(TextLevel):
     reference: ClassVar[str] = "https://arxiv.org/abs/2402.18385"
+    overridable = ("weights", "samples", "similarity", "temperature", "prune", "min_turnout")
 
     class Config(CandidateConfig):
         similarity: SimilarityBlend = Field(
@@ -130,28 +129,12 @@ class CrowdVote(Method):
             description="answers that score below this share of the median are left out; null keeps all",
         )
 
+        def embedding_need(self) -> EmbeddingNeed | None:
+            return SIMILARITY_NEEDS if "embedding" in self.similarity else None
+
     config: Config
 
-    def __init__(self, name: str, config: Config, models: Mapping[str, Model], services: Services) -> None:
-        super().__init__(name, config, models, services)
-        if "embedding" in config.similarity and services.embedder is None:
-            raise ModelLoadError(
-                f"model {name!r}: the similarity 'embedding' needs an embedding model; set one up, or take rouge_l_word"
-            )
-
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
-        check_text_level(request, ensemble=self.name, method=self.config.method)
-        config = overridden(self.config, request, OVERRIDABLE)
-        check_num_calls(self, config, num_replies=request.n)
-        if "embedding" in config.similarity and self.services.embedder is None:
-            raise UnsupportedError(
-                "the similarity 'embedding' needs an embedding model, and this server has none; take rouge_l_word",
-                param="ensemble.similarity",
-            )
-        if request.n > 1:
-            async for event in independent_choices(self, request):
-                yield event
-            return
+    async def reply(self, request: GenerationRequest, config: Config) -> AsyncGenerator[Event, None]:
         outcomes = await fan_out(
             candidate_calls(config, self.models, request),
             ensemble=self.name,

@@ -19,16 +19,22 @@ Reference: Yin et al., "Exchange-of-Thought", 2023, https://arxiv.org/abs/2312.0
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ensemble_server.ensembles.base import Delta, Done, Event, GenerationRequest, Model, Usage
-from ensemble_server.ensembles.errors import ModelLoadError, UnsupportedError
+from ensemble_server.ensembles.base import Delta, Done, Event, GenerationRequest, Usage
 from ensemble_server.ensembles.exchange.agreement import judge, merge_alike, tokens_left
-from ensemble_server.ensembles.exchange.prompts import Peer, exchange_prompt, round_messages, round_text, with_persona
+from ensemble_server.ensembles.exchange.prompts import (
+    UNFINISHED,
+    Peer,
+    exchange_prompt,
+    round_messages,
+    round_text,
+    with_persona,
+)
 from ensemble_server.ensembles.exchange.topologies import TopologyName, who_hears_whom
 from ensemble_server.ensembles.exchange.transcript import (
     FinalRule,
@@ -42,32 +48,10 @@ from ensemble_server.ensembles.exchange.transcript import (
     minutes,
 )
 from ensemble_server.ensembles.fan_out import Call, Outcome, fan_out, total_usage
-from ensemble_server.ensembles.method import Method, Services
-from ensemble_server.ensembles.text_level import (
-    TextLevelConfig,
-    check_num_calls,
-    check_text_level,
-    independent_choices,
-    member_request,
-    overridden,
-)
+from ensemble_server.ensembles.text_level import EmbeddingNeed, TextLevel, TextLevelConfig, member_request
+from ensemble_server.ensembles.thoughts import without_thoughts
 from ensemble_server.ensembles.voting.answer_extraction import AnswerKind, extract
 from ensemble_server.ensembles.voting.similarity import cosine_similarity
-
-OVERRIDABLE = (
-    "weights",
-    "topology",
-    "max_rounds",
-    "answer",
-    "text_threshold",
-    "stop",
-    "final",
-    "token_budget",
-    "time_budget_s",
-    "temperature",
-    "min_turnout",
-)
-
 
 Number = TypeVar("Number", int, float)
 
@@ -82,8 +66,21 @@ class Role(BaseModel):
     weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="of its vote")
 
 
-class ExchangeOfThought(Method):
+class ExchangeOfThought(TextLevel):
     reference: ClassVar[str] = "https://arxiv.org/abs/2312.01823"
+    overridable = (
+        "weights",
+        "topology",
+        "max_rounds",
+        "answer",
+        "text_threshold",
+        "stop",
+        "final",
+        "token_budget",
+        "time_budget_s",
+        "temperature",
+        "min_turnout",
+    )
 
     class Config(TextLevelConfig):
         participants: dict[str, Role] | None = Field(
@@ -169,6 +166,11 @@ class ExchangeOfThought(Method):
         def num_calls(self, calls: Mapping[str, int]) -> int:
             return (1 + self.max_rounds) * sum(calls[participant.model] for participant in self.cast())
 
+        def embedding_need(self) -> EmbeddingNeed | None:
+            if self.text_threshold is None:
+                return None
+            return EmbeddingNeed("text_threshold", "text_threshold", "leave text_threshold out")
+
         def settings(self, request: GenerationRequest) -> Settings:
             """What the exchange on `request` goes by."""
             cast = self.cast()
@@ -190,25 +192,7 @@ class ExchangeOfThought(Method):
 
     config: Config
 
-    def __init__(self, name: str, config: Config, models: Mapping[str, Model], services: Services) -> None:
-        super().__init__(name, config, models, services)
-        if config.text_threshold is not None and services.embedder is None:
-            raise ModelLoadError(
-                f"model {name!r}: text_threshold needs an embedding model; set one up, or leave text_threshold out"
-            )
-
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
-        check_text_level(request, ensemble=self.name, method=self.config.method)
-        config = overridden(self.config, request, OVERRIDABLE)
-        check_num_calls(self, config, num_replies=request.n)
-        if config.text_threshold is not None and self.services.embedder is None:
-            raise UnsupportedError(
-                "text_threshold needs an embedding model, and this server has none", param="ensemble.text_threshold"
-            )
-        if request.n > 1:
-            async for event in independent_choices(self, request):
-                yield event
-            return
+    async def reply(self, request: GenerationRequest, config: Config) -> AsyncGenerator[Event, None]:
         exchange = _Exchange(config.settings(request))
         usages: list[Usage] = []
         while not exchange.is_over:
@@ -329,12 +313,12 @@ def _told(request: GenerationRequest, participant: Participant, exchange: _Excha
     if exchange.rounds:
         confidence = exchange.states[-1].confidence if len(exchange.rounds) > 1 else {}
         peers = [
-            Peer(name, reply.text, confidence.get(name))
+            Peer(name, solution, confidence.get(name))
             for name in exchange.settings.hears[participant.name]
-            if (reply := exchange.latest(name)) is not None
+            if (reply := exchange.latest(name)) is not None and (solution := without_thoughts(reply.text)).strip()
         ]
         read = exchange_prompt(peers, exchange.settings.answer)
-        own = exchange.latest(participant.name).text
+        own = without_thoughts(exchange.latest(participant.name).text) or UNFINISHED
         if messages is not None:
             messages = round_messages(messages, own, read)
         else:

@@ -18,7 +18,7 @@ Reference: Wang et al., "Self-consistency improves chain of thought reasoning in
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -26,22 +26,14 @@ from pydantic import Field
 from ensemble_server.ensembles.base import Done, Event, GenerationRequest, Usage
 from ensemble_server.ensembles.candidates import CandidateConfig, candidate_calls, candidates_trace
 from ensemble_server.ensembles.fan_out import Call, FanOut, Outcome, answered_members, check_turnout
-from ensemble_server.ensembles.method import Method
-from ensemble_server.ensembles.text_level import (
-    as_delta,
-    check_num_calls,
-    check_text_level,
-    independent_choices,
-    overridden,
-)
+from ensemble_server.ensembles.text_level import TextLevel, as_delta
 from ensemble_server.ensembles.voting.answer_extraction import AnswerKind, extract
 from ensemble_server.ensembles.voting.majority import PENDING, Vote, agreement, is_decided, plurality, tally
 
-OVERRIDABLE = ("weights", "samples", "answer", "early_stop", "temperature", "min_turnout")
 
-
-class Majority(Method):
+class Majority(TextLevel):
     reference: ClassVar[str] = "https://arxiv.org/abs/2203.11171"
+    overridable = ("weights", "samples", "answer", "early_stop", "temperature", "min_turnout")
 
     class Config(CandidateConfig):
         samples: int = Field(5, ge=1, le=64, description="answers of each member")
@@ -50,14 +42,7 @@ class Majority(Method):
 
     config: Config
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
-        check_text_level(request, ensemble=self.name, method=self.config.method)
-        config = overridden(self.config, request, OVERRIDABLE)
-        check_num_calls(self, config, num_replies=request.n)
-        if request.n > 1:
-            async for event in independent_choices(self, request):
-                yield event
-            return
+    async def reply(self, request: GenerationRequest, config: Config) -> AsyncGenerator[Event, None]:
         calls = candidate_calls(config, self.models, request)
         outcomes, usage = await self._gather(calls, config, request)
         votes = [_vote(outcome, config) for outcome in outcomes]

@@ -10,7 +10,8 @@ cross-encoder, or nothing. Needs: a judge that gives next-token distributions (a
 or a sentence-transformers CrossEncoder with one score, or members that give log-probabilities. Log-probabilities of
 members with different tokenizers are per token of each and hardly compare. A reply streams as one piece, at the end.
 
-A comparison that fails counts as a draw; so do those that the request's deadline cuts off.
+What members thought before they answered is neither read by the comparer nor counted (`ensembles.thoughts`). A
+comparison that fails counts as a draw; so do those that the request's deadline cuts off.
 
 Reference: Jiang, Ren & Lin, "LLM-Blender: Ensembling large language models with pairwise ranking and generative
 fusion", 2023; Stiennon et al., "Learning to summarize from human feedback", 2020, for best of n.
@@ -19,7 +20,7 @@ fusion", 2023; Stiennon et al., "Learning to summarize from human feedback", 202
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 from typing import Any, ClassVar
@@ -32,13 +33,8 @@ from ensemble_server.ensembles.candidates import CandidateConfig, candidate_call
 from ensemble_server.ensembles.errors import DeadlineError, MemberError, ModelLoadError
 from ensemble_server.ensembles.fan_out import Call, Outcome, answered_members, check_turnout, fan_out, total_usage
 from ensemble_server.ensembles.method import Method, Services
-from ensemble_server.ensembles.text_level import (
-    as_delta,
-    check_num_calls,
-    check_text_level,
-    independent_choices,
-    overridden,
-)
+from ensemble_server.ensembles.text_level import TextLevel, as_delta
+from ensemble_server.ensembles.thoughts import without_thoughts
 from ensemble_server.ensembles.voting.consensus import elect, ranked
 from ensemble_server.ensembles.voting.pairwise import (
     CRITERION,
@@ -49,7 +45,6 @@ from ensemble_server.ensembles.voting.pairwise import (
     probability_of_first,
 )
 
-OVERRIDABLE = ("weights", "samples", "temperature", "min_turnout", "criterion")
 MEMBERS_SHARE = 0.75  # of a request's deadline, what the answers may take; the rest is for comparing them
 
 
@@ -62,8 +57,9 @@ class Comparison:
     trace: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Ranking(Method):
+class Ranking(TextLevel):
     reference: ClassVar[str] = "https://arxiv.org/abs/2306.02561"
+    overridable = ("weights", "samples", "temperature", "min_turnout", "criterion")
 
     class Config(CandidateConfig):
         judge: str | None = Field(
@@ -116,14 +112,7 @@ class Ranking(Method):
                         f"model {name!r}: member {member!r} gives no log-probabilities to rank by; set a judge"
                     )
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
-        check_text_level(request, ensemble=self.name, method=self.config.method)
-        config = overridden(self.config, request, OVERRIDABLE)
-        check_num_calls(self, config, num_replies=request.n)
-        if request.n > 1:
-            async for event in independent_choices(self, request):
-                yield event
-            return
+    async def reply(self, request: GenerationRequest, config: Config) -> AsyncGenerator[Event, None]:
         started = asyncio.get_running_loop().time()
         outcomes = await self._candidates(config, request)
         candidates = [outcome for outcome in outcomes if outcome.answer is not None]
@@ -168,7 +157,7 @@ class Ranking(Method):
     async def _compare(
         self, candidates: Sequence[Outcome], config: Config, request: GenerationRequest, left_s: float | None
     ) -> Comparison:
-        texts = [outcome.answer.text for outcome in candidates]
+        texts = [without_thoughts(outcome.answer.text) for outcome in candidates]
         if config.judge is not None:
             return await self._judge(texts, config, request, left_s)
         if self._reranker is not None:
@@ -218,7 +207,9 @@ def _with_logprobs(call: Call) -> Call:
 def _silent_without_logprobs(outcome: Outcome) -> Outcome:
     if outcome.answer is None or mean_logprob(outcome.answer.choices[0].tokens) is not None:
         return outcome
-    error = MemberError(outcome.call.member, "the answer came without log-probabilities")
+    is_thought = not without_thoughts(outcome.answer.text).strip()
+    reason = "the answer holds thoughts only" if is_thought else "the answer came without log-probabilities"
+    error = MemberError(outcome.call.member, reason)
     return replace(outcome, answer=None, error=error)
 
 

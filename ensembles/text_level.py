@@ -1,22 +1,33 @@
 """What all methods above tokens share: what they cannot honour, what a request may change, and how it reaches members.
 
-Such a method sees its members' texts only, so members may be anything that answers, with any tokenizer.
+Such a method sees its members' texts only, so members may be anything that answers, with any tokenizer. It derives from
+`TextLevel`, which does all that comes before the idea, and writes `reply`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Collection
+from abc import abstractmethod
+from collections.abc import AsyncGenerator, Collection, Mapping
+from contextlib import aclosing
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar, final
 
 from pydantic import Field, ValidationError, model_validator
 
 from ensemble_server.ensembles.base import Choice, Delta, Done, Event, GenerationRequest, Model
-from ensemble_server.ensembles.errors import RequestError, UnsupportedError
+from ensemble_server.ensembles.errors import ModelLoadError, RequestError, UnsupportedError
 from ensemble_server.ensembles.fan_out import Call, fan_out, total_usage
-from ensemble_server.ensembles.method import Method, MethodConfig
+from ensemble_server.ensembles.method import Method, MethodConfig, Services
 from ensemble_server.ensembles.overrides import check_overrides
+
+
+class EmbeddingNeed(NamedTuple):
+    """What in a config needs an embedding model: its key, in words, and the way out where there is none."""
+
+    key: str
+    what: str
+    otherwise: str
 
 
 class TextLevelConfig(MethodConfig):
@@ -40,6 +51,49 @@ class TextLevelConfig(MethodConfig):
         """Seconds that members get: the smaller of `member_timeout_s` and the request's own deadline."""
         limits = [limit for limit in (self.member_timeout_s, request.deadline_s) if limit is not None]
         return min(limits, default=None)
+
+    def embedding_need(self) -> EmbeddingNeed | None:
+        """Methods that compare texts by an embedding model say so; None: this config needs none."""
+        return None
+
+
+class TextLevel(Method):
+    """A method whose reply is made of its members' texts.
+
+    Its `Config` is a `TextLevelConfig`. A reply is one choice: a request for several is answered by as many replies,
+    each with seeds of its own. Methods of which one model writes the reply may say otherwise by the two flags.
+    """
+
+    overridable: ClassVar[tuple[str, ...]] = ("weights", "min_turnout")  # keys that a request may change
+    writes_choices: ClassVar[bool] = False  # whether one reply has all choices that are asked for
+    gives_logprobs: ClassVar[bool] = False  # whether the reply is one model's, with its log-probabilities
+
+    def __init__(self, name: str, config: TextLevelConfig, models: Mapping[str, Model], services: Services) -> None:
+        super().__init__(name, config, models, services)
+        if services.embedder is None and (need := config.embedding_need()) is not None:
+            raise ModelLoadError(
+                f"model {name!r}: {need.what} needs an embedding model; set one up, or {need.otherwise}"
+            )
+
+    @final
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        asked = replace(request, top_logprobs=None) if self.gives_logprobs else request
+        check_text_level(asked, ensemble=self.name, method=self.config.method)
+        config = overridden(self.config, request, self.overridable)
+        check_num_calls(self, config, num_replies=1 if self.writes_choices else request.n)
+        if self.services.embedder is None and (need := config.embedding_need()) is not None:
+            raise UnsupportedError(
+                f"{need.what} needs an embedding model, and this server has none; {need.otherwise}",
+                param=f"ensemble.{need.key}",
+            )
+        is_split = request.n > 1 and not self.writes_choices
+        async with aclosing(independent_choices(self, request) if is_split else self.reply(request, config)) as events:
+            async for event in events:
+                yield event
+
+    @abstractmethod
+    def reply(self, request: GenerationRequest, config: Any) -> AsyncGenerator[Event, None]:
+        """The events of one reply, as `generate` has them. `config` is that of the method, changed by the request."""
 
 
 MAX_CHOICES_AT_ONCE = 4  # each is a fan-out of its own
@@ -135,7 +189,7 @@ def as_delta(choice: Choice, *, index: int = 0) -> Delta:
     )
 
 
-async def independent_choices(model: Model, request: GenerationRequest) -> AsyncIterator[Event]:
+async def independent_choices(model: Model, request: GenerationRequest) -> AsyncGenerator[Event, None]:
     """A request for n > 1 choices as n requests for one, some at the same time, each with a seed of its own.
 
     The first choice is what the request for one choice would give. All must succeed: the first error is raised.

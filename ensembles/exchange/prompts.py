@@ -21,6 +21,10 @@ ENDINGS: dict[AnswerKind, str] = {
 }
 
 
+NOBODY = "Nobody else has come to a solution yet."
+UNFINISHED = "I did not come to a solution."  # one's own words, where a turn ended in thoughts
+
+
 @dataclass(frozen=True)
 class Peer:
     """Someone who is heard. `confidence` is None as long as it is not told."""
@@ -32,13 +36,13 @@ class Peer:
 
 def exchange_prompt(peers: Sequence[Peer], answer: AnswerKind) -> str:
     """What a participant reads in a round, besides the question and its own solution."""
-    parts = ["Here is what others answered to the same question."]
+    parts = ["Here is what others answered to the same question." if peers else NOBODY]
     for peer in peers:
         part = f"{peer.name}'s solution:\n{peer.solution.strip()}"
         if peer.confidence is not None:
             part += f"\n{peer.name}'s confidence: {peer.confidence:.2f}"
         parts.append(part)
-    advice = "Compare these with your own solution and check every step."
+    advice = "Compare these with your own solution and check every step." if peers else "Check your own, step by step."
     if any(peer.confidence is not None for peer in peers):
         advice += (
             " A confidence below 0.5 means that its owner keeps changing the answer, which is then likely to be wrong;"

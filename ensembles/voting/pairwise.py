@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import numpy as np
 
-from ensemble_server.ensembles.base import GenerationRequest, Grammar, Sampling, TokenLogprob
+from ensemble_server.ensembles.base import GenerationRequest, Grammar, Message, Sampling, TokenLogprob
+from ensemble_server.ensembles.thoughts import thought_spans, without_thoughts
 
 LETTERS = ("A", "B")
 NUM_ALTERNATIVES = 20  # how many of the likeliest tokens are read; the most that APIs give
@@ -34,7 +36,7 @@ def comparison_request(request: GenerationRequest, first: str, second: str, *, c
         return GenerationRequest(
             prompt=prompt, sampling=sampling, top_logprobs=NUM_ALTERNATIVES, priority=request.priority
         )
-    conversation = "\n\n".join(f"{message['role']}: {message.get('content') or ''}" for message in request.messages)
+    conversation = "\n\n".join(f"{message['role']}: {_said(message)}" for message in request.messages)
     text = f"[Conversation]\n{conversation}\n\n{answers}\n\n{asked} Reply with A or B only."
     return GenerationRequest(
         messages=({"role": "user", "content": text},),
@@ -42,6 +44,11 @@ def comparison_request(request: GenerationRequest, first: str, second: str, *, c
         top_logprobs=NUM_ALTERNATIVES,
         priority=request.priority,
     )
+
+
+def _said(message: Message) -> str:
+    content = message.get("content") or ""
+    return without_thoughts(content) if message["role"] == "assistant" and isinstance(content, str) else str(content)
 
 
 def probability_of_first(token: TokenLogprob) -> float:
@@ -82,6 +89,13 @@ def place_bias(first_wins: Mapping[tuple[int, int], float]) -> float:
 
 
 def mean_logprob(tokens: Sequence[TokenLogprob]) -> float | None:
-    """Nats per token; None if no token has a log-probability."""
-    logprobs = [token.logprob for token in tokens if token.logprob is not None]
+    """Nats per token of what is no thought (`ensembles.thoughts`); None if none of these has a log-probability."""
+    starts = [0, *accumulate(len(token.text) for token in tokens)]
+    thoughts = thought_spans("".join(token.text for token in tokens))
+    spoken = [
+        token
+        for token, start in zip(tokens, starts, strict=False)
+        if not any(first <= start < last for first, last in thoughts)
+    ]
+    logprobs = [token.logprob for token in spoken if token.logprob is not None]
     return sum(logprobs) / len(logprobs) if logprobs else None

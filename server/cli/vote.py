@@ -213,9 +213,14 @@ class _Embedded:
 
     @classmethod
     async def of(cls, rows: Sequence[Row], embedder: Embedder) -> _Embedded:
+        from ensemble_server.ensembles.thoughts import without_thoughts
         from ensemble_server.server.batch.vote_files import BadRow
 
-        texts = list(dict.fromkeys(text for row in rows if not isinstance(row, BadRow) for text in row.texts or ()))
+        texts = list(
+            dict.fromkeys(
+                without_thoughts(text) for row in rows if not isinstance(row, BadRow) for text in row.texts or ()
+            )
+        )
         return cls(embedder.name, dict(zip(texts, await embedder.embed(texts), strict=True)))
 
     async def embed(self, texts: Sequence[str]) -> np.ndarray:

@@ -293,3 +293,9 @@ async def test_several_choices_are_rankings_of_their_own(talker: Callable) -> No
     best = ranking(BY_JUDGE, [talker("ann", "bad", "fair"), talker("bob", "good", "bad"), judge])
     answer = await collect(best, replace(REQUEST, n=2))
     assert [choice.text for choice in answer.choices] == ["good", "fair"]
+
+
+async def test_judges_do_not_read_thoughts(talker: Callable) -> None:
+    judge = Judge({"good": 1.0, "bad": 0.0})
+    best = ranking(BY_JUDGE, [talker("ann", "<think>good</think>bad"), talker("bob", "<think>bad</think>good"), judge])
+    assert (await collect(best, REQUEST)).text == "<think>bad</think>good"

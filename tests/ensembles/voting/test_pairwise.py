@@ -71,3 +71,15 @@ def test_a_chat_is_judged_as_a_chat_and_a_text_as_a_text() -> None:
 def test_mean_logprob_is_per_token() -> None:
     assert mean_logprob([token("a", 0.5), token("b", 0.125)]) == pytest.approx(2 * math.log(0.5))
     assert mean_logprob([]) is None
+
+
+def test_mean_logprob_is_of_what_is_no_thought() -> None:
+    said = [token("<think>", 0.9), token("x", 0.9), token("</think>", 0.9), token(" yes", 0.25)]
+    assert mean_logprob(said) == pytest.approx(math.log(0.25))
+    assert mean_logprob(said[:2]) is None
+
+
+def test_a_judge_does_not_read_what_was_thought_before() -> None:
+    messages = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>hm</think>Hello"})
+    asked = comparison_request(GenerationRequest(messages=messages), "a", "b", criterion=CRITERION)
+    assert "assistant: Hello\n" in asked.messages[0]["content"]

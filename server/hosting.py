@@ -7,38 +7,21 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from graphlib import TopologicalSorter
 from typing import Self
 
-from ensemble_server.ensembles.base import Embedder, Event, GenerationRequest, Mixture, MixtureHost, Model
-from ensemble_server.ensembles.method import Method, MethodConfig, Services
-from ensemble_server.ensembles.probability_averaging import overridden
-from ensemble_server.ensembles.registry import method_class
+from ensemble_server.ensembles.base import Embedder, Model
+from ensemble_server.ensembles.method import MethodConfig, Services
+from ensemble_server.server.composition import SingleMember, compose
 from ensemble_server.server.config.blocks import Config, HostedModel, RemoteModel, VllmEngineConfig
 from ensemble_server.server.config.fingerprints import fingerprint
 from ensemble_server.server.engines.engine import Engine, StepStats
 from ensemble_server.server.engines.remote.remote import RemoteChat
-from ensemble_server.server.engines.transformers_engine.engine import TransformersEngine
-from ensemble_server.server.engines.transformers_engine.members import load_members
+from ensemble_server.server.rehearsal import rehearse
 from ensemble_server.server.weights.embeddings import SentenceEmbedder
+from ensemble_server.server.weights.member_views import MemberFiles
 from ensemble_server.server.weights.reranking import CrossEncoderReranker
 from ensemble_server.server.weights.threads import in_own_thread
 from ensemble_server.server.weights.view import Surface
-
-
-class SingleMember:
-    """One hosted member as a model of its own: the mixture of it alone."""
-
-    def __init__(self, name: str, host: MixtureHost) -> None:
-        self.name = name
-        self.members = (name,)
-        self.host = host
-        self.mixture = Mixture({name: 1.0})
-        self.max_model_len = host.max_model_len(self.mixture)
-
-    def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
-        mixture = overridden(self.mixture, self.members, request.overrides)
-        return self.host.generate(mixture, request, method="member")
 
 
 class Hosting:
@@ -64,14 +47,17 @@ class Hosting:
     @classmethod
     @asynccontextmanager
     async def open(cls, config: Config, *, on_step: Callable[[StepStats], None] | None = None) -> AsyncIterator[Self]:
-        """Load everything and serve it until the block ends. Raises `ConfigError` if something cannot be loaded."""
-        hosted = {name: model for name, model in config.models.items() if isinstance(model, HostedModel)}
-        engine, surfaces = await _engine(config, hosted, on_step) if hosted else (None, {})
+        """Load everything and serve it until the block ends. Raises `ModelLoadError` if something cannot be loaded; all
+        that can be told without weights at once, before any are loaded.
+        """
+        rehearsal = await in_own_thread(rehearse, config)
+        rehearsal.check(config)
+        engine, surfaces = await _engine(config, rehearsal.files, on_step) if rehearsal.files.views else (None, {})
         embedder = SentenceEmbedder(config.embedding.path, batch_size=config.embedding.batch_size)
         remotes = {
             name: RemoteChat(name, model) for name, model in config.models.items() if isinstance(model, RemoteModel)
         }
-        singles = {name: SingleMember(name, engine) for name in hosted}
+        singles = {} if engine is None else {name: SingleMember(name, engine) for name in rehearsal.files.views}
         services = Services(
             embedder,
             partial(CrossEncoderReranker, relative_to=config.source.parent),
@@ -119,17 +105,19 @@ class Hosting:
 
 
 async def _engine(
-    config: Config, hosted: Mapping[str, HostedModel], on_step: Callable[[StepStats], None] | None
+    config: Config, files: MemberFiles, on_step: Callable[[StepStats], None] | None
 ) -> tuple[Engine, dict[str, Surface]]:
     """The engine that the config asks for, ready to be started, and how its members read text."""
     if isinstance(config.engine, VllmEngineConfig):
         from ensemble_server.server.engines.vllm_engine.engine import VllmEngine
 
-        vllm = await VllmEngine.planned(config, on_step=on_step)
+        vllm = await VllmEngine.planned(config, files=files, on_step=on_step)
         return vllm, {name: view.surface for name, view in vllm.views.items()}
-    members = await in_own_thread(
-        load_members, hosted, relative_to=config.source.parent, max_context=config.engine.max_context
-    )
+    from ensemble_server.server.engines.transformers_engine.engine import TransformersEngine  # loads torch
+    from ensemble_server.server.engines.transformers_engine.members import load_members
+
+    hosted = {name: model for name, model in config.models.items() if isinstance(model, HostedModel)}
+    members = await in_own_thread(load_members, hosted, files)
     engine = TransformersEngine(
         members,
         max_batch=config.engine.max_batch,
@@ -140,14 +128,3 @@ async def _engine(
         on_step=on_step,
     )
     return engine, {name: member.surface for name, member in members.items()}
-
-
-def compose(methods: Mapping[str, MethodConfig], parts: Mapping[str, Model], services: Services) -> dict[str, Model]:
-    """`parts`, and every ensemble of `methods`, built after those that it refers to."""
-    models: dict[str, Model] = dict(parts)
-    for name in TopologicalSorter({name: entry.references() for name, entry in methods.items()}).static_order():
-        if name in methods:
-            entry = methods[name]
-            cls: type[Method] = method_class(entry.method)
-            models[name] = cls(name, entry, {part: models[part] for part in entry.references()}, services)
-    return models

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ensemble_server.ensembles.errors import ModelLoadError
@@ -44,3 +45,22 @@ def refuse_beyond_plain_lora(name: str, config: PeftConfig) -> None:
             f"adapter {name!r} was started with init_lora_weights={config.init_lora_weights!r}, which changes the base "
             "for everyone on it; save it as a plain LoRA (path_initial_model_for_weight_conversion) or merge it"
         )
+
+
+def check_adapter(name: str, folder: Path) -> None:
+    """Raises `ModelLoadError` for what can be told without its weights: no adapter there, or one that is refused."""
+    from peft import PeftConfig
+
+    weights = ("adapter_model.safetensors", "adapter_model.bin")
+    if not (folder / "adapter_config.json").is_file() or not any((folder / file).is_file() for file in weights):
+        raise ModelLoadError(
+            f"adapter {name!r} at {folder} cannot be loaded: it needs adapter_config.json and {weights[0]}; "
+            "`adapter` takes the folder that PEFT saved"
+        )
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except Exception as exc:  # PEFT raises what its parts raise
+        raise ModelLoadError(
+            f"adapter {name!r} at {folder} cannot be loaded ({type(exc).__name__}: {exc}); save it again"
+        ) from exc
+    refuse_beyond_plain_lora(name, config)

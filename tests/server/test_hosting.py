@@ -22,6 +22,7 @@ from ensemble_server.ensembles.errors import EngineDeadError, ModelLoadError, Re
 from ensemble_server.server.config.blocks import Config
 from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.engines.engine import StepStats
+from ensemble_server.server.engines.transformers_engine import members
 from ensemble_server.server.hosting import Hosting
 from tests.conftest import make_model
 
@@ -186,6 +187,24 @@ async def test_a_model_may_be_called_as_a_package(tiny: dict[str, Path]) -> None
 
 
 # --- what cannot be hosted, and the end ---
+
+
+async def test_everything_that_tokenizers_and_configs_tell_is_refused_before_any_weights_are_loaded(
+    house: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_members(*_: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(members, "load_members", load_members)
+    house["blend"] = average("base", "far")
+    house["gone"] = {"path": "/no/such/folder"}
+    house["nested"] = average("mix", "deep")
+    with pytest.raises(ModelLoadError) as caught:
+        async with hosted(house):
+            pass
+    first, *problems = str(caught.value).splitlines()
+    assert first == "/config.yaml: 3 problems"
+    assert [problem.split("'")[1] for problem in problems] == ["blend", "gone", "nested"]
 
 
 @pytest.mark.parametrize("broken", ["vocabulary", "folder", "text"])

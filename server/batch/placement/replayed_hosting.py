@@ -10,9 +10,10 @@ from ensemble_server.ensembles.base import Embedder, Model
 from ensemble_server.ensembles.method import MethodConfig, Services
 from ensemble_server.server.batch.placement.call_log import Call, CallLog, RecordedDistributions, RecordedModel
 from ensemble_server.server.batch.placement.phases import composed, singles
+from ensemble_server.server.composition import compose
 from ensemble_server.server.config.blocks import Config, RemoteModel
 from ensemble_server.server.config.fingerprints import fingerprint
-from ensemble_server.server.hosting import Hosting, compose
+from ensemble_server.server.hosting import Hosting
 
 if TYPE_CHECKING:
     from ensemble_server.server.weights.view import Surface

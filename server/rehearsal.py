@@ -1,0 +1,113 @@
+"""Everything that can be refused before weights are loaded: the house is built once from configs and tokenizers alone.
+
+Members are there as their files describe them, ensembles are composed as they will be, and every check that a method or
+an engine makes of its members is made. What remains for the loading are the weights themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ensemble_server.ensembles.base import Event, GenerationRequest, Mixture, Model
+from ensemble_server.ensembles.errors import ConfigError, ModelLoadError
+from ensemble_server.ensembles.method import MethodConfig, Services
+from ensemble_server.server.composition import SingleMember, compose
+from ensemble_server.server.config.blocks import Config, HostedModel, RemoteModel, VllmEngineConfig
+from ensemble_server.server.engines.remote.remote import RemoteChat
+from ensemble_server.server.engines.vllm_engine.one_prompt import check_one_model
+from ensemble_server.server.weights.devices import resolve_device
+from ensemble_server.server.weights.embeddings import SentenceEmbedder, check_embedder
+from ensemble_server.server.weights.member_views import MemberFiles, MemberView, read_member_files
+from ensemble_server.server.weights.reranking import CrossEncoderReranker, check_cross_encoder
+from ensemble_server.server.weights.vocabularies import check_shared_vocabulary
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """`files`: of the hosted models. `problems`: one sentence, naming it, for each model that cannot be served."""
+
+    files: MemberFiles
+    problems: tuple[str, ...]
+
+    def check(self, config: Config) -> None:
+        """Raise `ModelLoadError` with all problems."""
+        if len(self.problems) == 1:
+            raise ModelLoadError(self.problems[0])
+        if self.problems:
+            raise ModelLoadError("\n  - ".join([f"{config.source}: {len(self.problems)} problems", *self.problems]))
+
+
+def rehearse(config: Config, *, may_download: bool = True) -> Rehearsal:
+    """Blocks: checkpoints may have to be converted or (if they may) downloaded, and tokenizers are loaded."""
+    hosted = {name: model for name, model in config.models.items() if isinstance(model, HostedModel)}
+    files = read_member_files(
+        hosted, relative_to=config.source.parent, max_context=config.engine.max_context, may_download=may_download
+    )
+    failures: dict[str, ConfigError] = dict(files.failures)
+    runs_on_vllm = isinstance(config.engine, VllmEngineConfig)  # which places weights itself
+    host = _Unloaded(files.views, is_one_model=runs_on_vllm)
+    parts: dict[str, Model] = {name: SingleMember(name, host) for name in files.views}
+    for name, model in config.models.items():
+        try:
+            if isinstance(model, RemoteModel):
+                parts[name] = RemoteChat(name, model)
+            elif isinstance(model, HostedModel) and model.path is not None and not runs_on_vllm:
+                resolve_device(model.device)
+        except ConfigError as exc:
+            failures.setdefault(name, exc)
+    failures |= _refused_ensembles(config, parts)
+    return Rehearsal(files, tuple(_naming(name, failures[name]) for name in config.models if name in failures))
+
+
+def _naming(name: str, error: ConfigError) -> str:
+    return str(error) if repr(name) in str(error) else f"model {name!r}: {error}"
+
+
+def _refused_ensembles(config: Config, parts: Mapping[str, Model]) -> dict[str, ModelLoadError]:
+    """Ensembles whose parts are all there, and that their methods refuse, also for an embedding model that is not."""
+    folder = config.source.parent
+
+    def reranker(path: str) -> CrossEncoderReranker:
+        check_cross_encoder(path, relative_to=folder)
+        return CrossEncoderReranker(path, relative_to=folder)
+
+    missing: ModelLoadError | None = None
+    try:
+        check_embedder(config.embedding.path)
+    except ModelLoadError as exc:
+        missing = exc
+    embedder = None if missing else SentenceEmbedder(config.embedding.path)
+    methods = {name: entry for name, entry in config.models.items() if isinstance(entry, MethodConfig)}
+    refused: dict[str, ModelLoadError] = {}
+    compose(methods, parts, Services(embedder, reranker, config.server.max_calls), failures=refused)
+    if missing is not None:
+        for name, error in refused.items():
+            if "embedding model" in str(error):
+                refused[name] = ModelLoadError(f"{error} ({missing})")
+    return refused
+
+
+class _Unloaded:
+    """A `MixtureHost` of members without weights: it checks what engines check, and answers nothing."""
+
+    def __init__(self, views: Mapping[str, MemberView], *, is_one_model: bool) -> None:
+        self._views = views
+        self._is_one_model = is_one_model
+
+    def check(self, mixture: Mixture) -> None:
+        views = [self._views[name] for name in mixture.weights]
+        if self._is_one_model:
+            check_one_model(views)
+        else:
+            check_shared_vocabulary(views)
+
+    def max_model_len(self, mixture: Mixture) -> int:
+        return min(self._views[name].max_model_len for name in mixture.weights)
+
+    def generate(self, mixture: Mixture, request: GenerationRequest, *, method: str) -> AsyncIterator[Event]:
+        raise AssertionError("a rehearsal has no weights to answer with")
+
+    async def visit_logprobs(self, *arguments: Any, **options: Any) -> None:
+        raise AssertionError("a rehearsal has no weights to read with")

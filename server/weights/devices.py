@@ -1,0 +1,45 @@
+"""Where weights go: what `device` in the config means on this machine."""
+
+from __future__ import annotations
+
+import logging
+
+from ensemble_server.ensembles.errors import ModelLoadError
+
+logger = logging.getLogger(__name__)
+
+AMPERE = (8, 0)  # the first compute capability with bfloat16 arithmetic; older GPUs emulate it, slowly
+
+
+def resolve_device(device: str) -> str:
+    """`device` of the config as torch calls it; auto is the first accelerator, else the CPU.
+
+    Raises `ModelLoadError` for a device that is not in this machine.
+    """
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if device == "auto":
+        return "cpu" if accelerator is None else str(accelerator)
+    kind, _, index = device.partition(":")
+    there = 0 if accelerator is None or accelerator.type != kind else torch.accelerator.device_count()
+    if kind != "cpu" and int(index or 0) >= there:
+        found = f"{there} of kind {kind}" if there else f"no {kind}; torch sees {accelerator or 'only the cpu'}"
+        raise ModelLoadError(
+            f"device {device!r} is not there: this machine has {found}; correct `device`, or take auto"
+        )
+    return device
+
+
+def warn_of_slow_bfloat16(name: str, dtype: str, device: str) -> None:
+    """Log that model `name` runs in a dtype that its GPU can only emulate (a T4, a V100)."""
+    import torch
+
+    if dtype != "bfloat16" or not device.startswith("cuda"):
+        return
+    if torch.cuda.get_device_capability(device) < AMPERE:
+        logger.warning(
+            "model %r runs in bfloat16, which %s has no arithmetic for and emulates; try `dtype: float16`",
+            name,
+            torch.cuda.get_device_name(device),
+        )

@@ -68,6 +68,8 @@ class TextLevel(Method):
     writes_choices: ClassVar[bool] = False  # whether one reply has all choices that are asked for
     gives_logprobs: ClassVar[bool] = False  # whether the reply is one model's, with its log-probabilities
 
+    config: TextLevelConfig
+
     def __init__(self, name: str, config: TextLevelConfig, models: Mapping[str, Model], services: Services) -> None:
         super().__init__(name, config, models, services)
         if services.embedder is None and (need := config.embedding_need()) is not None:

@@ -28,7 +28,7 @@ from typing import Literal
 from ensemble_server.ensembles.thoughts import without_thoughts
 from ensemble_server.ensembles.voting import latex
 from ensemble_server.ensembles.voting.numerals import Numeral, canonical, numerals
-from ensemble_server.ensembles.voting.options import NO_CHOICE, NoChoice, chosen_option, is_ruled_out, leading_option
+from ensemble_server.ensembles.voting.options import NoChoice, chosen_option, is_ruled_out, leading_option
 
 AnswerKind = Literal["number", "choice", "yes_no", "text"]
 
@@ -214,7 +214,7 @@ def _choice_in_text(text: str) -> _Found:
     if (alone := _alone(text)) is not None:
         return alone
     found = chosen_option(text)
-    return ABSTAINS if found is NO_CHOICE else found
+    return ABSTAINS if isinstance(found, NoChoice) else found
 
 
 def _alone(text: str) -> str | None:

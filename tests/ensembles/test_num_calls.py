@@ -33,6 +33,7 @@ METHODS = [
     ),
     ({"method": "answer_fusion", "members": ["ann", "bob"], "aggregator": "eve", "layers": 2, "samples": 2}, 9),
     ({"method": "answer_fusion", "members": ["ann", "bob"], "aggregator": "ann"}, 3),
+    ({"method": "self_correction", "members": ["ann"], "max_rounds": 2}, 5),
 ]
 
 
@@ -44,7 +45,7 @@ def made(config: dict[str, Any], models: dict[str, Any], max_calls: int | None =
 
 @pytest.fixture
 def models(talker: Callable) -> dict[str, Any]:
-    return {name: talker(name, f"{name} speaks") for name in ("ann", "bob", "eve")}
+    return {name: talker(name, f"{name} speaks, the answer is wrong") for name in ("ann", "bob", "eve")}
 
 
 @pytest.mark.parametrize(("config", "num_calls"), METHODS)

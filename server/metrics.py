@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -107,6 +107,9 @@ class Metrics:
     def token_clock(self, model: str) -> TokenClock:
         return TokenClock(self.time_to_first_token.labels(model), self.inter_token_latency.labels(model))
 
+    def generation_meter(self) -> GenerationMeter:
+        return GenerationMeter(self)
+
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
@@ -138,3 +141,25 @@ class TokenClock:
         elif not self._last:
             self._first_token.observe(now - self._started)
         self._last[choice] = now
+
+
+class GenerationMeter:
+    """Observes one body's generations (`requests.generation.Observer`) for the metrics."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._model = ""
+        self._running = ExitStack()
+
+    def began(self, model: str) -> None:
+        self._model = model
+        self._clock = self._metrics.token_clock(model)
+        self._running.enter_context(self._metrics.live_request())
+
+    def token(self, prompt: int, choice: int) -> None:
+        self._clock.tick((prompt, choice))
+
+    def ended(self, usage: Usage | None) -> None:
+        self._running.close()
+        if usage is not None:
+            self._metrics.observe_usage(self._model, usage)

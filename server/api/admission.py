@@ -31,14 +31,14 @@ class Admission:
         self._is_idle.set()
         self.is_draining = False
 
-    async def check_open(self) -> None:
-        """Raise 503 if the server is shutting down. A FastAPI dependency, for what needs no model."""
+    def check_open(self) -> None:
+        """Raise 503 if the server is shutting down."""
         if self.is_draining:
             raise HTTPException(503, "the server is shutting down", headers=RETRY_SOON)
 
-    async def check(self) -> None:
-        """Raise 503 unless requests can be answered now. A FastAPI dependency."""
-        await self.check_open()
+    def check(self) -> None:
+        """Raise 503 unless requests can be answered now."""
+        self.check_open()
         if self._hosting.failure is not None:
             raise EngineDeadError(f"the engine is dead: {self._hosting.failure}")
 

@@ -8,28 +8,41 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
+from pydantic import TypeAdapter
 
+from ensemble_server.server.api import (
+    batches,
+    chat,
+    classify,
+    completions,
+    embeddings,
+    files,
+    health,
+    models,
+    tokenization,
+    vote,
+)
 from ensemble_server.server.api.admission import Admission
 from ensemble_server.server.api.auth import OPEN_PATHS, RequireKey, configured_keys
-from ensemble_server.server.api.batches import batches_router
-from ensemble_server.server.api.chat import chat_router
-from ensemble_server.server.api.completions import completions_router
-from ensemble_server.server.api.embeddings import embeddings_router
+from ensemble_server.server.api.context import Context
 from ensemble_server.server.api.errors import install_error_handlers
-from ensemble_server.server.api.files import files_router
-from ensemble_server.server.api.health import PACKAGE, health_router, metrics_router
-from ensemble_server.server.api.models import models_router
+from ensemble_server.server.api.health import PACKAGE
 from ensemble_server.server.api.request_log import RequestLog
-from ensemble_server.server.api.tokenization import tokenization_router
-from ensemble_server.server.api.vote import vote_router
 from ensemble_server.server.batch.uploads.service import BatchService
+from ensemble_server.server.requests.errors import ErrorResponse
+from ensemble_server.server.requests.protocol import ParameterCheck
 
 if TYPE_CHECKING:
     from ensemble_server.server.hosting import Hosting
     from ensemble_server.server.metrics import Metrics
 
+ROUTES = [
+    route
+    for part in (health, models, chat, completions, classify, embeddings, vote, tokenization, files, batches)
+    for route in part.router.routes
+]
 EXPOSED_HEADERS = ["x-request-id", "x-ignored-parameters", "retry-after"]
 
 
@@ -46,24 +59,16 @@ def create_app(hosting: Hosting, *, metrics: Metrics) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    admission = Admission(hosting)
-    app.state.admission = admission
-    batches = BatchService(hosting, metrics)
-    app.state.batches = batches
-
-    app.include_router(health_router(hosting, admission))
-    app.include_router(metrics_router(metrics))
-    for router in (
-        models_router(hosting),
-        chat_router(hosting, metrics, admission),
-        completions_router(hosting, metrics, admission),
-        embeddings_router(hosting, admission),
-        vote_router(hosting, admission),
-        tokenization_router(hosting),
-    ):
-        app.include_router(router, dependencies=[Depends(admission.check)])
-    for router in (files_router(hosting, batches, admission), batches_router(hosting, batches, admission)):
-        app.include_router(router, dependencies=[Depends(admission.check_open)])
+    app.router.routes.extend(ROUTES)  # subtle: not included, which would build each of them anew
+    context = Context(
+        hosting,
+        metrics,
+        Admission(hosting),
+        BatchService(hosting, metrics),
+        ParameterCheck(is_strict=config.strict_params),
+    )
+    app.state.context = context
+    app.state.admission, app.state.batches = context.admission, context.batches
     install_error_handlers(app)
 
     # The last added is the outermost.
@@ -83,6 +88,14 @@ def create_app(hosting: Hosting, *, metrics: Metrics) -> FastAPI:
     return app
 
 
+def _error_schemas() -> dict[str, Any]:
+    schema = TypeAdapter(ErrorResponse).json_schema(ref_template="#/components/schemas/{model}")
+    return {**schema.pop("$defs"), "ErrorResponse": schema}
+
+
+_ERROR_SCHEMAS = _error_schemas()  # what `errors.documented` refers to
+
+
 def _describe(app: FastAPI, *, has_keys: bool, has_one_model: bool) -> None:
     """Make the OpenAPI document true: no 422, which we never answer; keys and models where they are asked for."""
     describe = app.openapi
@@ -99,6 +112,7 @@ def _describe(app: FastAPI, *, has_keys: bool, has_one_model: bool) -> None:
                 elif path not in OPEN_PATHS:
                     operation["security"] = [{"key": []}]
         components = document.setdefault("components", {})
+        components.setdefault("schemas", {}).update(_ERROR_SCHEMAS)
         for unused in ("HTTPValidationError", "ValidationError"):
             components.get("schemas", {}).pop(unused, None)
         if not has_one_model:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query
 from pydantic import Field
@@ -11,20 +11,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ensemble_server.ensembles.errors import RequestError
-from ensemble_server.server.api.admission import Admission
 from ensemble_server.server.api.auth import owner_of
 from ensemble_server.server.api.batch_objects import BatchList, BatchObject, batch_object
+from ensemble_server.server.api.context import check_open, check_ready, context_of
 from ensemble_server.server.api.errors import documented
 from ensemble_server.server.api.files import After, Lifetime, page_of
-from ensemble_server.server.api.json_body import strict_json_route
+from ensemble_server.server.api.json_body import JSONBodyRoute
+from ensemble_server.server.api.json_response import JSONResponse, ignored_header
 from ensemble_server.server.batch.job.rows import Url
-from ensemble_server.server.batch.uploads.service import BatchService
 from ensemble_server.server.requests.messages import WHOLE, Part
-from ensemble_server.server.requests.protocol import ParameterCheck, ignored_header
-from ensemble_server.server.requests.responses import JSONResponse
-
-if TYPE_CHECKING:
-    from ensemble_server.server.hosting import Hosting
 
 MAX_LISTED = 100
 MAX_WINDOW_S = 30 * 24 * 3600
@@ -62,56 +57,56 @@ def window_s(window: str) -> int:
     return seconds
 
 
-def batches_router(hosting: Hosting, batches: BatchService, admission: Admission) -> APIRouter:
-    config = hosting.config.server
-    router = APIRouter(tags=["batches"], route_class=strict_json_route(config.max_body_bytes))
-    parameters = ParameterCheck(is_strict=config.strict_params)
+router = APIRouter(tags=["batches"], route_class=JSONBodyRoute, dependencies=[Depends(check_open)])
 
-    @router.post(
-        "/v1/batches",
-        response_model=None,
-        dependencies=[Depends(admission.check)],
-        responses={200: {"model": BatchObject}} | documented(400, 401, 404, 413, 415, 429, 500, 503, 507),
+
+@router.post(
+    "/v1/batches",
+    response_model=None,
+    dependencies=[Depends(check_ready)],
+    responses={200: {"model": BatchObject}} | documented(400, 401, 404, 413, 415, 429, 500, 503, 507),
+)
+async def create_batch(body: BatchBody, request: Request) -> Response:
+    """Begins a batch. Its lines are checked, then answered, while you ask for its state."""
+    context = context_of(request)
+    headers = ignored_header(context.parameters.ignored(body))
+    batch = await context.batches.create_batch(
+        owner_of(request),
+        endpoint=body.endpoint,
+        input_file_id=body.input_file_id,
+        completion_window=body.completion_window,
+        window_s=window_s(body.completion_window),
+        metadata=body.metadata,
+        output_expires_after_s=body.output_expires_after and body.output_expires_after.seconds,
     )
-    async def create_batch(body: BatchBody, request: Request) -> Response:
-        """Begins a batch. Its lines are checked, then answered, while you ask for its state."""
-        headers = ignored_header(parameters.ignored(body))
-        batch = await batches.create_batch(
-            owner_of(request),
-            endpoint=body.endpoint,
-            input_file_id=body.input_file_id,
-            completion_window=body.completion_window,
-            window_s=window_s(body.completion_window),
-            metadata=body.metadata,
-            output_expires_after_s=body.output_expires_after and body.output_expires_after.seconds,
-        )
-        return JSONResponse(batch_object(batch), headers=headers)
+    return JSONResponse(batch_object(batch), headers=headers)
 
-    @router.get(
-        "/v1/batches", response_model=None, responses={200: {"model": BatchList}} | documented(400, 401, 500, 503, 507)
-    )
-    async def list_batches(
-        request: Request, after: After = None, limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = 20
-    ) -> Response:
-        """The caller's batches, newest first."""
-        found = await batches.batches(owner_of(request), after=after, limit=limit + 1)
-        return JSONResponse(page_of([batch_object(batch) for batch in found], limit))
 
-    @router.get(
-        "/v1/batches/{batch_id}",
-        response_model=None,
-        responses={200: {"model": BatchObject}} | documented(401, 404, 500, 503, 507),
-    )
-    async def retrieve_batch(batch_id: str, request: Request) -> Response:
-        return JSONResponse(batch_object(await batches.batch(batch_id, owner_of(request))))
+@router.get(
+    "/v1/batches", response_model=None, responses={200: {"model": BatchList}} | documented(400, 401, 500, 503, 507)
+)
+async def list_batches(
+    request: Request, after: After = None, limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = 20
+) -> Response:
+    """The caller's batches, newest first."""
+    found = await context_of(request).batches.batches(owner_of(request), after=after, limit=limit + 1)
+    return JSONResponse(page_of([batch_object(batch) for batch in found], limit))
 
-    @router.post(
-        "/v1/batches/{batch_id}/cancel",
-        response_model=None,
-        responses={200: {"model": BatchObject}} | documented(401, 404, 409, 500, 503, 507),
-    )
-    async def cancel_batch(batch_id: str, request: Request) -> Response:
-        """Ends a batch early. What has been answered by then is in its output file."""
-        return JSONResponse(batch_object(await batches.cancel_batch(batch_id, owner_of(request))))
 
-    return router
+@router.get(
+    "/v1/batches/{batch_id}",
+    response_model=None,
+    responses={200: {"model": BatchObject}} | documented(401, 404, 500, 503, 507),
+)
+async def retrieve_batch(batch_id: str, request: Request) -> Response:
+    return JSONResponse(batch_object(await context_of(request).batches.batch(batch_id, owner_of(request))))
+
+
+@router.post(
+    "/v1/batches/{batch_id}/cancel",
+    response_model=None,
+    responses={200: {"model": BatchObject}} | documented(401, 404, 409, 500, 503, 507),
+)
+async def cancel_batch(batch_id: str, request: Request) -> Response:
+    """Ends a batch early. What has been answered by then is in its output file."""
+    return JSONResponse(batch_object(await context_of(request).batches.cancel_batch(batch_id, owner_of(request))))

@@ -1,278 +1,29 @@
-"""POST /v1/completions: raw text in, raw text out, and the way to score text (`echo` with `logprobs`)."""
+"""POST /v1/completions"""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
-
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ensemble_server.ensembles.base import Choice, Delta, GenerationRequest, PromptScored
-from ensemble_server.ensembles.errors import RequestError, UnsupportedError
-from ensemble_server.server.api.admission import Admission
+from ensemble_server.server.api.context import check_ready, context_of
 from ensemble_server.server.api.errors import documented
-from ensemble_server.server.api.json_body import strict_json_route
-from ensemble_server.server.api.models import requested_model
-from ensemble_server.server.api.request_log import RequestRecord, record_of
-from ensemble_server.server.api.streaming import EventStream
-from ensemble_server.server.requests.chunks import Part, streamed
-from ensemble_server.server.requests.generation import (
-    Generations,
-    PromptAnswer,
-    check_stream_options,
-    explains_tokens,
-    extension_of,
-    prompt_tokens_kept,
-    sampling_of,
+from ensemble_server.server.api.generation import STREAMABLE, generated, observer_of, terms_of
+from ensemble_server.server.api.json_body import JSONBodyRoute
+from ensemble_server.server.requests.completions import TextCompletion
+from ensemble_server.server.requests.protocol import CompletionBody
+from ensemble_server.server.requests.responses import Completion
+
+router = APIRouter(tags=["generation"], route_class=JSONBodyRoute, dependencies=[Depends(check_ready)])
+
+
+@router.post(
+    "/v1/completions",
+    response_model=None,
+    responses={200: {"model": Completion, **STREAMABLE}} | documented(400, 401, 404, 413, 415, 429, 500, 503, 504),
 )
-from ensemble_server.server.requests.logprobs import completion_logprobs, prompt_logprobs
-from ensemble_server.server.requests.protocol import CompletionBody, ParameterCheck, Prompt, ignored_header
-from ensemble_server.server.requests.responses import Completion, CompletionChoice, JSONResponse
-from ensemble_server.server.requests.structured_output import requested_grammar
-from ensemble_server.server.requests.terms import Terms
-
-if TYPE_CHECKING:
-    from ensemble_server.server.hosting import Hosting
-    from ensemble_server.server.metrics import Metrics
-    from ensemble_server.server.weights.view import Surface
-
-
-# --- the requests -------------------------------------------------------------------------------------------------
-
-
-def completion_requests(
-    body: CompletionBody, hosting: Hosting, *, model_name: str, terms: Terms
-) -> list[GenerationRequest]:
-    """One generation per prompt. Raises `RequestError`. Blocks while it encodes, if `add_special_tokens` is false."""
-    check_stream_options(body)
-    if body.max_new_tokens == 0 and not body.echo:
-        raise RequestError("max_tokens must be at least 1, or 0 with echo: true", param="max_tokens")
-    is_scored = bool(body.echo) and body.logprobs is not None
-    if is_scored and body.prompt_logprobs is not None:
-        raise RequestError("echo with logprobs gives the prompt's already", param="prompt_logprobs")
-    surface = hosting.surface(model_name)
-    extension = extension_of(body)
-    sampling = sampling_of(body, requested_grammar(body.response_format, body.structured_outputs), surface)
-    explains = extension.explain and explains_tokens(hosting.models[model_name])
-    top_logprobs = 0 if body.logprobs is None and explains else body.logprobs
-    kept = prompt_tokens_kept(body, hosting.models[model_name])
-    return [
-        GenerationRequest(
-            prompt=_checked(prompt, surface, add_special_tokens=body.add_special_tokens is not False),
-            sampling=sampling,
-            n=body.n or 1,
-            top_logprobs=top_logprobs,
-            prompt_logprobs=body.logprobs if is_scored else body.prompt_logprobs,
-            overrides=extension.overrides,
-            explain=extension.explain,
-            truncate_prompt_tokens=kept,
-            deadline_s=terms.deadline_s,
-            priority=terms.priority,
-            request_id=terms.request_id,
-        )
-        for prompt in body.prompt
-    ]
-
-
-def _checked(prompt: Prompt, surface: Surface | None, *, add_special_tokens: bool) -> Prompt:
-    if isinstance(prompt, str):
-        if add_special_tokens:
-            return prompt
-        if surface is None:
-            raise UnsupportedError("add_special_tokens: this model is not hosted here", param="add_special_tokens")
-        return tuple(surface.encode(prompt, add_special_tokens=False))
-    if surface is not None and (largest := max(prompt)) >= surface.vocab_size:
-        raise RequestError(
-            f"prompt: token id {largest} is outside the vocabulary of {surface.vocab_size}", param="prompt"
-        )
-    return prompt
-
-
-# --- the answer ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What the choices of one body show."""
-
-    n: int
-    has_echo: bool
-    has_logprobs: bool
-    has_prompt_logprobs: bool
-    has_token_ids: bool
-    explain: bool
-    texts: tuple[str, ...]  # of the prompts; only if has_echo
-
-    @staticmethod
-    def of(body: CompletionBody, requests: list[GenerationRequest], surface: Surface | None) -> Layout:
-        """Raises `UnsupportedError` for an echo of token ids that nobody here can decode."""
-        explain = requests[0].explain
-        return Layout(
-            n=requests[0].n,
-            has_echo=bool(body.echo),
-            has_logprobs=requests[0].top_logprobs is not None,
-            has_prompt_logprobs=body.prompt_logprobs is not None,
-            has_token_ids=bool(body.return_token_ids),
-            explain=explain,
-            texts=tuple(_text(prompt, surface) for prompt in body.prompt) if body.echo else (),
-        )
-
-
-def _text(prompt: Prompt, surface: Surface | None) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    if surface is None:
-        raise UnsupportedError("echo of token ids: this model is not hosted here", param="echo")
-    return surface.decode(prompt)
-
-
-@dataclass(frozen=True)
-class TextCompletion:
-    """A completion's body once it is checked: what was asked, and how it is answered, whole or as a stream."""
-
-    body: CompletionBody
-    layout: Layout
-    generations: Generations
-
-    @classmethod
-    async def of(
-        cls, body: CompletionBody, hosting: Hosting, metrics: Metrics, record: RequestRecord, terms: Terms
-    ) -> Self:
-        """Nothing runs yet. Raises `RequestError` for all that can be told before."""
-        model = requested_model(hosting, body.model)
-        asked = await asyncio.to_thread(completion_requests, body, hosting, model_name=model.name, terms=terms)
-        layout = await asyncio.to_thread(Layout.of, body, asked, hosting.surface(model.name))
-        return cls(body, layout, Generations(model, asked, hosting, metrics, record, terms))
-
-    async def answer(self) -> Completion:
-        """The whole answer. Runs all generations to their ends."""
-        answers = await self.generations.answers()
-        choices = [
-            completion_choice(place, answer, choice, self.layout)
-            for place, answer in enumerate(answers)
-            for choice in answer.choices
-        ]
-        return {
-            **self.generations.head("cmpl", "text_completion"),
-            "choices": choices,
-            "usage": self.generations.usage,
-            "ensemble": self.generations.ensemble,
-        }
-
-    def stream(self) -> AsyncGenerator[bytes]:
-        """The answer as server-sent events."""
-        head = self.generations.head("cmpl", "text_completion")
-        return streamed(self.generations, head, CompletionWriter(self.layout), self.body.stream_options)
-
-
-def completion_choice(place: int, answer: PromptAnswer, choice: Choice, layout: Layout) -> CompletionChoice:
-    """Choice `choice` of prompt `place`. An echo stands in front of the text, its tokens in front of the others."""
-    echo = layout.texts[place] if layout.has_echo else ""
-    scored = answer.prompt.tokens if layout.has_echo and answer.prompt is not None else ()
-    logprobs = None
-    if layout.has_logprobs:
-        offset = 0 if scored else len(echo)
-        logprobs = completion_logprobs([*scored, *choice.tokens], offset=offset, explain=layout.explain)
-    assert choice.finish_reason is not None, "every choice ends with a finish_reason"
-    shown: CompletionChoice = {
-        "index": place * layout.n + choice.index,
-        "text": echo + choice.text,
-        "logprobs": logprobs,
-        "finish_reason": choice.finish_reason,
-        "stop_reason": choice.stop_reason,
-    }
-    if layout.has_token_ids:
-        shown["token_ids"] = choice.token_ids
-    if answer.prompt is not None and layout.has_token_ids:
-        shown["prompt_token_ids"] = list(answer.prompt.token_ids)
-    if answer.prompt is not None and layout.has_prompt_logprobs:
-        shown["prompt_logprobs"] = prompt_logprobs(answer.prompt)
-    return shown
-
-
-class CompletionWriter:
-    """The chunks of a completion. An echo is the first chunk of each choice."""
-
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
-        self._begun: set[int] = set()  # prompts
-        self._offsets: dict[int, int] = {}  # choice -> where its next token begins in its text, in characters
-
-    def parts(self, place: int, event: PromptScored | Delta) -> Iterator[Part]:
-        if place not in self._begun:
-            self._begun.add(place)
-            yield from self._prompt_parts(place, event if isinstance(event, PromptScored) else None)
-        if isinstance(event, Delta) and (event.text or event.finish_reason or self._shows_tokens(event)):
-            yield self._delta_part(place, event)
-
-    def _prompt_parts(self, place: int, prompt: PromptScored | None) -> Iterator[Part]:
-        layout = self._layout
-        if not layout.has_echo and not layout.has_token_ids:
-            return
-        text = layout.texts[place] if layout.has_echo else ""
-        for index in range(place * layout.n, (place + 1) * layout.n):
-            logprobs = None
-            if layout.has_echo and layout.has_logprobs and prompt is not None and prompt.tokens:
-                logprobs = completion_logprobs(prompt.tokens, offset=0, explain=layout.explain)
-            part = _chunk(index, text, logprobs)
-            if layout.has_token_ids and prompt is not None:
-                part["choices"][0]["prompt_token_ids"] = prompt.token_ids
-            self._offsets[index] = sum(len(token.text) for token in prompt.tokens) if logprobs and prompt else len(text)
-            yield part
-
-    def _delta_part(self, place: int, event: Delta) -> Part:
-        index = place * self._layout.n + event.index
-        logprobs = None
-        if self._layout.has_logprobs and event.tokens:
-            offset = self._offsets.get(index, 0)
-            logprobs = completion_logprobs(event.tokens, offset=offset, explain=self._layout.explain)
-            self._offsets[index] = offset + sum(len(token.text) for token in event.tokens)
-        part = _chunk(index, event.text, logprobs)
-        choice = part["choices"][0]
-        if event.finish_reason:
-            choice |= {"finish_reason": event.finish_reason, "stop_reason": event.stop_reason}
-        if self._layout.has_token_ids:
-            choice["token_ids"] = event.token_ids
-        return part
-
-    def _shows_tokens(self, event: Delta) -> bool:
-        layout = self._layout
-        return bool((layout.has_logprobs and event.tokens) or (layout.has_token_ids and event.token_ids))
-
-
-def _chunk(index: int, text: str, logprobs: object) -> Part:
-    return {"choices": [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}]}
-
-
-# --- the route ----------------------------------------------------------------------------------------------------
-
-
-def completions_router(hosting: Hosting, metrics: Metrics, admission: Admission) -> APIRouter:
-    config = hosting.config.server
-    router = APIRouter(tags=["generation"], route_class=strict_json_route(config.max_body_bytes))
-    parameters = ParameterCheck(is_strict=config.strict_params)
-
-    @router.post(
-        "/v1/completions",
-        response_model=None,
-        responses={200: {"model": Completion, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
-        | documented(400, 401, 404, 413, 415, 429, 500, 503, 504),
-    )
-    async def create_completion(body: CompletionBody, request: Request) -> Response:
-        """Continues one prompt or several. Choice i of prompt p has index p * n + i."""
-        headers = ignored_header(parameters.ignored(body))
-        record = record_of(request)
-        terms = Terms.of_client(record.request_id, config)
-        completion = await TextCompletion.of(body, hosting, metrics, record, terms)
-        if body.stream:
-            record.stream = True
-            return EventStream(
-                completion.stream(), admission, keep_alive_interval_s=config.keep_alive_interval_s, headers=headers
-            )
-        return JSONResponse(await admission.answer(request.receive, completion.answer()), headers=headers)
-
-    return router
+async def create_completion(body: CompletionBody, request: Request) -> Response:
+    """Continues one prompt or several. Choice i of prompt p has index p * n + i."""
+    ignored = context_of(request).parameters.ignored(body)
+    completion = await TextCompletion.of(body, context_of(request).hosting, terms_of(request), observer_of(request))
+    return await generated(completion, request, is_streamed=bool(body.stream), ignored=ignored)

@@ -1,116 +1,32 @@
-"""POST /v1/embeddings: the vectors of the model that similarity votes and routing use too."""
+"""POST /v1/embeddings"""
 
 from __future__ import annotations
 
-import asyncio
-import base64
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-import numpy as np
-from fastapi import APIRouter
-from pydantic import Field, PlainValidator
+from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ensemble_server.ensembles.errors import ContextLengthError, UnsupportedError
-from ensemble_server.server.api.admission import Admission
+from ensemble_server.server.api.context import check_ready, context_of
 from ensemble_server.server.api.errors import documented
-from ensemble_server.server.api.json_body import strict_json_route
-from ensemble_server.server.api.models import unknown_model
+from ensemble_server.server.api.json_body import JSONBodyRoute
+from ensemble_server.server.api.json_response import JSONResponse, ignored_header
 from ensemble_server.server.api.request_log import record_of
-from ensemble_server.server.requests.messages import WHOLE, Part
-from ensemble_server.server.requests.protocol import MAX_EMBEDDING_INPUTS, ParameterCheck, ignored_header
-from ensemble_server.server.requests.responses import EmbeddingList, JSONResponse
+from ensemble_server.server.requests.embeddings import EmbeddingBody, embedded
+from ensemble_server.server.requests.responses import EmbeddingList
 
-if TYPE_CHECKING:
-    from ensemble_server.server.hosting import Hosting
-    from ensemble_server.server.weights.embeddings import SentenceEmbedder
+router = APIRouter(tags=["embeddings"], route_class=JSONBodyRoute, dependencies=[Depends(check_ready)])
 
 
-def _texts(value: Any) -> list[str]:
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, list) or not value:
-        raise ValueError("must be a text or a list of texts that is not empty")
-    if len(value) > MAX_EMBEDDING_INPUTS:
-        raise ValueError(f"may hold {MAX_EMBEDDING_INPUTS} texts, got {len(value)}")
-    if any(type(item) in (int, float, list) for item in value):
-        raise ValueError("token ids cannot be embedded: they belong to another tokenizer; give texts")
-    if not all(isinstance(item, str) and item for item in value):
-        raise ValueError("must hold texts that are not empty")
-    return value
-
-
-_Text = Annotated[str, Field(min_length=1)]
-
-
-class EmbeddingBody(Part):
-    """POST /v1/embeddings"""
-
-    model: str | None = None
-    input: Annotated[
-        list[str],
-        PlainValidator(
-            _texts,
-            json_schema_input_type=_Text | Annotated[list[_Text], Field(min_length=1, max_length=MAX_EMBEDDING_INPUTS)],
-        ),
-    ]
-    encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Annotated[int, Field(ge=1), WHOLE] | None = Field(None, description="only the model's own number")
-    truncate_prompt_tokens: Annotated[int, WHOLE] | None = Field(None, description="-1: cut texts that are too long")
-
-
-async def embedded(body: EmbeddingBody, embedder: SentenceEmbedder) -> EmbeddingList:
-    """Raises `UnknownModelError`; `ContextLengthError` for texts that would be cut, unless that was asked for."""
-    if body.model not in (None, embedder.name):
-        raise unknown_model(body.model, [embedder.name])
-    num_tokens = await asyncio.to_thread(embedder.num_tokens, body.input)
-    limit = embedder.max_tokens
-    if body.dimensions not in (None, embedder.dim):
-        raise UnsupportedError(f"dimensions: {embedder.name} has {embedder.dim}, no fewer", param="dimensions")
-    if body.truncate_prompt_tokens not in (None, -1, limit):
-        raise UnsupportedError("truncate_prompt_tokens must be -1 here", param="truncate_prompt_tokens")
-    if limit is not None and body.truncate_prompt_tokens is None and max(num_tokens) > limit:
-        place = num_tokens.index(max(num_tokens))
-        raise ContextLengthError(
-            f"input[{place}] has {num_tokens[place]} tokens, {embedder.name} reads {limit}; "
-            "shorten it, or send truncate_prompt_tokens: -1 to have it cut",
-            param="input",
-        )
-    vectors = await embedder.embed(body.input)
-    used = sum(num_tokens) if limit is None else sum(min(number, limit) for number in num_tokens)
-    form = _base64 if body.encoding_format == "base64" else np.ndarray.tolist
-    return {
-        "object": "list",
-        "data": [
-            {"object": "embedding", "index": index, "embedding": form(vector)} for index, vector in enumerate(vectors)
-        ],
-        "model": embedder.name,
-        "usage": {"prompt_tokens": used, "total_tokens": used},
-    }
-
-
-def _base64(vector: np.ndarray) -> str:
-    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
-
-
-def embeddings_router(hosting: Hosting, admission: Admission) -> APIRouter:
-    config = hosting.config.server
-    router = APIRouter(tags=["embeddings"], route_class=strict_json_route(config.max_body_bytes))
-    parameters = ParameterCheck(is_strict=config.strict_params)
-
-    @router.post(
-        "/v1/embeddings",
-        response_model=None,
-        responses={200: {"model": EmbeddingList}} | documented(400, 401, 404, 413, 415, 500, 503),
-    )
-    async def create_embeddings(body: EmbeddingBody, request: Request) -> Response:
-        """Unit vectors of one text or several."""
-        headers = ignored_header(parameters.ignored(body))
-        embedder = hosting.embedder
-        record = record_of(request)
-        answer = await admission.answer(request.receive, embedded(body, embedder))
-        record.model, record.prompt_tokens = answer["model"], answer["usage"]["prompt_tokens"]
-        return JSONResponse(answer, headers=headers)
-
-    return router
+@router.post(
+    "/v1/embeddings",
+    response_model=None,
+    responses={200: {"model": EmbeddingList}} | documented(400, 401, 404, 413, 415, 500, 503),
+)
+async def create_embeddings(body: EmbeddingBody, request: Request) -> Response:
+    """Unit vectors of one text or several."""
+    context = context_of(request)
+    headers = ignored_header(context.parameters.ignored(body))
+    answer = await context.admission.answer(request.receive, embedded(body, context.hosting.embedder))
+    record = record_of(request)
+    record.model, record.prompt_tokens = answer["model"], answer["usage"]["prompt_tokens"]
+    return JSONResponse(answer, headers=headers)

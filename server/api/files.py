@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 from urllib.parse import quote
 
-from fastapi import APIRouter, Query
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from fastapi import APIRouter, Depends, Query
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -18,14 +17,11 @@ from ensemble_server.ensembles.errors import RequestError
 from ensemble_server.server.api.admission import Admission
 from ensemble_server.server.api.auth import owner_of
 from ensemble_server.server.api.batch_objects import FileDeleted, FileList, FileObject, file_object
+from ensemble_server.server.api.context import check_open, context_of
 from ensemble_server.server.api.errors import documented
+from ensemble_server.server.api.json_response import JSONResponse, ignored_header
 from ensemble_server.server.api.multipart import read_upload, refuse_other_origins
-from ensemble_server.server.batch.uploads.service import BatchService
-from ensemble_server.server.requests.protocol import ParameterCheck, ignored_header
-from ensemble_server.server.requests.responses import JSONResponse
-
-if TYPE_CHECKING:
-    from ensemble_server.server.hosting import Hosting
+from ensemble_server.server.requests.errors import checked
 
 MAX_LISTED = 10_000
 MAX_FILENAME_CHARS = 255
@@ -45,85 +41,101 @@ class UploadFields(BaseModel):
     seconds: Lifetime | None = Field(None, alias="expires_after[seconds]")
 
 
-def files_router(hosting: Hosting, batches: BatchService, admission: Admission) -> APIRouter:
-    server = hosting.config.server
-    max_bytes = hosting.config.batch.max_file_bytes
-    router = APIRouter(tags=["batches"])
-    parameters = ParameterCheck(is_strict=server.strict_params)
+_UPLOAD_FIELDS = TypeAdapter(UploadFields)
 
-    @router.post(
-        "/v1/files",
-        response_model=None,
-        openapi_extra={"requestBody": _upload_body()},
-        responses={200: {"model": FileObject}} | documented(400, 401, 403, 413, 415, 500, 503, 507),
+
+def _upload_body() -> dict[str, Any]:
+    schema = UploadFields.model_json_schema()
+    file = {"type": "string", "format": "binary", "description": "JSONL, one request a line"}
+    schema["properties"] = {"file": file, **schema["properties"]}
+    schema["required"] = ["file", *schema["required"]]
+    return {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
+
+
+router = APIRouter(tags=["batches"], dependencies=[Depends(check_open)])
+
+
+@router.post(
+    "/v1/files",
+    response_model=None,
+    openapi_extra={"requestBody": _upload_body()},
+    responses={200: {"model": FileObject}} | documented(400, 401, 403, 413, 415, 500, 503, 507),
+)
+async def upload_file(request: Request) -> Response:
+    """Keeps a file. Its bytes go to the disk as they come."""
+    context = context_of(request)
+    refuse_other_origins(request, context.config.cors_origins)
+    with context.admission.live_request():
+        new = await context.batches.new_file()
+        try:
+            form = await read_upload(request, new.write, max_bytes=context.hosting.config.batch.max_file_bytes)
+            fields = _upload_fields(form.fields)
+            headers = ignored_header(context.parameters.ignored(fields))
+            file = await context.batches.keep_file(
+                new, owner=owner_of(request), filename=_plain_name(form.filename), expires_after_s=fields.seconds
+            )
+        except BaseException:
+            await asyncio.to_thread(new.discard)
+            raise
+    return JSONResponse(file_object(file), headers=headers)
+
+
+@router.get(
+    "/v1/files", response_model=None, responses={200: {"model": FileList}} | documented(400, 401, 500, 503, 507)
+)
+async def list_files(
+    request: Request,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = MAX_LISTED,
+    order: Literal["asc", "desc"] = "desc",
+    purpose: Annotated[str | None, Query(max_length=100)] = None,
+) -> Response:
+    """The caller's files, newest first unless `order` says otherwise."""
+    found = await context_of(request).batches.files(
+        owner_of(request), purpose=purpose, after=after, limit=limit + 1, order=order
     )
-    async def upload_file(request: Request) -> Response:
-        """Keeps a file. Its bytes go to the disk as they come."""
-        refuse_other_origins(request, server.cors_origins)
-        with admission.live_request():
-            new = await batches.new_file()
-            try:
-                form = await read_upload(request, new.write, max_bytes=max_bytes)
-                fields = _upload_fields(form.fields)
-                headers = ignored_header(parameters.ignored(fields))
-                file = await batches.keep_file(
-                    new, owner=owner_of(request), filename=_plain_name(form.filename), expires_after_s=fields.seconds
-                )
-            except BaseException:
-                await asyncio.to_thread(new.discard)
-                raise
-        return JSONResponse(file_object(file), headers=headers)
+    return JSONResponse(page_of([file_object(file) for file in found], limit))
 
-    @router.get(
-        "/v1/files", response_model=None, responses={200: {"model": FileList}} | documented(400, 401, 500, 503, 507)
+
+@router.get(
+    "/v1/files/{file_id}",
+    response_model=None,
+    responses={200: {"model": FileObject}} | documented(401, 404, 500, 503, 507),
+)
+async def retrieve_file(file_id: str, request: Request) -> Response:
+    return JSONResponse(file_object(await context_of(request).batches.file(file_id, owner_of(request))))
+
+
+@router.get(
+    "/v1/files/{file_id}/content",
+    response_model=None,
+    response_class=Response,
+    responses={200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}}
+    | documented(401, 404, 500, 503, 507),
+)
+async def file_content(file_id: str, request: Request) -> Response:
+    """The bytes of a file, as they were sent or written."""
+    context = context_of(request)
+    file, content = await context.batches.content(file_id, owner_of(request))
+    headers = {
+        "content-length": str(file.num_bytes),
+        "content-disposition": f"attachment; filename*=UTF-8''{quote(file.filename, safe='')}",
+        "x-content-type-options": "nosniff",
+    }
+    return StreamingResponse(
+        _chunks(content, context.admission), headers=headers, media_type="application/octet-stream"
     )
-    async def list_files(
-        request: Request,
-        after: After = None,
-        limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = MAX_LISTED,
-        order: Literal["asc", "desc"] = "desc",
-        purpose: Annotated[str | None, Query(max_length=100)] = None,
-    ) -> Response:
-        """The caller's files, newest first unless `order` says otherwise."""
-        found = await batches.files(owner_of(request), purpose=purpose, after=after, limit=limit + 1, order=order)
-        return JSONResponse(page_of([file_object(file) for file in found], limit))
 
-    @router.get(
-        "/v1/files/{file_id}",
-        response_model=None,
-        responses={200: {"model": FileObject}} | documented(401, 404, 500, 503, 507),
-    )
-    async def retrieve_file(file_id: str, request: Request) -> Response:
-        return JSONResponse(file_object(await batches.file(file_id, owner_of(request))))
 
-    @router.get(
-        "/v1/files/{file_id}/content",
-        response_model=None,
-        response_class=Response,
-        responses={200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}}
-        | documented(401, 404, 500, 503, 507),
-    )
-    async def file_content(file_id: str, request: Request) -> Response:
-        """The bytes of a file, as they were sent or written."""
-        file, content = await batches.content(file_id, owner_of(request))
-        headers = {
-            "content-length": str(file.num_bytes),
-            "content-disposition": f"attachment; filename*=UTF-8''{quote(file.filename, safe='')}",
-            "x-content-type-options": "nosniff",
-        }
-        return StreamingResponse(_chunks(content, admission), headers=headers, media_type="application/octet-stream")
-
-    @router.delete(
-        "/v1/files/{file_id}",
-        response_model=None,
-        responses={200: {"model": FileDeleted}} | documented(401, 404, 500, 503, 507),
-    )
-    async def delete_file(file_id: str, request: Request) -> Response:
-        """Deletes a file for good. A batch that has read it goes on."""
-        await batches.delete_file(file_id, owner_of(request))
-        return JSONResponse({"id": file_id, "object": "file", "deleted": True})
-
-    return router
+@router.delete(
+    "/v1/files/{file_id}",
+    response_model=None,
+    responses={200: {"model": FileDeleted}} | documented(401, 404, 500, 503, 507),
+)
+async def delete_file(file_id: str, request: Request) -> Response:
+    """Deletes a file for good. A batch that has read it goes on."""
+    await context_of(request).batches.delete_file(file_id, owner_of(request))
+    return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
 
 def page_of(found: list[Any], limit: int) -> dict[str, Any]:
@@ -139,11 +151,7 @@ def page_of(found: list[Any], limit: int) -> dict[str, Any]:
 
 
 def _upload_fields(fields: dict[str, str]) -> UploadFields:
-    try:
-        read = UploadFields.model_validate(fields)
-    except ValidationError as exc:
-        findings = [{**finding, "loc": ("body", *finding["loc"])} for finding in exc.errors()]
-        raise RequestValidationError(findings, body=fields) from exc
+    read = checked(_UPLOAD_FIELDS, fields)
     if (read.seconds is None) != (read.anchor is None):
         raise RequestError("expires_after needs both anchor and seconds", param="expires_after")
     return read
@@ -162,11 +170,3 @@ async def _chunks(content: BinaryIO, admission: Admission) -> AsyncIterator[byte
                 yield chunk
     finally:
         content.close()
-
-
-def _upload_body() -> dict[str, Any]:
-    schema = UploadFields.model_json_schema()
-    file = {"type": "string", "format": "binary", "description": "JSONL, one request a line"}
-    schema["properties"] = {"file": file, **schema["properties"]}
-    schema["required"] = ["file", *schema["required"]]
-    return {"required": True, "content": {"multipart/form-data": {"schema": schema}}}

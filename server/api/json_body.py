@@ -7,37 +7,39 @@ body is RFC 8259 JSON in UTF-8, at most 200 levels deep, or the client is told w
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, get_type_hints
 
 from fastapi.routing import APIRoute
+from pydantic import TypeAdapter
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from ensemble_server.ensembles.errors import RequestError
+from ensemble_server.server.api.context import context_of
 from ensemble_server.server.api.errors import CLIENT_LEFT
+from ensemble_server.server.requests.errors import checked
 
 DRAIN_FACTOR = 4  # a body this many times too large is read to its end, so that its sender comes to read the 413
 
 
-def strict_json_route(max_body_bytes: int) -> type[APIRoute]:
-    """The class of routes whose bodies are read strictly and are at most `max_body_bytes` long."""
+class JSONBodyRoute(APIRoute):
+    """A route whose `body` is read strictly, is at most `server.max_body_bytes` long, and is checked here."""
 
-    class StrictJSONRoute(APIRoute):
-        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-            handle = super().get_route_handler()
-            if self.body_field is None:
-                return handle
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        kinds = get_type_hints(self.endpoint, include_extras=True)
+        if "body" not in kinds:
+            return handle
+        kind = TypeAdapter[Any](kinds["body"])
 
-            async def read_then_handle(request: Request) -> Response:
-                require_json(request)
-                body = await read_body(request, max_body_bytes)
-                return await handle(_ReadRequest(request, body, parse_json(body)))
+        async def read_then_handle(request: Request) -> Response:
+            require_json(request)
+            body = await read_body(request, context_of(request).config.max_body_bytes)
+            return await handle(_ReadRequest(request, body, checked(kind, parse_json(body))))
 
-            return read_then_handle
-
-    return StrictJSONRoute
+        return read_then_handle
 
 
 def require_json(request: Request) -> None:
@@ -77,7 +79,7 @@ def parse_json(body: bytes) -> Any:
 
 
 class _ReadRequest(Request):
-    """A request whose body has been read."""
+    """A request whose body has been read and checked: FastAPI takes an instance of the kind it asks for as it is."""
 
     def __init__(self, request: Request, body: bytes, value: Any) -> None:
         super().__init__(request.scope, request.receive)

@@ -13,8 +13,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from ensemble_server.ensembles.errors import EnsembleError, RequestError
-from ensemble_server.server.api.errors import CLIENT_LEFT, shortened
+from ensemble_server.server.api.errors import CLIENT_LEFT
 from ensemble_server.server.api.json_body import DRAIN_FACTOR
+from ensemble_server.server.requests.errors import shortened
 
 MAX_FIELDS = 32
 MAX_FIELD_BYTES = 4096

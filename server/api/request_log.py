@@ -16,9 +16,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ensemble_server.server.api.errors import error_response, shortened
+from ensemble_server.server.api.errors import error_response
+from ensemble_server.server.requests.errors import shortened
 
 if TYPE_CHECKING:
+    from ensemble_server.ensembles.base import Usage
     from ensemble_server.server.metrics import Metrics
 
 logger = logging.getLogger("ensemble.access")
@@ -43,6 +45,26 @@ class RequestRecord:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     error: str = ""
+
+
+class RecordingObserver:
+    """Notes in `record` what generations used (`requests.generation.Observer`), and passes all on to the metrics."""
+
+    def __init__(self, record: RequestRecord, metrics: Metrics) -> None:
+        self._record = record
+        self._meter = metrics.generation_meter()
+
+    def began(self, model: str) -> None:
+        self._record.model = model
+        self._meter.began(model)
+
+    def token(self, prompt: int, choice: int) -> None:
+        self._meter.token(prompt, choice)
+
+    def ended(self, usage: Usage | None) -> None:
+        if usage is not None:
+            self._record.prompt_tokens, self._record.completion_tokens = usage.prompt_tokens, usage.completion_tokens
+        self._meter.ended(usage)
 
 
 def record_of(request: Request) -> RequestRecord:

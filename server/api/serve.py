@@ -22,9 +22,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ensemble_server.ensembles.errors import ConfigError
 from ensemble_server.server.api.admission import RETRY_SOON, Admission
 from ensemble_server.server.api.errors import error_response
+from ensemble_server.server.api.json_response import JSONResponse
 from ensemble_server.server.api.logs import configure_logging
 from ensemble_server.server.metrics import Metrics
-from ensemble_server.server.requests.responses import JSONResponse
 
 if TYPE_CHECKING:
     from ensemble_server.server.config.blocks import Config, ServerConfig

@@ -35,16 +35,17 @@ def event(data: Mapping[str, Any]) -> bytes:
 
 
 class EventStream(Response):
-    """Sends `events` as they come. The generator runs in one task and is closed when that ends, however it ends.
+    """Sends `chunks` as they come, each as an event, and then [DONE].
 
-    A comment goes out every `keep_alive_interval_s` seconds of silence; the first begins the stream.
+    The generator runs in one task and is closed when that ends, however it ends. A comment goes out every
+    `keep_alive_interval_s` seconds of silence; the first begins the stream.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
         self,
-        events: AsyncGenerator[bytes],
+        chunks: AsyncGenerator[Mapping[str, Any]],
         admission: Admission,
         *,
         keep_alive_interval_s: float,
@@ -53,7 +54,7 @@ class EventStream(Response):
         self.status_code = 200
         self.background = None
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
-        self._events = events
+        self._chunks = chunks
         self._admission = admission
         self._interval_s = keep_alive_interval_s
         self._has_begun = False
@@ -79,9 +80,10 @@ class EventStream(Response):
         self._last_sent = asyncio.get_running_loop().time()
         ticking = asyncio.create_task(self._keep_alive(send))
         try:
-            async with aclosing(self._events) as events:
-                async for piece in events:
-                    await self._send(send, piece)
+            async with aclosing(self._chunks) as chunks:
+                async for chunk in chunks:
+                    await self._send(send, event(chunk))
+            await self._send(send, DONE)
         finally:
             ticking.cancel()
             await asyncio.gather(ticking, return_exceptions=True)

@@ -1,6 +1,6 @@
 """The chunks of a streamed answer: what chats and completions share.
 
-    [role] → deltas → finish of each choice → usage, if asked for → [DONE]
+    [role] → deltas → finish of each choice → usage, if asked for
 
 `finish_reason` and, where usage was asked for, `usage` are null until they are known. The `ensemble` object is on the
 last chunk: the usage chunk, or else the last choice's finish.
@@ -13,7 +13,6 @@ from contextlib import aclosing
 from typing import Any, Protocol
 
 from ensemble_server.ensembles.base import Delta, PromptScored
-from ensemble_server.server.api.streaming import DONE, event
 from ensemble_server.server.requests.generation import Generations
 from ensemble_server.server.requests.protocol import StreamOptions
 
@@ -28,8 +27,8 @@ class ChunkWriter(Protocol):
 
 async def streamed(
     generations: Generations, head: dict[str, Any], writer: ChunkWriter, options: StreamOptions | None
-) -> AsyncGenerator[bytes]:
-    """The events of a whole stream, up to and including [DONE]."""
+) -> AsyncGenerator[dict[str, Any]]:
+    """The chunks of a whole stream."""
     continuous = bool(options and options.continuous_usage_stats)
     has_usage = bool(options and options.include_usage) or continuous
 
@@ -40,22 +39,19 @@ async def streamed(
     finish: dict[str, Any] | None = None  # the latest finish, held until it is known whether it is the last chunk
     async with aclosing(generations.events()) as events:
         async for place, item in events:
-            out = b""
             for part in writer.parts(place, item):
                 if finish is not None:
-                    out += event(finish)
+                    yield finish
                     finish = None
                 made = chunk(part)
                 if part["choices"][0]["finish_reason"] is None:
-                    out += event(made)
+                    yield made
                 else:
                     finish = made
-            if out:
-                yield out
     assert finish is not None, f"model {generations.model.name!r} ended without a finish_reason"
 
     if has_usage:
-        last = {**head, "choices": [], "usage": generations.usage, "ensemble": generations.ensemble}
-        yield event(finish) + event(last) + DONE
+        yield finish
+        yield {**head, "choices": [], "usage": generations.usage, "ensemble": generations.ensemble}
     else:
-        yield event({**finish, "ensemble": generations.ensemble}) + DONE
+        yield {**finish, "ensemble": generations.ensemble}

@@ -1,4 +1,4 @@
-"""/v1/classify of a batch: which of a few labels continues a prompt, with a probability for each.
+"""/v1/classify: which of a few labels continues a prompt, with a probability for each.
 
     {"model": "mix", "prompt": "Review: …\\nSentiment:", "labels": ["good", "bad"]}
     -> {"label": "good", "probabilities": {"good": 0.81, "bad": 0.19}, "members": {}, …}
@@ -13,10 +13,9 @@ The maths is in `ensembles.label_probabilities`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from ensemble_server.ensembles.base import GenerationRequest, Sampling, Usage
 from ensemble_server.ensembles.errors import RequestError, UnsupportedError
@@ -26,10 +25,12 @@ from ensemble_server.ensembles.method import MethodConfig
 from ensemble_server.ensembles.overrides import check_overrides
 from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
 from ensemble_server.ensembles.routing import Routing
-from ensemble_server.server.api.models import requested_model
 from ensemble_server.server.config.blocks import RemoteModel
-from ensemble_server.server.requests.classify_body import ClassifyBody, Prompted, parsed_body
+from ensemble_server.server.requests.classify_body import ClassifyBody, Prompted
 from ensemble_server.server.requests.label_logprobs import label_logprobs, place_labels
+from ensemble_server.server.requests.models import requested_model
+from ensemble_server.server.requests.responses import ClassificationObject
+from ensemble_server.server.requests.terms import Terms
 
 if TYPE_CHECKING:
     from ensemble_server.server.hosting import Hosting
@@ -50,8 +51,7 @@ class Classification:
     def label(self) -> str:
         return likeliest(self.probabilities)
 
-    def shown(self) -> dict[str, Any]:
-        """JSON-ready, as it goes into a row's body."""
+    def shown(self) -> ClassificationObject:
         return {
             "object": "classification",
             "model": self.model,
@@ -66,36 +66,37 @@ class Classification:
         }
 
 
-async def classify(
-    hosting: Hosting,
-    body: Mapping[str, Any],
-    *,
-    priority: int = 1,
-    deadline_s: float | None = None,
-    request_id: str = "",
-) -> Classification:
-    """The labels' probabilities for one body. Raises `RequestError` (and `RequestValidationError`) if it cannot be.
+async def classify(hosting: Hosting, body: ClassifyBody, terms: Terms, priors: Priors) -> Classification:
+    """The labels' probabilities for one body. Raises `RequestError` if it cannot be, `DeadlineError` if it is too late.
 
-    `deadline_s`: seconds after which it raises `DeadlineError`. A content-free prompt is read once for all bodies that
-    share it, so its tokens are not part of any body's usage.
+    `priors`: what is known already of content-free prompts. Each is read once for all bodies that share it, so its
+    tokens are not part of any body's usage.
     """
-    parsed = parsed_body(body)
-    name = requested_model(hosting, parsed.model).name
+    name = requested_model(hosting, body.model).name
     base = GenerationRequest(
-        prompt="", priority=priority, deadline_s=deadline_s, request_id=request_id, sampling=_SCORING
+        prompt="",
+        priority=terms.priority,
+        deadline_s=terms.deadline_s,
+        request_id=terms.request_id,
+        sampling=_SCORING,
     )
-    return await _classified(hosting, name, parsed, parsed.ensemble, base)
+    return await _classified(hosting, name, body, body.ensemble, base, priors)
 
 
 _SCORING = Sampling(max_tokens=0, temperature=0.0)
 
 
 async def _classified(
-    hosting: Hosting, name: str, body: ClassifyBody, overrides: Mapping[str, Any], base: GenerationRequest
+    hosting: Hosting,
+    name: str,
+    body: ClassifyBody,
+    overrides: Mapping[str, Any],
+    base: GenerationRequest,
+    priors: Priors,
 ) -> Classification:
     entry = hosting.config.models[name]
     if isinstance(entry, MethodConfig) and not isinstance(entry, ProbabilityAverage.Config):
-        return await _averaged_members(hosting, name, body, overrides, base)
+        return await _averaged_members(hosting, name, body, overrides, base, priors)
     if isinstance(entry, RemoteModel):
         raise UnsupportedError(
             f"model {name!r} is remote: it gives texts, and classify needs log-probabilities of given labels; classify "
@@ -103,14 +104,26 @@ async def _classified(
             param="model",
         )
     prior = None
-    if body.content_free is not None:
-        prior = await _prior(hosting, name, body, overrides, base)
+    if (free := body.content_free) is not None:
+
+        async def ask() -> dict[str, float]:
+            # Without the deadline of the body that happens to come first: all others wait for it too.
+            request = replace(base, deadline_s=None, request_id="")
+            return (await _probabilities(hosting, name, body, free, overrides, request, None))[0]
+
+        asked = body.model_dump_json(include={"content_free", "labels", "separator", "normalise"})
+        prior = await priors.get(f"{name} {sorted(overrides.items())} {asked}", ask)
     probabilities, usage = await _probabilities(hosting, name, body, body, overrides, base, prior)
     return Classification(name, probabilities, usage=usage)
 
 
 async def _averaged_members(
-    hosting: Hosting, name: str, body: ClassifyBody, overrides: Mapping[str, Any], base: GenerationRequest
+    hosting: Hosting,
+    name: str,
+    body: ClassifyBody,
+    overrides: Mapping[str, Any],
+    base: GenerationRequest,
+    priors: Priors,
 ) -> Classification:
     """One member after the other: other rows keep the engine busy, and the members of this one share its prompt."""
     entry = hosting.config.models[name]
@@ -127,7 +140,7 @@ async def _averaged_members(
             "ensemble.weights: probabilities are averaged by weights of which none is negative and one above zero",
             param="ensemble.weights",
         )
-    found = {member: await _classified(hosting, member, body, {}, base) for member in weights}
+    found = {member: await _classified(hosting, member, body, {}, base, priors) for member in weights}
     members = {member: one.probabilities for member, one in found.items()}
     usage = total_usage(one.usage for one in found.values())
     return Classification(name, averaged(members, weights), members, usage)
@@ -156,29 +169,25 @@ async def _probabilities(
     return label_probabilities(logprobs, lengths=lengths, prior=prior), usage
 
 
-# --- priors -------------------------------------------------------------------------------------------------------
+class Priors:
+    """The labels' probabilities after content-free prompts: each is asked for once, for all bodies that share it.
 
-_priors: WeakKeyDictionary[Hosting, dict[str, asyncio.Task[dict[str, float]]]] = WeakKeyDictionary()
+    `MAX_PRIORS` of them are kept, the oldest go first.
+    """
 
+    def __init__(self) -> None:
+        self._known: dict[str, asyncio.Task[dict[str, float]]] = {}
 
-async def _prior(
-    hosting: Hosting, name: str, body: ClassifyBody, overrides: Mapping[str, Any], base: GenerationRequest
-) -> dict[str, float]:
-    """The labels' probabilities after the content-free prompt: asked once for all rows that share it."""
-    known = _priors.setdefault(hosting, {})
-    asked = body.model_dump_json(include={"content_free", "labels", "separator", "normalise"})
-    key = f"{name} {sorted(overrides.items())} {asked}"
+    def __len__(self) -> int:
+        return len(self._known)
 
-    async def ask() -> dict[str, float]:
-        # Without the deadline of the row that happens to come first: all others wait for it too.
-        request = replace(base, deadline_s=None, request_id="")
-        return (await _probabilities(hosting, name, body, body.content_free, overrides, request, None))[0]
-
-    if key not in known:
-        while len(known) >= MAX_PRIORS:
-            known.pop(next(iter(known)))
-        known[key] = asyncio.create_task(ask())
-        known[key].add_done_callback(
-            lambda task: known.pop(key, None) if task.cancelled() or task.exception() else None
-        )
-    return await asyncio.shield(known[key])
+    async def get(self, key: str, ask: Callable[[], Coroutine[Any, Any, dict[str, float]]]) -> dict[str, float]:
+        """What `ask` returned for `key`, now or before. Errors are raised to all that wait, and not kept."""
+        if key not in self._known:
+            while len(self._known) >= MAX_PRIORS:
+                self._known.pop(next(iter(self._known)))
+            self._known[key] = asyncio.create_task(ask())
+            self._known[key].add_done_callback(
+                lambda task: self._known.pop(key, None) if task.cancelled() or task.exception() else None
+            )
+        return await asyncio.shield(self._known[key])

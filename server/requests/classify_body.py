@@ -1,14 +1,12 @@
-"""The body of a /v1/classify row: a prompt, its labels, and how their probabilities are compared."""
+"""The body of /v1/classify: a prompt, its labels, and how their probabilities are compared."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi.exceptions import RequestValidationError
-from pydantic import AfterValidator, Field, JsonValue, ValidationError, model_validator
+from pydantic import AfterValidator, Field, JsonValue, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from ensemble_server.ensembles.errors import RequestError
 from ensemble_server.ensembles.label_probabilities import Normalisation
 from ensemble_server.server.config.problems import nearest
 from ensemble_server.server.requests.messages import ChatMessage, Part
@@ -56,16 +54,14 @@ class ClassifyBody(Prompted):
     content_free: Prompted | None = None
     ensemble: dict[str, JsonValue] = Field(default_factory=dict)
 
-
-def parsed_body(body: Mapping[str, Any]) -> ClassifyBody:
-    """Raises `RequestValidationError`, as HTTP routes do, or `RequestError` for a key that is not known."""
-    try:
-        parsed = ClassifyBody.model_validate(dict(body))
-    except ValidationError as exc:
-        found = [{**finding, "loc": ("body", *finding["loc"])} for finding in exc.errors()]
-        raise RequestValidationError(found, body=body) from exc
-    for part, at in ((parsed, ""), (parsed.content_free, "content_free.")):
-        for key in (part.model_extra or {}) if part is not None else ():
-            known = list(type(part).model_fields)
-            raise RequestError(f"unknown parameter {at + key!r}{nearest(key, known)}", param=at + key)
-    return parsed
+    @field_validator("content_free")
+    @classmethod
+    def _is_all_known(cls, given: Prompted | None) -> Prompted | None:
+        """A misspelt prompt must not pass for an extra: the answer would be calibrated by something else."""
+        for key in (given.model_extra or {}) if given is not None else ():
+            name = f"content_free.{key[:60]}"
+            near = nearest(key, list(Prompted.model_fields))
+            raise PydanticCustomError(
+                "unknown_parameter", "unknown parameter '{name}'{near}", {"name": name, "near": near}
+            )
+        return given

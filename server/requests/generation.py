@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ensemble_server.ensembles.base import (
     Choice,
@@ -26,7 +26,6 @@ from ensemble_server.ensembles.base import (
 )
 from ensemble_server.ensembles.errors import RequestError
 from ensemble_server.ensembles.method import Method
-from ensemble_server.server.api.request_log import RequestRecord
 from ensemble_server.server.engines.remote.remote import RemoteChat
 from ensemble_server.server.engines.shared.side_by_side import side_by_side
 from ensemble_server.server.requests.protocol import ChatBody, CompletionBody, GenerationBody
@@ -35,7 +34,6 @@ from ensemble_server.server.requests.terms import Terms
 
 if TYPE_CHECKING:
     from ensemble_server.server.hosting import Hosting
-    from ensemble_server.server.metrics import Metrics
     from ensemble_server.server.weights.view import Surface
 
 # --- what is asked -----------------------------------------------------------------------------------------------
@@ -134,6 +132,34 @@ def _logit_bias(biases: dict[str, float], surface: Surface | None) -> dict[int, 
 # --- what comes --------------------------------------------------------------------------------------------------
 
 
+class Observer(Protocol):
+    """Who wants to know how the generations of one body go."""
+
+    def began(self, model: str) -> None: ...
+
+    def token(self, prompt: int, choice: int) -> None:
+        """The next piece of a choice is there: of which prompt, and which of its choices."""
+
+    def ended(self, usage: Usage | None) -> None:
+        """They are over, however they ended. `usage`: of all of them; None if not all were answered."""
+
+
+class Nobody:
+    """Wants to know nothing."""
+
+    def began(self, model: str) -> None:
+        pass
+
+    def token(self, prompt: int, choice: int) -> None:
+        pass
+
+    def ended(self, usage: Usage | None) -> None:
+        pass
+
+
+NOBODY = Nobody()
+
+
 @dataclass
 class PromptAnswer:
     """What became of one prompt: its choices, and how it was read."""
@@ -146,22 +172,17 @@ class PromptAnswer:
 class Generations:
     """The generations of one body, while they run and after. `requests` differ in their prompts only.
 
-    `events` may be read once. What it yields is also counted: in the metrics, and for the access log.
+    `events` may be read once. `observer` is told how it goes.
     """
 
     model: Model
     requests: Sequence[GenerationRequest]
     hosting: Hosting
-    metrics: Metrics
-    record: RequestRecord
     terms: Terms
+    observer: Observer = NOBODY
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
     _done: dict[int, Done] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.record.model = self.model.name
-        self._clock = self.metrics.token_clock(self.model.name)
 
     def head(self, prefix: str, kind: str) -> dict[str, Any]:
         """What every chunk and every answer begins with."""
@@ -175,14 +196,16 @@ class Generations:
 
     async def events(self) -> AsyncGenerator[tuple[int, PromptScored | Delta]]:
         """(index of the prompt, event), as they come. Closing it ends all generations."""
-        with self.metrics.live_request():
+        usage: Usage | None = None
+        self.observer.began(self.model.name)
+        try:
             max_concurrent = max(1, self.hosting.config.engine.max_batch // self.requests[0].n)
             openers = [partial(self.model.generate, request) for request in self.requests]
             async with aclosing(side_by_side(openers, at_once=max_concurrent)) as events:
                 async for place, event in events:
                     match event:
                         case Delta():
-                            self._clock.tick((place, event.index))
+                            self.observer.token(place, event.index)
                             self.num_completion_tokens += len(event.token_ids)
                         case PromptScored():
                             self.num_prompt_tokens += len(event.token_ids)
@@ -190,7 +213,10 @@ class Generations:
                             self._done[place] = event
                             continue
                     yield place, event
-        self._count()
+            assert len(self._done) == len(self.requests), f"model {self.model.name!r} ended without Done"
+            usage = self.total
+        finally:
+            self.observer.ended(usage)
 
     async def answers(self) -> list[PromptAnswer]:
         """All generations, to their ends."""
@@ -241,12 +267,6 @@ class Generations:
             sum(done.usage.completion_tokens for done in self._done.values()),
             members,
         )
-
-    def _count(self) -> None:
-        assert len(self._done) == len(self.requests), f"model {self.model.name!r} ended without Done"
-        total = self.total
-        self.record.prompt_tokens, self.record.completion_tokens = total.prompt_tokens, total.completion_tokens
-        self.metrics.observe_usage(self.model.name, total)
 
 
 def _usage_object(prompt_tokens: int, completion_tokens: int) -> UsageObject:

@@ -8,15 +8,14 @@ the client is told (`x-ignored-parameters`), unless `server.strict_params` refus
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
-from urllib.parse import quote
 
 from pydantic import BaseModel, Discriminator, Field, JsonValue, PlainValidator, Tag
 
 from ensemble_server.ensembles.errors import RequestError, UnsupportedError
-from ensemble_server.server.api.errors import shortened
 from ensemble_server.server.config.problems import nearest
+from ensemble_server.server.requests.errors import shortened
 from ensemble_server.server.requests.messages import WHOLE, ChatMessage, ChatTool, Part, ToolChoice, is_integer
 
 logger = logging.getLogger(__name__)
@@ -265,11 +264,6 @@ class ParameterCheck:
             if name not in self._warned and len(self._warned) < 1000:  # clients choose the names
                 self._warned.add(name)
                 logger.warning("ignoring the unknown request parameter %r", shortened(name, 60))
-
-
-def ignored_header(names: Sequence[str]) -> dict[str, str]:
-    """The header that tells a client which parameters were ignored; names are theirs, so made safe and short."""
-    return {"x-ignored-parameters": ", ".join(quote(name[:60]) or '""' for name in names[:20])} if names else {}
 
 
 def refuse(name: str, value: Any) -> None:

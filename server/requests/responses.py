@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Any, Literal, NotRequired
 
-import orjson
-from starlette.responses import Response
 from typing_extensions import (
     TypedDict,  # pydantic, which describes these for OpenAPI, takes no other before Python 3.12
 )
@@ -188,6 +186,17 @@ class EmbeddingList(TypedDict):
     usage: EmbeddingUsage
 
 
+class ClassificationObject(TypedDict):
+    """`label` is the likeliest. `members`: of an ensemble of texts, what each of its members gives."""
+
+    object: Literal["classification"]
+    model: str
+    label: str
+    probabilities: dict[str, float]
+    members: dict[str, dict[str, float]]
+    usage: UsageObject
+
+
 class Tokens(TypedDict):
     count: int
     max_model_len: int | None
@@ -217,12 +226,3 @@ class Health(TypedDict):
 
 class Version(TypedDict):
     version: str
-
-
-class JSONResponse(Response):
-    """An answer whose content is one of the shapes above."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)

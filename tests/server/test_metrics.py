@@ -66,6 +66,22 @@ def test_the_first_token_is_timed_apart_from_those_between():
     assert value(metrics, "inter_token_latency_seconds_count", model="mix") == 3
 
 
+def test_generations_are_metered_from_their_beginning_to_their_end_whatever_it_is():
+    metrics = Metrics()
+    answered, failed = metrics.generation_meter(), metrics.generation_meter()
+    answered.began("mix")
+    failed.began("mix")
+    answered.token(0, 0)
+    answered.token(0, 0)
+    metrics.observe_step(step())
+    failed.ended(None)
+    assert value(metrics, "num_requests_running") == 3
+    answered.ended(Usage(10, 2, {"base": MemberUsage(10, 2)}))
+    assert value(metrics, "num_requests_running") == 0
+    assert value(metrics, "completion_tokens_total", model="mix") == 2
+    assert value(metrics, "inter_token_latency_seconds_count", model="mix") == 1
+
+
 def test_requests_are_counted_by_status_and_timed_by_model():
     metrics = Metrics()
     metrics.observe_request("mix", 200, 0.3)

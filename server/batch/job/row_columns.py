@@ -14,7 +14,7 @@ from ensemble_server.server.batch.job.identity import encoded_body, shared_diges
 from ensemble_server.server.batch.job.rows import BadRow, Row, RowResult
 
 if TYPE_CHECKING:
-    from ensemble_server.server.api.errors import ErrorObject
+    from ensemble_server.server.requests.errors import ErrorObject
 
 
 def row_columns(row: Row | BadRow) -> tuple[Any, ...]:

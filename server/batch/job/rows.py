@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from ensemble_server.ensembles.base import MemberUsage
-    from ensemble_server.server.api.errors import ErrorObject
+    from ensemble_server.server.requests.errors import ErrorObject
 
 Url = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/classify"]
 URLS: tuple[Url, ...] = get_args(Url)

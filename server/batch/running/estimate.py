@@ -14,17 +14,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from fastapi.exceptions import RequestValidationError
-
 from ensemble_server.ensembles.base import GenerationRequest, MemberUsage
 from ensemble_server.ensembles.errors import ContextLengthError, EnsembleError
-from ensemble_server.server.api.chat import chat_request
-from ensemble_server.server.api.completions import completion_requests
-from ensemble_server.server.api.errors import error_object
-from ensemble_server.server.api.models import requested_model
 from ensemble_server.server.batch.job.identity import seeded
 from ensemble_server.server.batch.job.rows import BadRow, Row, RowResult
-from ensemble_server.server.batch.running.answering import answer, checked_body
+from ensemble_server.server.batch.running.answering import answer, row_body
+from ensemble_server.server.requests.chat import chat_request
+from ensemble_server.server.requests.completions import completion_requests
+from ensemble_server.server.requests.errors import error_object
+from ensemble_server.server.requests.models import requested_model
 from ensemble_server.server.requests.protocol import ChatBody, CompletionBody
 from ensemble_server.server.requests.terms import Terms
 from ensemble_server.server.requests.tool_use import tool_use
@@ -51,7 +49,7 @@ class PromptCount:
     def add(self, row: Row, hosting: Hosting) -> None:
         try:
             tokens = num_prompt_tokens(row, hosting)
-        except (EnsembleError, RequestValidationError) as exc:
+        except EnsembleError as exc:
             self.num_refused += 1
             if len(self.refused) < NUM_REFUSED_SHOWN:
                 self.refused.append(f"{row.custom_id!r}: {error_object(exc)[1]['message']}")
@@ -67,12 +65,12 @@ def num_prompt_tokens(row: Row, hosting: Hosting) -> int | None:
     terms = Terms("", 0, lambda: "")
     match row.url:
         case "/v1/chat/completions":
-            chat = checked_body(ChatBody, row)
+            chat = row_body(ChatBody, row)
             model = requested_model(hosting, chat.model)
             tools = tool_use(chat, hosting.surface(model.name), model.name)
             requests = [chat_request(chat, hosting, model_name=model.name, tools=tools, terms=terms)]
         case "/v1/completions":
-            completion = checked_body(CompletionBody, row)
+            completion = row_body(CompletionBody, row)
             model = requested_model(hosting, completion.model)
             requests = completion_requests(completion, hosting, model_name=model.name, terms=terms)
         case _:

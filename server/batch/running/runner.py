@@ -16,6 +16,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from ensemble_server.ensembles.errors import EngineDeadError, OverloadedError
@@ -23,6 +24,7 @@ from ensemble_server.server.batch.job.identity import seeded
 from ensemble_server.server.batch.job.rows import Row, RowResult
 from ensemble_server.server.batch.running.answering import answer as answer_row
 from ensemble_server.server.batch.running.room import Room, is_text_level, lacks_members, num_sequences, sequences_of
+from ensemble_server.server.requests.classify import Priors
 
 if TYPE_CHECKING:
     from ensemble_server.ensembles.base import MemberUsage
@@ -89,7 +91,7 @@ async def run(
     priority: int = 1,
     budget: RowBudget | None = None,
     stop: asyncio.Event | None = None,
-    answer: Answer = answer_row,
+    answer: Answer | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Summary:
     """Answer every pending row of `store` and record the answers. Errors of a row are results; the run goes on.
@@ -104,6 +106,7 @@ async def run(
     model is not what it was when the job began. What was recorded is kept, and the job can be continued.
     """
     await asyncio.to_thread(_bind_models, store, hosting)
+    answer = answer or partial(answer_row, priors=Priors())
     one = _Run(store, hosting, concurrency, deadline_s, priority, budget, stop, answer, on_progress)
     return await one.to_end()
 

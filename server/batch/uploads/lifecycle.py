@@ -19,7 +19,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ensemble_server.ensembles.errors import ConfigError, ConflictError, EngineDeadError, StorageError
-from ensemble_server.server.api.errors import error_object
 from ensemble_server.server.batch.job.identity import Identity
 from ensemble_server.server.batch.job.store import Counts, JobStore
 from ensemble_server.server.batch.running.answering import answer
@@ -29,6 +28,8 @@ from ensemble_server.server.batch.uploads.folder import BatchFolder
 from ensemble_server.server.batch.uploads.result_files import ResultFiles, write_result_files
 from ensemble_server.server.batch.uploads.turns import Turns
 from ensemble_server.server.batch.uploads.validation import Findings, checked_file, rows_of
+from ensemble_server.server.requests.classify import Priors
+from ensemble_server.server.requests.errors import error_object
 
 if TYPE_CHECKING:
     from ensemble_server.server.hosting import Hosting
@@ -173,7 +174,7 @@ class LiveBatch:
                     job,
                     self._hosting,
                     deadline_s=self.batch.expires_at - time.time(),
-                    answer=partial(answer, metrics=self._metrics),
+                    answer=partial(answer, new_observer=self._metrics.generation_meter, priors=Priors()),
                     on_progress=self._note,
                 )
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ensemble_server.ensembles.errors import RequestError
-from ensemble_server.server.api.errors import shortened, shown
 from ensemble_server.server.batch.job.rows import Row, Url
 from ensemble_server.server.batch.source.records import BadRecord, Record, jsonl_records
 from ensemble_server.server.batch.uploads.catalogue import LineError
+from ensemble_server.server.requests.errors import shortened, shown
 
 MAX_ERRORS = 100
 MAX_ID_CHARS = 512

@@ -9,8 +9,9 @@ from openai.types.shared import ErrorObject
 from starlette.exceptions import HTTPException
 
 from ensemble_server.ensembles import errors
-from ensemble_server.server.api.errors import KINDS, MAX_MESSAGE_CHARS, error_object, kind_of, parameter_path
+from ensemble_server.server.api.errors import error_object
 from ensemble_server.server.engines.scripted_engine import Script
+from ensemble_server.server.requests.errors import KINDS, MAX_MESSAGE_CHARS, kind_of, parameter_path
 from tests.server.api.conftest import CHAT, asgi_client
 
 ALL = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, errors.EnsembleError)]
@@ -55,13 +56,13 @@ def test_an_error_that_is_nobodys_business_says_only_that_the_server_failed():
 @pytest.mark.parametrize(
     ("location", "body", "path"),
     [
-        (("body", "temperature"), {"temperature": 3}, "temperature"),
-        (("body", "messages", 0, "user", "content"), {"messages": [{"content": 1}]}, "messages[0].content"),
-        (("body", "messages", 1, "user", "content"), {"messages": [{}, {}]}, "messages[1].content"),
-        (("body", "stop", "list[str]", 2), {"stop": ["a", "b", 3]}, "stop[2]"),
-        (("body", "messages"), {}, "messages"),
-        (("body",), [], ""),
-        (("query", "model"), None, "model"),
+        (("temperature",), {"temperature": 3}, "temperature"),
+        (("messages", 0, "user", "content"), {"messages": [{"content": 1}]}, "messages[0].content"),
+        (("messages", 1, "user", "content"), {"messages": [{}, {}]}, "messages[1].content"),
+        (("stop", "list[str]", 2), {"stop": ["a", "b", 3]}, "stop[2]"),
+        (("messages",), {}, "messages"),
+        ((), [], ""),
+        (("model",), {"model": 1}, "model"),
     ],
 )
 def test_parameters_are_named_as_openai_names_them(location, body, path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 
+import orjson
 import pytest
 
-from ensemble_server.server.api.app import create_app
+from ensemble_server.server.api.app import ROUTES, create_app
 from ensemble_server.server.metrics import Metrics
 from tests.server.api.conftest import HELLO, live_server
 
@@ -39,6 +41,21 @@ def test_every_route_that_reads_a_body_names_what_may_go_wrong(host):
                 for status, response in operation["responses"].items()
                 if status != "200"
             )
+
+
+def test_applications_share_their_routes_and_differ_in_what_stands_behind_them(host):
+    one, other = create_app(host(a=HELLO), metrics=Metrics()), create_app(host(b=HELLO), metrics=Metrics())
+    assert {id(route) for route in ROUTES} <= {id(route) for route in one.router.routes}
+    assert {id(route) for route in ROUTES} <= {id(route) for route in other.router.routes}
+    assert one.state.context.hosting.listed != other.state.context.hosting.listed
+
+
+def test_every_reference_in_the_document_leads_somewhere(host):
+    described = document(host())
+    text = orjson.dumps(described).decode()
+    names = set(re.findall(r'"#/components/schemas/([^"]+)"', text))
+    assert names <= set(described["components"]["schemas"])
+    assert "/v1/classify" in described["paths"]
 
 
 def test_streams_are_named_beside_json(host):

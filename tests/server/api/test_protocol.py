@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ensemble_server.server.requests.protocol import IGNORED, REFUSED, ChatBody, CompletionBody, ignored_header
+from ensemble_server.server.api.json_response import ignored_header
+from ensemble_server.server.requests.protocol import IGNORED, REFUSED, ChatBody, CompletionBody
 from tests.server.api.conftest import CHAT, asgi_client
 
 COMPLETION = {"prompt": "Once"}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ConfigDict, TypeAdapter, with_config
 
-from ensemble_server.server.api.vote import MAX_CANDIDATES, MAX_CHARS, VoteResult
+from ensemble_server.server.requests.vote import MAX_CANDIDATES, MAX_CHARS, VoteResult
 from tests.server.api.conftest import asgi_client
 
 Strict = with_config(ConfigDict(strict=True, extra="forbid"))(VoteResult)

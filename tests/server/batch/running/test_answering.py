@@ -21,13 +21,14 @@ from ensemble_server.server.hosting import Hosting
 from tests.server.api.conftest import asgi_client
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # one engine for all of them
-CHAT, TEXT, VECTORS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+CHAT, TEXT, VECTORS, LABELS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/classify"
 USER = [{"role": "user", "content": "To be?"}]
 
 
 def row(url: str = CHAT, **body: Any) -> Row:
     body = ({"messages": USER} if url == CHAT else {}) | body
-    return Row(0, "a", url, {"model": "base", "max_tokens": 4} | body if url != VECTORS else body)
+    common = {CHAT: {"model": "base", "max_tokens": 4}, TEXT: {"model": "base", "max_tokens": 4}}.get(url, {})
+    return Row(0, "a", url, common | body)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -76,6 +77,8 @@ GOOD = {
     "raw text": row(TEXT, prompt="To be", temperature=0, logprobs=2, echo=True),
     "several prompts": row(TEXT, prompt=["a", "b"], seed=5, n=2),
     "token ids": row(TEXT, prompt=[5, 6, 7], temperature=0, return_token_ids=True),
+    "labels": row(LABELS, model="crowd", prompt="The fox is", labels=["good", "bad"]),
+    "labels of a chat": row(LABELS, model="mix", messages=USER, labels=["good", "bad"], normalise="bytes"),
 }
 BAD = {
     "out of range": row(temperature=3),
@@ -89,6 +92,9 @@ BAD = {
     "no such member": row(model="mix", ensemble={"weights": {"blue": 1}}),
     "bad schema": row(structured_outputs={"regex": "("}),
     "tools of no use": row(tool_choice="required"),
+    "one label": row(LABELS, model="base", prompt="The fox is", labels=["good"]),
+    "labels without a prompt": row(LABELS, model="base", labels=["good", "bad"]),
+    "labels by nobody": row(LABELS, model="bose", prompt="The fox is", labels=["good", "bad"]),
 }
 
 

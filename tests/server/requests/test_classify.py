@@ -9,12 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fastapi.exceptions import RequestValidationError
+from pydantic import TypeAdapter
 
 from ensemble_server.ensembles.errors import DeadlineError, RequestError, UnknownModelError, UnsupportedError
 from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.hosting import Hosting
-from ensemble_server.server.requests.classify import classify
+from ensemble_server.server.requests.classify import Classification, Priors
+from ensemble_server.server.requests.classify import classify as classify_body
+from ensemble_server.server.requests.classify_body import ClassifyBody
+from ensemble_server.server.requests.errors import BodyError, checked
+from ensemble_server.server.requests.protocol import ParameterCheck
+from ensemble_server.server.requests.terms import Terms
 from tests.reference import member_logprobs, pooled
 
 PROMPT = "The quick brown fox is"
@@ -39,6 +44,16 @@ async def hosting(tiny: dict[str, Path]) -> AsyncIterator[Hosting]:
     config = parse_config({"models": models, "engine": {"max_context": 256}}, source=Path("/config.yaml"))
     async with Hosting.open(config) as hosting:
         yield hosting
+
+
+async def classify(
+    hosting: Hosting, body: dict[str, Any], *, deadline_s: float | None = None, priors: Priors | None = None
+) -> Classification:
+    """As a row of a batch is classified."""
+    parsed = checked(TypeAdapter(ClassifyBody), body)
+    ParameterCheck(is_strict=True).ignored(parsed)
+    terms = Terms("req-1", 0, lambda: "", priority=1, deadline_s=deadline_s)
+    return await classify_body(hosting, parsed, terms, Priors() if priors is None else priors)
 
 
 def reference(
@@ -179,7 +194,8 @@ async def test_the_probabilities_after_a_content_free_prompt_are_divided_out(hos
         ratio = {label: plain[label] / prior[label] for label in LABELS}
         members[name] = {label: ratio[label] / sum(ratio.values()) for label in LABELS}
     bodies = [{**body, "prompt": PROMPT, "content_free": free}] * 3
-    found = await asyncio.gather(*(classify(hosting, one) for one in bodies))
+    priors = Priors()
+    found = await asyncio.gather(*(classify(hosting, one, priors=priors) for one in bodies))
     assert found[0].members["base"] == pytest.approx(members["base"], rel=1e-4)
     assert found[0].members["red"] == pytest.approx(members["red"], rel=1e-4)
     assert found[0].probabilities == found[1].probabilities == found[2].probabilities
@@ -233,7 +249,7 @@ async def test_what_cannot_be_classified_is_refused_by_name(
     ],
 )
 async def test_a_body_that_is_no_classification_is_refused(hosting: Hosting, changes: dict[str, Any]) -> None:
-    with pytest.raises(RequestValidationError):
+    with pytest.raises(BodyError):
         await classify(hosting, {"model": "base", "prompt": PROMPT, "labels": LABELS, **changes})
 
 

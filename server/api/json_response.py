@@ -1,0 +1,24 @@
+"""Answers in JSON, and the headers that go with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import quote
+
+import orjson
+from starlette.responses import Response
+
+
+class JSONResponse(Response):
+    """An answer whose content is one of the shapes of `requests.responses`."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def ignored_header(names: Sequence[str]) -> dict[str, str]:
+    """The header that tells a client which parameters were ignored; names are theirs, so made safe and short."""
+    return {"x-ignored-parameters": ", ".join(quote(name[:60]) or '""' for name in names[:20])} if names else {}

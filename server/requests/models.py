@@ -1,0 +1,32 @@
+"""How a request's `model` becomes one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ensemble_server.ensembles.base import Model
+from ensemble_server.ensembles.errors import RequestError, UnknownModelError
+from ensemble_server.server.config.problems import nearest
+from ensemble_server.server.requests.errors import shortened
+
+if TYPE_CHECKING:
+    from ensemble_server.server.hosting import Hosting
+
+
+def requested_model(hosting: Hosting, name: str | None) -> Model:
+    """The model a request names; the only listed one if it names none.
+
+    Models that are not listed answer too: they are hidden, not locked. Raises `RequestError` or `UnknownModelError`.
+    """
+    if name is None:
+        if len(hosting.listed) != 1:
+            raise RequestError(f"model is missing; one of: {', '.join(hosting.listed)}", param="model")
+        name = hosting.listed[0]
+    if name not in hosting.models:
+        raise unknown_model(name, hosting.listed)
+    return hosting.models[name]
+
+
+def unknown_model(name: str, known: Sequence[str]) -> UnknownModelError:
+    return UnknownModelError(f"there is no model {shortened(name, 100)!r}{nearest(name[:100], known)}", param="model")

@@ -21,7 +21,7 @@ from ensemble_server.server.weights.devices import resolve_device
 from ensemble_server.server.weights.embeddings import SentenceEmbedder, check_embedder
 from ensemble_server.server.weights.member_views import MemberFiles, MemberView, read_member_files
 from ensemble_server.server.weights.reranking import CrossEncoderReranker, check_cross_encoder
-from ensemble_server.server.weights.vocabularies import check_shared_vocabulary
+from ensemble_server.server.weights.vocabularies import family_of
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class _Unloaded:
         if self._is_one_model:
             check_one_model(views)
         else:
-            check_shared_vocabulary(views)
+            family_of(views)
 
     def max_model_len(self, mixture: Mixture) -> int:
         return min(self._views[name].max_model_len for name in mixture.weights)

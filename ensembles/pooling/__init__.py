@@ -19,12 +19,21 @@ if TYPE_CHECKING:
 
     from ensemble_server.ensembles.base import PoolName
 
-_POOLS = {"arithmetic": arithmetic.pool, "posterior": arithmetic.pool, "geometric": geometric.pool}
 
+def pool(
+    name: PoolName,
+    logprobs: torch.Tensor | Sequence[torch.Tensor],
+    weights: torch.Tensor,
+    known: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The pooled log-probabilities (n_rows, vocab_size); see the module's docstring.
 
-def pool(name: PoolName, logprobs: torch.Tensor | Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-    """The pooled log-probabilities (n_rows, vocab_size); see the module's docstring."""
-    return _POOLS[name](logprobs, weights)
+    `known`: (n_members, n_rows, vocab_size) bool, the tokens that each member has, where some lack tokens of others: a
+    member's log-probability of a token that it lacks is -inf.
+    """
+    if name == "geometric":
+        return geometric.pool(logprobs, weights, known)
+    return arithmetic.pool(logprobs, weights)
 
 
 def effective_weights(weights: Sequence[float]) -> np.ndarray:

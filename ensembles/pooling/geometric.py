@@ -18,11 +18,20 @@ import torch
 FLOOR_NATS = -100.0
 
 
-def pool(logprobs: torch.Tensor | Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+def pool(
+    logprobs: torch.Tensor | Sequence[torch.Tensor], weights: torch.Tensor, known: torch.Tensor | None = None
+) -> torch.Tensor:
     """logprobs: (K, B, V) float32, normalised over V; weights: (K, B) finite, not all zero. -> (B, V)
 
     A token that a member of positive weight rules out stays ruled out, unless that leaves none: then nothing counts as
     less likely than `FLOOR_NATS`.
+
+    `known`: (K, B, V) bool, the tokens that each member has. Who lacks a token has no opinion of it: it gets
+
+        Σ_{k has x} w_k log p_k(x) / Σ_{k has x} w_k
+
+    before all is normalised, which is the pool of those that have it. Where a weight is negative, a token that some
+    member of the pool lacks is ruled out.
     """
     as_written = (weights < 0).any(0)
     weights = torch.where(as_written, weights, weights / weights.sum(0))
@@ -30,7 +39,29 @@ def pool(logprobs: torch.Tensor | Sequence[torch.Tensor], weights: torch.Tensor)
     contradiction = pooled.amax(-1, keepdim=True) == -torch.inf
     if contradiction.any():
         pooled = torch.where(contradiction, _weighted_sum(logprobs, weights, is_floored=weights != 0), pooled)
+    if known is not None:
+        pooled = _with_tokens_of_some(pooled, logprobs, weights, known, as_written)
     return torch.log_softmax(pooled, dim=-1)
+
+
+def _with_tokens_of_some(
+    pooled: torch.Tensor,
+    logprobs: torch.Tensor | Sequence[torch.Tensor],
+    weights: torch.Tensor,
+    known: torch.Tensor,
+    as_written: torch.Tensor,
+) -> torch.Tensor:
+    """`pooled` (B, V), not normalised, with the scores of tokens that not all members have. as_written: (B,) bool."""
+    opinion, weight_of_opinion = torch.zeros_like(pooled), torch.zeros_like(pooled)
+    is_lacking = torch.zeros_like(pooled, dtype=torch.bool)
+    for row, weight, has in zip(logprobs, weights[..., None], known, strict=True):
+        counts = has & (weight != 0)
+        opinion += torch.where(counts, weight * row, 0.0)
+        weight_of_opinion += torch.where(counts, weight, 0.0)
+        is_lacking |= ~has & (weight != 0)
+    is_possible = (weight_of_opinion > 0) & ~as_written[:, None]
+    score = torch.where(is_possible, opinion / weight_of_opinion, -torch.inf)
+    return torch.where(is_lacking, score, pooled)
 
 
 def _weighted_sum(

@@ -37,6 +37,11 @@ class Vocabulary:
         return max(self.token_ids.values()) + 1
 
     @cached_property
+    def added_ids(self) -> frozenset[int]:
+        """Tokens beside the trained vocabulary: special ones, and what a fine-tune has added."""
+        return frozenset(self.tokenizer.added_tokens_decoder)
+
+    @cached_property
     def special_ids(self) -> frozenset[int]:
         """Tokens that stand for no text: those with a role (end of text), and all that are marked as special."""
         marked = [index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special]

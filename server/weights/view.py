@@ -64,6 +64,10 @@ class Surface(Vocabulary):
     def supports_tools(self) -> bool:
         return self.chat_template is not None and "tools" in self.chat_template
 
+    def own_ids(self, token_ids: Sequence[int]) -> list[int]:
+        """`token_ids` of the ensemble as this member reads them: all are its own."""
+        return list(token_ids)
+
     def render(
         self,
         messages: Sequence[Message],

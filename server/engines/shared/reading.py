@@ -77,7 +77,8 @@ def _prompts(request: GenerationRequest, members: Sequence[Reader]) -> list[list
     """Members with one view of text read it once."""
     if request.messages is None:
         raw = request.prompt
-        return [members[0].surface.encode(raw) if isinstance(raw, str) else list(raw or ())] * len(members)
+        token_ids = members[0].surface.encode(raw) if isinstance(raw, str) else list(raw or ())
+        return [member.surface.own_ids(token_ids) for member in members]
     views = [
         (id(member.surface.tokenizer), member.surface.chat_template, member.surface.system_prompt) for member in members
     ]

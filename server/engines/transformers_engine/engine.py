@@ -36,13 +36,13 @@ from ensemble_server.server.engines.shared.token_checks import check_ids
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.backbone import Backbone
 from ensemble_server.server.engines.transformers_engine.choice import LiveChoice
+from ensemble_server.server.engines.transformers_engine.family import as_family, check_shared_ids, known_rows
 from ensemble_server.server.engines.transformers_engine.generation import Generation
 from ensemble_server.server.engines.transformers_engine.job import Job, deliver
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import PrefixCache
 from ensemble_server.server.engines.transformers_engine.scheduler import Scheduler, Work
 from ensemble_server.server.engines.transformers_engine.visit import Visit, Visitor
-from ensemble_server.server.weights.vocabularies import check_shared_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class TransformersEngine:
         on_step: Callable[[StepStats], None] | None = None,
     ) -> None:
         self._members = members
+        self._families: dict[tuple[str, ...], Sequence[Member]] = {}
         self._scheduler = Scheduler(max_batch=max_batch, prefill_chunk=prefill_chunk, max_queue=max_queue)
         self._prefixes = PrefixCache(prefix_cache_bytes)
         self._num_threads = num_threads
@@ -110,10 +111,17 @@ class TransformersEngine:
     def check(self, mixture: Mixture) -> None:
         if strangers := set(mixture.weights) - set(self._members):
             raise ModelLoadError(f"no hosted member is called {min(strangers)!r}")
-        check_shared_vocabulary([self._members[name] for name in mixture.weights])
+        self._mixed(mixture)
 
     def max_model_len(self, mixture: Mixture) -> int:
         return min(self._members[name].max_model_len for name in mixture.weights)
+
+    def _mixed(self, mixture: Mixture) -> Sequence[Member]:
+        """The members of a mixture, as they are beside each other. Raises `ModelLoadError` for two vocabularies."""
+        names = tuple(mixture.weights)
+        if names not in self._families:
+            self._families[names] = as_family([self._members[name] for name in names])
+        return self._families[names]
 
     async def generate(self, mixture: Mixture, request: GenerationRequest, *, method: str) -> AsyncIterator[Event]:
         """See `ensembles.base.MixtureHost`. Raises `OverloadedError` when the queue is full."""
@@ -146,8 +154,9 @@ class TransformersEngine:
                 f"the text has {len(token_ids)} tokens; the context of {', '.join(members)} holds {limit}; "
                 "read it in windows"
             )
-        asked = [self._members[name] for name in members]
+        asked = self._mixed(mixture)
         check_ids(token_ids, asked[0].vocab_size, "token_ids")
+        check_shared_ids(token_ids, asked)
         if self._failure is not None:
             raise EngineDeadError(self._failure)
         if len(token_ids) < 2:
@@ -170,7 +179,7 @@ class TransformersEngine:
         self, mixture: Mixture, request: GenerationRequest, method: str, loop: asyncio.AbstractEventLoop
     ) -> Generation:
         """Read the request in every member's terms and check that it can be served. Runs in a worker thread."""
-        members = [self._members[member] for member in mixture.weights]
+        members = self._mixed(mixture)
         surface, vocab_size = members[0].surface, members[0].vocab_size
         reading = self._reader.read(request, members, max_model_len=self.max_model_len(mixture))
         structure = request.sampling.grammar
@@ -266,7 +275,7 @@ class TransformersEngine:
             for backbone, placed in rows[device].items():
                 logprobs = backbone.forward([span for _, _, span in placed])
                 for (i, k, _), result in zip(placed, logprobs, strict=True):
-                    results[i][k] = result
+                    results[i][k] = work[i].job.members[k].widened(result)
 
         if self._devices is None or len(rows) == 1:
             for device in rows:
@@ -292,10 +301,10 @@ class TransformersEngine:
     @torch.inference_mode()
     def _choose(self, ready: Sequence[tuple[Generation, LiveChoice, Sequence[torch.Tensor]]]) -> None:
         """Pool and sample. Choices with the same pool and number of members are pooled in one go."""
-        groups: dict[tuple[PoolName, int], list[int]] = {}
+        groups: dict[tuple[PoolName, int, int], list[int]] = {}
         for i, (job, _, logprobs) in enumerate(ready):
-            groups.setdefault((job.mixture.pool, len(logprobs)), []).append(i)
-        for (name, num_members), group in groups.items():
+            groups.setdefault((job.mixture.pool, len(logprobs), len(logprobs[0])), []).append(i)
+        for (name, num_members, _), group in groups.items():
             if num_members == 1:
                 pooled = [ready[i][2][0] for i in group]
             else:
@@ -304,7 +313,8 @@ class TransformersEngine:
                     [torch.stack([ready[i][2][k].to(device) for i in group]) for k in range(num_members)]
                 )
                 weights = np.stack([ready[i][1].weights for i in group], axis=1)
-                pooled = pool(name, stacked, torch.as_tensor(weights, dtype=torch.float32, device=device))
+                known = known_rows([ready[i][0].members for i in group], stacked)
+                pooled = pool(name, stacked, torch.as_tensor(weights, dtype=torch.float32, device=device), known)
             for i, row in zip(group, pooled, strict=True):
                 job, choice, logprobs = ready[i]
                 try:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from transformers.utils import logging as transformers_logging
 
 from ensemble_server.ensembles.errors import ModelLoadError
@@ -36,6 +37,10 @@ class Member:
     @property
     def vocab_size(self) -> int:
         return self.backbone.vocab_size
+
+    def widened(self, logprobs: torch.Tensor) -> torch.Tensor:
+        """(n, vocab_size): as they are. Members of a family (`family.py`) have some of their tokens in common only."""
+        return logprobs
 
 
 def load_members(models: Mapping[str, HostedModel], files: MemberFiles) -> dict[str, Member]:

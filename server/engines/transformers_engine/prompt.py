@@ -15,6 +15,7 @@ import torch
 from ensemble_server.ensembles.base import Mixture, TokenLogprob
 from ensemble_server.ensembles.pooling import effective_weights, pool, posterior
 from ensemble_server.server.engines.transformers_engine.attention import Span
+from ensemble_server.server.engines.transformers_engine.family import known_rows
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import (
@@ -186,7 +187,10 @@ class Prompt:
         pooled = first
         if len(predicted) > 1:
             stacked = torch.stack([rows.to(first.device) for _, rows in predicted])
-            pooled = pool(self._pool, stacked, torch.as_tensor(weights, dtype=torch.float32, device=first.device))
+            known = known_rows([self.members] * len(targets), stacked)
+            pooled = pool(
+                self._pool, stacked, torch.as_tensor(weights, dtype=torch.float32, device=first.device), known
+            )
         for row, token_id in zip(pooled, targets.tolist(), strict=True):
             self.scored.append(describe(self.members[0].surface, row, token_id, self._num_top))
 

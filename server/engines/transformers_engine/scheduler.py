@@ -204,7 +204,7 @@ def _planned(
             if len(work) >= max_rows or num_left < (len(job.members) if work else 1):
                 break
             spans = [
-                Span(cache, (choice.last_token,), 1, member.adapter)
+                Span(cache, tuple(member.surface.own_ids((choice.last_token,))), 1, member.adapter)
                 for member, cache in zip(job.members, choice.caches, strict=True)
             ]
             work.append(Work(job, choice, spans))

@@ -149,3 +149,38 @@ def test_members_that_rule_out_all_of_each_others_tokens_still_give_a_distributi
     pooled = geometric(logprobs, torch.ones(2, 1))
     assert not pooled.isnan().any()
     assert close(pooled.exp().sum(), torch.tensor(1.0))
+
+
+# --- tokens that some members lack ---
+
+
+def test_who_lacks_a_token_has_no_opinion_of_it_worked_out_by_hand() -> None:
+    # Weights 1 and 3, scaled to 1/4 and 3/4. The last token is the second member's alone; its own opinion counts whole.
+    # scores: 0.8^1/4 0.1^3/4 = 0.1682,  0.2^1/4 0.4^3/4 = 0.3364,  0.5;  their sum is 1.0045
+    logprobs = torch.tensor([[[0.8, 0.2, 0.0]], [[0.1, 0.4, 0.5]]]).log()
+    known = torch.tensor([[[True, True, False]], [[True, True, True]]])
+    pooled = pool("geometric", logprobs, torch.tensor([[1.0], [3.0]]), known).exp()
+    assert close(pooled, torch.tensor([[0.1674, 0.3349, 0.4977]]))
+
+
+def test_with_a_negative_weight_a_token_that_some_member_lacks_is_out() -> None:
+    logprobs = torch.tensor([[[0.8, 0.2, 0.0]], [[0.1, 0.4, 0.5]]]).log()
+    known = torch.tensor([[[True, True, False]], [[True, True, True]]])
+    for weights in ([[1.5], [-0.5]], [[-0.5], [1.5]]):
+        pooled = pool("geometric", logprobs, torch.tensor(weights), known)
+        assert pooled[0, 2] == -torch.inf
+        assert close(pooled.exp().sum(-1), torch.ones(1))
+
+
+def test_a_member_of_weight_zero_does_not_make_a_token_rare() -> None:
+    logprobs = torch.tensor([[[0.8, 0.2, 0.0]], [[0.1, 0.4, 0.5]]]).log()
+    known = torch.tensor([[[True, True, False]], [[True, True, True]]])
+    pooled = pool("geometric", logprobs, torch.tensor([[0.0], [1.0]]), known)
+    assert close(pooled.exp(), torch.tensor([[0.1, 0.4, 0.5]]))
+
+
+@given(opinions())
+def test_where_all_have_all_nothing_changes(members: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logprobs, weights = members
+    known = torch.ones(logprobs.shape, dtype=torch.bool)
+    assert torch.equal(pool("geometric", logprobs, weights, known), pool("geometric", logprobs, weights))

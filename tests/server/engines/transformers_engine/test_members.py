@@ -9,7 +9,7 @@ from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.server.config.blocks import HostedModel
 from ensemble_server.server.engines.transformers_engine.members import Member, load_members
 from ensemble_server.server.weights.member_views import read_member_files
-from ensemble_server.server.weights.vocabularies import check_shared_vocabulary
+from ensemble_server.server.weights.vocabularies import family_of
 from tests.conftest import CHAT_TEMPLATE, make_model
 
 
@@ -108,37 +108,7 @@ def test_models_of_one_vocabulary_may_differ_in_shape_and_padding(tiny: dict[str
     widths = {name: member.backbone.model.get_input_embeddings().num_embeddings for name, member in members.items()}
     assert widths == {"llama": 336, "deep": 384, "gpt2": 336}
     assert {member.vocab_size for member in members.values()} == {320}
-    check_shared_vocabulary(members.values())
-
-
-def test_different_vocabularies_are_refused_with_both_names_and_an_example(
-    tiny: dict[str, Path], tmp_path: Path
-) -> None:
-    other = make_model(tmp_path / "other", extra=("<tool>", "<think>"))
-    members = load(base=HostedModel(path=str(tiny["llama"])), other=HostedModel(path=str(other)))
-    with pytest.raises(ModelLoadError) as caught:
-        check_shared_vocabulary(members.values())
-    message = str(caught.value)
-    assert (
-        "members 'base' and 'other' have different vocabularies (320 and 322 tokens, 2 token-id pairs differ" in message
-    )
-    assert "for example '<tool>' with id 320" in message
-    assert "text-level method" in message
-
-
-def test_equal_tokens_under_other_ids_are_another_vocabulary(tiny: dict[str, Path], tmp_path: Path) -> None:
-    one = make_model(tmp_path / "one", extra=("<a>", "<b>"))
-    two = make_model(tmp_path / "two", extra=("<b>", "<a>"))
-    members = load(one=HostedModel(path=str(one)), two=HostedModel(path=str(two)))
-    with pytest.raises(ModelLoadError, match="322 and 322 tokens, 4 token-id pairs differ, for example '<a>'"):
-        check_shared_vocabulary(members.values())
-
-
-def test_weights_for_fewer_tokens_than_the_vocabulary_has_are_told_apart(tiny: dict[str, Path], tmp_path: Path) -> None:
-    narrow = make_model(tmp_path / "narrow", vocab_size=310)
-    members = load(base=HostedModel(path=str(tiny["llama"])), narrow=HostedModel(path=str(narrow)))
-    with pytest.raises(ModelLoadError, match="'base' and 'narrow' have one vocabulary, but weights for 320 and 310"):
-        check_shared_vocabulary(members.values())
+    assert family_of(list(members.values())).is_uniform
 
 
 # --- what cannot be loaded ---

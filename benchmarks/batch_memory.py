@@ -7,7 +7,7 @@ import asyncio
 import multiprocessing
 import resource
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.batch_rows import chat_body
@@ -31,7 +31,7 @@ class Echo:
     members = ("echo",)
     max_model_len = None
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         text = request.messages[-1]["content"][-200:]
         yield Delta(0, text, finish_reason="stop")
         yield Done(Usage(0, 0), method="echo", members=self.members, turnout=1)

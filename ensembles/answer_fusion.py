@@ -84,12 +84,18 @@ class AnswerFusion(TextLevel):
 
     class Config(CandidateConfig):
         aggregator: str = Field(description="name of the model that reads the proposals and writes the reply")
-        layers: int = Field(1, ge=1, le=3, description="rounds of proposals before the aggregator")
+        layers: int = Field(default=1, ge=1, le=3, description="rounds of proposals before the aggregator")
         top_k: int | None = Field(
-            None, ge=1, description="proposals that are passed on, best first by a crowd vote; null: all, unranked"
+            default=None,
+            ge=1,
+            description="proposals that are passed on, best first by a crowd vote; null: all, unranked",
         )
-        similarity: SimilarityBlend = Field({"rouge_l_word": 1.0}, description="of the crowd vote that top_k goes by")
-        instruction: str = Field(INSTRUCTION, min_length=1, description="what is told to those who read proposals")
+        similarity: SimilarityBlend = Field(
+            default={"rouge_l_word": 1.0}, description="of the crowd vote that top_k goes by"
+        )
+        instruction: str = Field(
+            default=INSTRUCTION, min_length=1, description="what is told to those who read proposals"
+        )
 
         def references(self) -> set[str]:
             return super().references() | {self.aggregator}

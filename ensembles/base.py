@@ -7,7 +7,7 @@ text; a `DistributionModel` also gives next-token distributions, which probabili
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -217,7 +217,7 @@ class Model(Protocol):
     members: tuple[str, ...]  # names of the models it consults; its own name for a single model
     max_model_len: int | None  # tokens of prompt and completion together; None if only the remote end knows
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[Event]: ...
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]: ...
 
 
 @runtime_checkable
@@ -236,7 +236,7 @@ class MixtureHost(Protocol):
 
     def max_model_len(self, mixture: Mixture) -> int: ...
 
-    def generate(self, mixture: Mixture, request: GenerationRequest, *, method: str) -> AsyncIterator[Event]: ...
+    def generate(self, mixture: Mixture, request: GenerationRequest, *, method: str) -> AsyncGenerator[Event]: ...
 
     async def visit_logprobs(
         self,

@@ -15,9 +15,9 @@ from ensemble_server.ensembles.text_level import TextLevelConfig, member_request
 class CandidateConfig(TextLevelConfig):
     """Keys of the methods that choose among candidates."""
 
-    samples: int = Field(1, ge=1, le=64, description="answers of each member")
+    samples: int = Field(default=1, ge=1, le=64, description="answers of each member")
     temperature: float | None = Field(
-        None, ge=0, le=2, description="of the members' sampling; null takes the request's"
+        default=None, ge=0, le=2, description="of the members' sampling; null takes the request's"
     )
 
     @model_validator(mode="after")

@@ -123,7 +123,7 @@ class CrowdVote(TextLevel):
             {"rouge_l_word": 1.0}, description="what makes two answers alike: a name, a list, or a map to weights"
         )
         prune: float | None = Field(
-            None,
+            default=None,
             ge=0,
             le=1,
             description="answers that score below this share of the median are left out; null keeps all",

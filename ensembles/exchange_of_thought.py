@@ -62,8 +62,8 @@ class Role(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(description="name of the model that speaks")
-    persona: str | None = Field(None, min_length=1, description="system prompt")
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="of its vote")
+    persona: str | None = Field(default=None, min_length=1, description="system prompt")
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="of its vote")
 
 
 class ExchangeOfThought(TextLevel):
@@ -84,15 +84,16 @@ class ExchangeOfThought(TextLevel):
 
     class Config(TextLevelConfig):
         participants: dict[str, Role] | None = Field(
-            None, description="instead of members: a map from names to {model, persona, weight}; models may repeat"
+            default=None,
+            description="instead of members: a map from names to {model, persona, weight}; models may repeat",
         )
         topology: TopologyName | dict[str, tuple[str, ...]] = Field(
-            "memory", description="memory | report | relay | debate, or a map from names to the names they hear"
+            default="memory", description="memory | report | relay | debate, or a map from names to the names they hear"
         )
-        max_rounds: int = Field(5, ge=1, le=20, description="exchanges after everyone's own answer")
-        answer: AnswerKind = Field("text", description="what is compared: number | choice | yes_no | text")
+        max_rounds: int = Field(default=5, ge=1, le=20, description="exchanges after everyone's own answer")
+        answer: AnswerKind = Field(default="text", description="what is compared: number | choice | yes_no | text")
         text_threshold: float | None = Field(
-            None,
+            default=None,
             gt=0,
             le=1,
             description="cosine from which two text answers are the same; null: if they are equal but for spelling",
@@ -101,14 +102,16 @@ class ExchangeOfThought(TextLevel):
             ("unanimity",), description="unanimity | majority | repeat, several of them, or never"
         )
         final: FinalRule = Field(
-            "confidence", description="votes are weighted by confidence, or count alike: plurality"
+            default="confidence", description="votes are weighted by confidence, or count alike: plurality"
         )
-        token_budget: int | None = Field(None, ge=1, description="tokens that all may write together; null: no limit")
+        token_budget: int | None = Field(
+            default=None, ge=1, description="tokens that all may write together; null: no limit"
+        )
         time_budget_s: float | None = Field(
-            None, gt=0, allow_inf_nan=False, description="seconds for all rounds; null: no limit"
+            default=None, gt=0, allow_inf_nan=False, description="seconds for all rounds; null: no limit"
         )
         temperature: float | None = Field(
-            None, ge=0, le=2, description="of the participants' sampling; null takes the request's"
+            default=None, ge=0, le=2, description="of the participants' sampling; null takes the request's"
         )
 
         @model_validator(mode="before")

@@ -36,9 +36,9 @@ class Majority(TextLevel):
     overridable = ("weights", "samples", "answer", "early_stop", "temperature", "min_turnout")
 
     class Config(CandidateConfig):
-        samples: int = Field(5, ge=1, le=64, description="answers of each member")
-        answer: AnswerKind = Field("text", description="what is counted: number | choice | yes_no | text")
-        early_stop: bool = Field(True, description="cancel the samples that cannot change the winner any more")
+        samples: int = Field(default=5, ge=1, le=64, description="answers of each member")
+        answer: AnswerKind = Field(default="text", description="what is counted: number | choice | yes_no | text")
+        early_stop: bool = Field(default=True, description="cancel the samples that cannot change the winner any more")
 
     config: Config
 

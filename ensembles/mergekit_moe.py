@@ -26,7 +26,7 @@ class MoeConfig(BaseModel):
 
     experts: tuple[Expert, ...] = Field(min_length=1)
     shared_experts: tuple[Expert, ...] | None = None
-    experts_per_token: int = Field(2, ge=1)
+    experts_per_token: int = Field(default=2, ge=1)
     gate_mode: Literal["hidden", "cheap_embed"] = "hidden"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -34,7 +34,7 @@ class MethodConfig(BaseModel):
 
     method: str = Field(description="which method; a name in ensembles.registry")
     members: MemberWeights = Field(description="names of models: a list, or a map from name to weight")
-    listed: bool = Field(True, description="false hides it from /v1/models; it can still be a part of others")
+    listed: bool = Field(default=True, description="false hides it from /v1/models; it can still be a part of others")
 
     def references(self) -> set[str]:
         """Names of all models that this one needs. Methods that name more than `members` (a judge) add theirs."""
@@ -90,5 +90,5 @@ class Method(ABC):
         return frozenset().union(*parts)
 
     @abstractmethod
-    def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         """See `ensembles.base.Model.generate`."""

@@ -12,7 +12,7 @@ Herbster & Warmuth, "Tracking the best expert", 1998 (posterior with fixed share
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -30,9 +30,9 @@ class ProbabilityAverage(Method):
     reference = "https://doi.org/10.1214/aoms/1177704873"
 
     class Config(MethodConfig):
-        pool: PoolName = Field("arithmetic", description="arithmetic | geometric | posterior")
+        pool: PoolName = Field(default="arithmetic", description="arithmetic | geometric | posterior")
         share: float = Field(
-            0.0,
+            default=0.0,
             ge=0,
             lt=1,
             description="posterior only: the part of the weights that returns to the prior at each token",
@@ -68,7 +68,7 @@ class ProbabilityAverage(Method):
         self.host.check(Mixture(dict.fromkeys(self.members, 1.0)))  # a request may call in members of weight zero
         self.max_model_len = self.host.max_model_len(self.mixture)
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         mixture = overridden(self.mixture, self.members, request.overrides)
         return self.host.generate(mixture, request, method=self.config.method)
 

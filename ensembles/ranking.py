@@ -63,12 +63,13 @@ class Ranking(TextLevel):
 
     class Config(CandidateConfig):
         judge: str | None = Field(
-            None, description="model that compares answers in pairs, by its next-token distribution"
+            default=None, description="model that compares answers in pairs, by its next-token distribution"
         )
         cross_encoder: str | None = Field(
-            None, description="sentence-transformers CrossEncoder that scores (prompt, answer): a folder or a hub id"
+            default=None,
+            description="sentence-transformers CrossEncoder that scores (prompt, answer): a folder or a hub id",
         )
-        criterion: str = Field(CRITERION, min_length=1, description="judge only: which answer is ...?")
+        criterion: str = Field(default=CRITERION, min_length=1, description="judge only: which answer is ...?")
 
         @model_validator(mode="after")
         def _one_comparer_and_no_weights(self) -> Ranking.Config:

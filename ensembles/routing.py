@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -66,11 +66,11 @@ class Route(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    positive_prompts: Prompts = Field((), description="examples of prompts that it is good at")
-    negative_prompts: Prompts = Field((), description="examples of prompts that it should not get")
-    always: bool = Field(False, description="a shared expert: on for every request, not gated")
+    positive_prompts: Prompts = Field(default=(), description="examples of prompts that it is good at")
+    negative_prompts: Prompts = Field(default=(), description="examples of prompts that it should not get")
+    always: bool = Field(default=False, description="a shared expert: on for every request, not gated")
     residual_scale: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="weight of an always-on member; those of the gates sum to 1"
+        default=1.0, gt=0, allow_inf_nan=False, description="weight of an always-on member; those of the gates sum to 1"
     )
 
     @model_validator(mode="after")
@@ -94,17 +94,17 @@ class Routing(Method):
             min_length=1, description="map from names to {positive_prompts, negative_prompts, always, residual_scale}"
         )
         mergekit_moe: dict[str, Any] | None = Field(
-            None, description="instead of members: a mergekit-moe YAML file, or what it holds"
+            default=None, description="instead of members: a mergekit-moe YAML file, or what it holds"
         )
         sources: dict[str, str] | None = Field(
-            None, description="map from source_model in mergekit_moe to a name here, where they differ"
+            default=None, description="map from source_model in mergekit_moe to a name here, where they differ"
         )
-        top_k: int = Field(1, ge=1, description="gated members chosen (mergekit_moe: its experts_per_token)")
+        top_k: int = Field(default=1, ge=1, description="gated members chosen (mergekit_moe: its experts_per_token)")
         gate_temperature: float = Field(
-            0.1, gt=0, allow_inf_nan=False, description="of the softmax over cosines: lower is sharper"
+            default=0.1, gt=0, allow_inf_nan=False, description="of the softmax over cosines: lower is sharper"
         )
-        pool: PoolName = Field("arithmetic", description="how those chosen are averaged, where they can be")
-        share: float = Field(0.0, ge=0, lt=1, description="posterior pool only, see probability_average")
+        pool: PoolName = Field(default="arithmetic", description="how those chosen are averaged, where they can be")
+        share: float = Field(default=0.0, ge=0, lt=1, description="posterior pool only, see probability_average")
 
         @model_validator(mode="before")
         @classmethod
@@ -148,7 +148,7 @@ class Routing(Method):
             if isinstance(mixed, str):
                 logger.warning("model %r: %s, so the best gate answers alone", name, mixed)
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         config = overridden(self.config, request, OVERRIDABLE)
         gates = await self._gate(_prompt_text(request, self.name), config)
         always = {member: route.residual_scale for member, route in config.members.items() if route.always}
@@ -226,7 +226,7 @@ class Routing(Method):
 
     async def _first_that_answers(
         self, members: list[str], request: GenerationRequest, trace: dict[str, Any]
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event]:
         """What the first of `members` says that does not fail before it says anything. Notes in `trace` who it was."""
         clock = asyncio.get_running_loop().time
         start = clock()

@@ -60,15 +60,19 @@ class SelfCorrection(TextLevel):
     overridable = ("max_rounds", "temperature", "token_budget", "check", "rewrite")
 
     class Config(TextLevelConfig):
-        max_rounds: int = Field(1, ge=1, le=10, description="times that the answer may be checked and written anew")
+        max_rounds: int = Field(
+            default=1, ge=1, le=10, description="times that the answer may be checked and written anew"
+        )
         temperature: float | None = Field(
-            None, ge=0, le=2, description="of answers and checks; null takes the request's"
+            default=None, ge=0, le=2, description="of answers and checks; null takes the request's"
         )
         token_budget: int | None = Field(
-            None, ge=1, description="tokens that answers and checks may have together; null: no limit"
+            default=None, ge=1, description="tokens that answers and checks may have together; null: no limit"
         )
-        check: str = Field(CHECK, min_length=1, description="what the model is told to check its answer")
-        rewrite: str = Field(REWRITE, min_length=1, description="what it is told where the check finds a mistake")
+        check: str = Field(default=CHECK, min_length=1, description="what the model is told to check its answer")
+        rewrite: str = Field(
+            default=REWRITE, min_length=1, description="what it is told where the check finds a mistake"
+        )
 
         @model_validator(mode="after")
         def _has_one_member(self) -> SelfCorrection.Config:

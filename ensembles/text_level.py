@@ -33,9 +33,11 @@ class EmbeddingNeed(NamedTuple):
 class TextLevelConfig(MethodConfig):
     """Keys of every method that fans out to its members."""
 
-    min_turnout: int = Field(1, ge=1, description="members that must answer; fewer is an error that names the others")
+    min_turnout: int = Field(
+        default=1, ge=1, description="members that must answer; fewer is an error that names the others"
+    )
     member_timeout_s: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="seconds after which a member counts as silent; null waits"
+        default=None, gt=0, allow_inf_nan=False, description="seconds after which a member counts as silent; null waits"
     )
 
     @model_validator(mode="after")

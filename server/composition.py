@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from graphlib import TopologicalSorter
 
 from ensemble_server.ensembles.base import Event, GenerationRequest, Mixture, MixtureHost, Model
@@ -22,7 +22,7 @@ class SingleMember:
         self.mixture = Mixture({name: 1.0})
         self.max_model_len = host.max_model_len(self.mixture)
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         mixture = overridden(self.mixture, self.members, request.overrides)
         return self.host.generate(mixture, request, method="member")
 

@@ -6,7 +6,7 @@ an engine makes of its members is made. What remains for the loading are the wei
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +106,7 @@ class _Unloaded:
     def max_model_len(self, mixture: Mixture) -> int:
         return min(self._views[name].max_model_len for name in mixture.weights)
 
-    def generate(self, mixture: Mixture, request: GenerationRequest, *, method: str) -> AsyncIterator[Event]:
+    def generate(self, mixture: Mixture, request: GenerationRequest, *, method: str) -> AsyncGenerator[Event]:
         raise AssertionError("a rehearsal has no weights to answer with")
 
     async def visit_logprobs(self, *arguments: Any, **options: Any) -> None:

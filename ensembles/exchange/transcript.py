@@ -28,7 +28,7 @@ class Participant(Value):
     name: str = Field(min_length=1)
     model: str
     persona: str | None = None
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 
 class Settings(Value):
@@ -80,8 +80,8 @@ class Round(Value):
 
     replies: dict[str, Reply]
     silent: dict[str, str] = Field(default_factory=dict)
-    num_tokens: int = Field(0, ge=0)
-    elapsed_s: float = Field(0.0, ge=0)
+    num_tokens: int = Field(default=0, ge=0)
+    elapsed_s: float = Field(default=0.0, ge=0)
 
 
 class State(Value):

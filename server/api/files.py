@@ -37,8 +37,8 @@ class UploadFields(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     purpose: Literal["batch"]
-    anchor: Literal["created_at"] | None = Field(None, alias="expires_after[anchor]")
-    seconds: Lifetime | None = Field(None, alias="expires_after[seconds]")
+    anchor: Literal["created_at"] | None = Field(default=None, alias="expires_after[anchor]")
+    seconds: Lifetime | None = Field(default=None, alias="expires_after[seconds]")
 
 
 _UPLOAD_FIELDS = TypeAdapter(UploadFields)

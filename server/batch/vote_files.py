@@ -66,7 +66,7 @@ def _as_text(value: Any) -> Any:
 
 class _Candidate(_Strict):
     text: str
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(default=1.0, ge=0)
     system: str | None = None
 
 

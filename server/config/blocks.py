@@ -41,21 +41,24 @@ class HostedModel(Block):
     """
 
     path: CheckpointPath | None = Field(
-        None, description="the weights: a folder, a .gguf file or a Hugging Face hub id"
+        default=None, description="the weights: a folder, a .gguf file or a Hugging Face hub id"
     )
-    base: str | None = Field(None, description="name of a model with `path` whose weights this one shares")
-    adapter: LocalPath | None = Field(None, description="folder of a LoRA adapter (PEFT) for `base`")
+    base: str | None = Field(default=None, description="name of a model with `path` whose weights this one shares")
+    adapter: LocalPath | None = Field(default=None, description="folder of a LoRA adapter (PEFT) for `base`")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="of the weights while they run (auto: as stored); with `path` only"
+        default="auto", description="of the weights while they run (auto: as stored); with `path` only"
     )
     device: Device = Field(
-        "auto", description="auto (the first accelerator, else cpu), cpu, cuda, cuda:1, mps, xpu, ...; with `path` only"
+        default="auto",
+        description="auto (the first accelerator, else cpu), cpu, cuda, cuda:1, mps, xpu, ...; with `path` only",
     )
-    system_prompt: str | None = Field(None, description="put before the messages of every chat, for this member alone")
+    system_prompt: str | None = Field(
+        default=None, description="put before the messages of every chat, for this member alone"
+    )
     chat_template: TemplateText | None = Field(
-        None, description="Jinja text, or the path of a file with it, in place of the tokenizer's own template"
+        default=None, description="Jinja text, or the path of a file with it, in place of the tokenizer's own template"
     )
-    listed: bool = Field(True, description=LISTED)
+    listed: bool = Field(default=True, description=LISTED)
 
     @model_validator(mode="after")
     def _is_one_of_path_and_base(self) -> HostedModel:
@@ -72,54 +75,69 @@ class RemoteModel(Block):
     """A member behind an OpenAI-compatible endpoint. It generates text; its distributions cannot be pooled."""
 
     url: BaseUrl = Field(description="base address, up to and including /v1")
-    model: str | None = Field(None, min_length=1, description="its name over there; default: the entry's own name")
-    api_key_env: VariableName | None = Field(None, description="environment variable that holds the key")
-    timeout_s: Seconds = Field(120, description="longest wait for the next piece of an answer")
-    connect_timeout_s: Seconds = Field(10, description="longest wait for a connection")
-    max_retries: int = Field(2, ge=0, description="tries after the first, on 408, 409, 429, 5xx and broken connections")
-    max_concurrency: Annotated[Count, Unit("requests")] = Field(16, description="requests at once; more wait")
-    prompt_price_per_million: Price = Field(0, description="of what is sent, for the cost that answers report")
-    completion_price_per_million: Price = Field(0, description="of what is answered, for the cost that answers report")
-    max_model_len: Tokens | None = Field(
-        None, description="prompt and completion together; default: only the remote end knows"
+    model: str | None = Field(
+        default=None, min_length=1, description="its name over there; default: the entry's own name"
     )
-    listed: bool = Field(True, description=LISTED)
+    api_key_env: VariableName | None = Field(default=None, description="environment variable that holds the key")
+    timeout_s: Seconds = Field(default=120, description="longest wait for the next piece of an answer")
+    connect_timeout_s: Seconds = Field(default=10, description="longest wait for a connection")
+    max_retries: int = Field(
+        default=2, ge=0, description="tries after the first, on 408, 409, 429, 5xx and broken connections"
+    )
+    max_concurrency: Annotated[Count, Unit("requests")] = Field(default=16, description="requests at once; more wait")
+    prompt_price_per_million: Price = Field(default=0, description="of what is sent, for the cost that answers report")
+    completion_price_per_million: Price = Field(
+        default=0, description="of what is answered, for the cost that answers report"
+    )
+    max_model_len: Tokens | None = Field(
+        default=None, description="prompt and completion together; default: only the remote end knows"
+    )
+    listed: bool = Field(default=True, description=LISTED)
 
 
 class ServerConfig(Block):
     """How the server listens, whom it lets in and what it bounds."""
 
-    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 for all")
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 for all")
+    port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     api_keys_env: VariableName | None = Field(
-        None, description="environment variable with the keys that clients may use, separated by commas"
+        default=None, description="environment variable with the keys that clients may use, separated by commas"
     )
     api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
-        (), repr=False, description="keys besides those of `api_keys_env`; without any key the server is open to all"
+        default=(),
+        repr=False,
+        description="keys besides those of `api_keys_env`; without any key the server is open to all",
     )
     max_queue: Annotated[Count, Unit("requests")] = Field(
-        256, description="how many may wait; more are refused with 429"
+        default=256, description="how many may wait; more are refused with 429"
     )
-    cors_origins: tuple[str, ...] = Field((), description='origins that browsers may call from; ["*"] for any')
-    log_format: Literal["text", "json"] = Field("text", description="of the log on standard error")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe that is logged")
+    cors_origins: tuple[str, ...] = Field(default=(), description='origins that browsers may call from; ["*"] for any')
+    log_format: Literal["text", "json"] = Field(default="text", description="of the log on standard error")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="least severe that is logged"
+    )
     shutdown_timeout_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        30, description="how long live requests may finish after a stop signal"
+        default=30, description="how long live requests may finish after a stop signal"
     )
-    keep_alive_interval_s: Seconds = Field(15, description="a silent stream gets a comment line this often")
-    max_body_bytes: Count = Field(16 * 1024**2, description="largest request body; a larger one is refused with 413")
-    request_timeout_s: Seconds | None = Field(None, description="longest time for one request; default: no limit")
+    keep_alive_interval_s: Seconds = Field(default=15, description="a silent stream gets a comment line this often")
+    max_body_bytes: Count = Field(
+        default=16 * 1024**2, description="largest request body; a larger one is refused with 413"
+    )
+    request_timeout_s: Seconds | None = Field(
+        default=None, description="longest time for one request; default: no limit"
+    )
     strict_params: bool = Field(
-        False, description="refuse request parameters that are not known instead of ignoring them"
+        default=False, description="refuse request parameters that are not known instead of ignoring them"
     )
     max_depth: Annotated[Count, Unit("levels")] = Field(
-        4, description="ensembles inside ensembles, the outermost counted"
+        default=4, description="ensembles inside ensembles, the outermost counted"
     )
     max_fan_out: Annotated[Count, Unit("members")] = Field(
-        64, description="how many one ensemble may reach through all its levels, each as often as it is reached"
+        default=64, description="how many one ensemble may reach through all its levels, each as often as it is reached"
     )
     max_calls: Annotated[Count, Unit("calls")] = Field(
-        1024, description="calls of single models that one request may come to: levels x samples x rounds x choices"
+        default=1024,
+        description="calls of single models that one request may come to: levels x samples x rounds x choices",
     )
 
 
@@ -127,47 +145,51 @@ class EngineBlock(Block):
     """What every engine is told."""
 
     kind: str
-    max_batch: Annotated[Count, Unit("sequences")] = Field(32, description="how many run at once; more wait")
+    max_batch: Annotated[Count, Unit("sequences")] = Field(default=32, description="how many run at once; more wait")
     max_context: Tokens = Field(
-        4096, description="prompt and completion of one sequence together; a model's own limit may be lower"
+        default=4096, description="prompt and completion of one sequence together; a model's own limit may be lower"
     )
 
 
 class EngineConfig(EngineBlock):
     """The embedded engine, that runs the hosted models in this process."""
 
-    kind: EmbeddedEngine = Field("transformers", description="in this process, on CPU or GPU")
+    kind: EmbeddedEngine = Field(default="transformers", description="in this process, on CPU or GPU")
     prefill_chunk: Tokens = Field(
-        512, description="read of a prompt per step, so that a long one does not stall others"
+        default=512, description="read of a prompt per step, so that a long one does not stall others"
     )
     prefix_cache_mb: Annotated[int, Unit("MB")] = Field(
-        512,
+        default=512,
         ge=0,
         description="kept of prompts that were read, so that prompts that begin alike (a system prompt, examples) are "
         "read once; 0 switches it off",
     )
-    num_threads: Annotated[Count, Unit("CPU threads")] | None = Field(None, description="default: torch's choice")
+    num_threads: Annotated[Count, Unit("CPU threads")] | None = Field(
+        default=None, description="default: torch's choice"
+    )
 
 
 class VllmEngineConfig(EngineBlock):
     """vLLM runs the hosted models, in processes of its own that are started again when they die."""
 
     kind: Literal["vllm"] = Field(
-        "vllm", description="vLLM, for throughput; members of an ensemble are one model there"
+        default="vllm", description="vLLM, for throughput; members of an ensemble are one model there"
     )
     prefill_chunk: Annotated[int, Field(ge=16), Unit("tokens")] | None = Field(
-        None, description="read and generated per step, of all sequences together; default: vLLM's choice"
+        default=None, description="read and generated per step, of all sequences together; default: vLLM's choice"
     )
-    prefix_caching: bool = Field(True, description="whether prompts that begin alike are read once")
+    prefix_caching: bool = Field(default=True, description="whether prompts that begin alike are read once")
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1), Unit("of 1")] = Field(
-        0.9,
+        default=0.9,
         description="the part of a device's memory (on CPUs: of the machine's) that all models of this config may take "
         "together, weights and caches",
     )
     kv_cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False), Unit("GiB")] | None = Field(
-        None, description="for the caches of all models together; default: what gpu_memory_utilization leaves"
+        default=None, description="for the caches of all models together; default: what gpu_memory_utilization leaves"
     )
-    tensor_parallel: Annotated[Count, Unit("devices")] = Field(1, description="that share every layer of every member")
+    tensor_parallel: Annotated[Count, Unit("devices")] = Field(
+        default=1, description="that share every layer of every member"
+    )
     options: dict[str, Any] = Field(
         {}, description="any other argument of vLLM's engine under its Python name, such as `enforce_eager: true`"
     )
@@ -177,25 +199,28 @@ class EmbeddingConfig(Block):
     """The model that /v1/embeddings and similarity votes use."""
 
     path: CheckpointPath = Field(
-        "all-MiniLM-L6-v2", description="a sentence-transformers model: that of an installed package, or a folder"
+        default="all-MiniLM-L6-v2",
+        description="a sentence-transformers model: that of an installed package, or a folder",
     )
-    batch_size: Annotated[Count, Unit("texts")] = Field(32, description="how many are embedded at once")
+    batch_size: Annotated[Count, Unit("texts")] = Field(default=32, description="how many are embedded at once")
 
 
 class BatchConfig(Block):
     """Files and batches over HTTP: where they are kept, and how much of them."""
 
     folder: LocalPath | None = Field(
-        None, description="where files and batches are kept; default: beside the config, demo.yaml -> demo.batches"
+        default=None,
+        description="where files and batches are kept; default: beside the config, demo.yaml -> demo.batches",
     )
-    max_file_bytes: Count = Field(200 * 1000**2, description="largest upload; a larger one is refused with 413")
-    max_rows: Annotated[Count, Unit("rows")] = Field(100_000, description="of one batch; one with more fails")
+    max_file_bytes: Count = Field(default=200 * 1000**2, description="largest upload; a larger one is refused with 413")
+    max_rows: Annotated[Count, Unit("rows")] = Field(default=100_000, description="of one batch; one with more fails")
     max_live: Annotated[Count, Unit("batches")] = Field(
-        32, description="of one key that have not ended; more are refused with 429"
+        default=32, description="of one key that have not ended; more are refused with 429"
     )
-    max_running: Annotated[Count, Unit("batches")] = Field(2, description="that run side by side; more wait")
+    max_running: Annotated[Count, Unit("batches")] = Field(default=2, description="that run side by side; more wait")
     retention_days: Annotated[float, Field(gt=0, allow_inf_nan=False), Unit("days")] = Field(
-        30, description="files, and batches that have ended, are deleted after this; an upload may ask for less or more"
+        default=30,
+        description="files, and batches that have ended, are deleted after this; an upload may ask for less or more",
     )
 
 

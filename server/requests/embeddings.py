@@ -48,8 +48,12 @@ class EmbeddingBody(Part):
         ),
     ]
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Annotated[int, Field(ge=1), WHOLE] | None = Field(None, description="only the model's own number")
-    truncate_prompt_tokens: Annotated[int, WHOLE] | None = Field(None, description="-1: cut texts that are too long")
+    dimensions: Annotated[int, Field(ge=1), WHOLE] | None = Field(
+        default=None, description="only the model's own number"
+    )
+    truncate_prompt_tokens: Annotated[int, WHOLE] | None = Field(
+        default=None, description="-1: cut texts that are too long"
+    )
 
 
 async def embedded(body: EmbeddingBody, embedder: SentenceEmbedder) -> EmbeddingList:

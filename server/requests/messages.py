@@ -101,8 +101,8 @@ ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMes
 class FunctionDefinition(Part):
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
     description: str | None = None
-    parameters: dict[str, JsonValue] | None = Field(None, description="JSON schema of the arguments")
-    strict: bool | None = Field(None, description="the schema is enforced where the call is: required or named")
+    parameters: dict[str, JsonValue] | None = Field(default=None, description="JSON schema of the arguments")
+    strict: bool | None = Field(default=None, description="the schema is enforced where the call is: required or named")
 
 
 def _function_tool(value: Any) -> Any:

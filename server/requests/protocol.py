@@ -80,13 +80,13 @@ Prompts = Annotated[
 
 class StreamOptions(Part):
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = Field(None, description="usage so far on every chunk")
+    continuous_usage_stats: bool | None = Field(default=None, description="usage so far on every chunk")
 
 
 class JSONSchemaFormat(Part):
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
     description: str | None = None
-    schema_: dict[str, JsonValue] | None = Field(None, alias="schema")
+    schema_: dict[str, JsonValue] | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
 
@@ -98,7 +98,7 @@ class ResponseFormat(Part):
 class StructuredOutputs(Part):
     """vLLM's way to ask for structured output; exactly one of these."""
 
-    json_: dict[str, JsonValue] | str | None = Field(None, alias="json", description="a JSON schema")
+    json_: dict[str, JsonValue] | str | None = Field(default=None, alias="json", description="a JSON schema")
     json_object: bool | None = None
     regex: str | None = None
     choice: Annotated[list[StopString], Field(min_length=1, max_length=1000)] | None = None
@@ -107,19 +107,19 @@ class StructuredOutputs(Part):
 class GenerationBody(Part):
     """What chats and completions share."""
 
-    model: str | None = Field(None, description="may be left out where one model is served")
+    model: str | None = Field(default=None, description="may be left out where one model is served")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=128), WHOLE] | None = None
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: Annotated[int, Field(ge=-1, le=MAX_INT), WHOLE] | None = Field(None, description="-1 and 0 are off")
-    min_p: float | None = Field(None, ge=0, le=1)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: Annotated[int, Field(ge=-1, le=MAX_INT), WHOLE] | None = Field(default=None, description="-1 and 0 are off")
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=10)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, description="token id, as text, -> logits that are added"
+        default=None, description="token id, as text, -> logits that are added"
     )
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), WHOLE] | None = None
     stop: Stop | None = None
@@ -129,14 +129,14 @@ class GenerationBody(Part):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_INT), WHOLE] | None = Field(
-        None, description="keep that many tokens of the prompt's end; -1: as many as fit"
+        default=None, description="keep that many tokens of the prompt's end; -1: as many as fit"
     )
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     return_token_ids: bool | None = None
     ensemble: dict[str, JsonValue] | None = Field(
-        None, description="`explain`, and what the model's method lets a request change: weights, pool, ..."
+        default=None, description="`explain`, and what the model's method lets a request change: weights, pool, ..."
     )
 
 
@@ -145,7 +145,7 @@ class ChatBody(GenerationBody):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_tokens: Count | None = None
-    max_completion_tokens: Count | None = Field(None, description="wins over max_tokens")
+    max_completion_tokens: Count | None = Field(default=None, description="wins over max_tokens")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     tools: Annotated[list[ChatTool], Field(min_length=1, max_length=128)] | None = None
@@ -162,11 +162,11 @@ class CompletionBody(GenerationBody):
 
     prompt: Prompts
     max_tokens: Annotated[int, Field(ge=0, le=MAX_INT), WHOLE] | None = Field(
-        None, description="0 needs echo: score the prompt only"
+        default=None, description="0 needs echo: score the prompt only"
     )
     logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     echo: bool | None = None
-    add_special_tokens: bool | None = Field(None, description="false: text prompts are encoded without them")
+    add_special_tokens: bool | None = Field(default=None, description="false: text prompts are encoded without them")
 
     @property
     def max_new_tokens(self) -> int:

@@ -19,7 +19,7 @@ MAX_CHARS = 500_000  # of all candidates together; ROUGE-L takes time with its s
 
 class VoteCandidate(Part):
     text: str
-    weight: float = Field(1.0, ge=0, le=1e6, description="of its vote; 2 counts like two equal candidates")
+    weight: float = Field(default=1.0, ge=0, le=1e6, description="of its vote; 2 counts like two equal candidates")
 
 
 def _as_candidate(value: Any) -> Any:
@@ -37,7 +37,7 @@ class VoteBody(Part):
         default={"rouge_l_word": 1.0}, description="what makes two answers alike: a name, a list, or a map to weights"
     )
     prune: float | None = Field(
-        None, ge=0, le=1, description="candidates that score below this share of the median are left out"
+        default=None, ge=0, le=1, description="candidates that score below this share of the median are left out"
     )
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -118,7 +118,7 @@ class Scribe:
         self.may_go_on = asyncio.Event()
         self.is_closed = False
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         token = TokenLogprob(1, "so", b"so", -0.5)
         try:
             yield PromptScored((1, 2, 3))

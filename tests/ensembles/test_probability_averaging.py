@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ class RecordingHost:
     def max_model_len(self, mixture: Mixture) -> int:
         return 100 * len(mixture.weights)
 
-    async def generate(self, mixture: Mixture, request: GenerationRequest, *, method: str) -> AsyncIterator[Event]:
+    async def generate(self, mixture: Mixture, request: GenerationRequest, *, method: str) -> AsyncGenerator[Event]:
         self.ran.append((mixture, method))
         yield Done(Usage(), method, tuple(mixture.weights), len(mixture.weights))
 
@@ -48,7 +48,7 @@ class Hosted:
     def mixture(self) -> Mixture:
         return Mixture({self.name: 1.0})
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         return self.host.generate(self.mixture, request, method="member")
 
 
@@ -57,7 +57,7 @@ class Remote:
 
     name, members, max_model_len = "remote", ("remote",), None
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         raise NotImplementedError
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -49,7 +49,7 @@ class Judge:
     mixture: Mixture = field(default_factory=lambda: Mixture({"judge": 1.0}))
     num_asked: int = 0
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         self.num_asked += 1
         text = request.messages[0]["content"] if request.messages else request.prompt
         first, second = text.partition("[Answer A]\n")[2].split("\n\n[Answer B]\n")
@@ -75,7 +75,7 @@ class Scored:
     members: tuple[str, ...] = ()
     max_model_len: int | None = None
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         assert request.top_logprobs == 0
         tokens = tuple(TokenLogprob(0, "x", b"x", logprob) for logprob in self.logprobs)
         yield Delta(0, self.text, tuple(range(len(tokens))), tokens, finish_reason="stop")
@@ -178,7 +178,7 @@ class Mixed(Scored):
     host: object = None
     mixture: Mixture = field(default_factory=lambda: Mixture({"ann": 1.0, "bob": 1.0}))
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         if request.explain:
             raise UnsupportedError("it does not show its members' views", param="ensemble.explain")
         async for event in super().generate(request):

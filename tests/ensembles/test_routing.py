@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import pytest
@@ -129,7 +129,7 @@ class Host:
     def max_model_len(self, mixture: Mixture) -> int:
         return 64
 
-    async def generate(self, mixture: Mixture, request: GenerationRequest, *, method: str) -> AsyncIterator[Event]:
+    async def generate(self, mixture: Mixture, request: GenerationRequest, *, method: str) -> AsyncGenerator[Event]:
         self.mixtures.append(mixture)
         yield PromptScored((1,))
         yield Delta(0, "averaged", finish_reason="stop")
@@ -146,7 +146,7 @@ class Hosted:
         self.name, self.host, self.mixture = name, host, mixture or Mixture({name: 1.0})
         self.members = tuple(self.mixture.weights)
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         return self.host.generate(self.mixture, request, method="member")
 
 
@@ -240,7 +240,7 @@ async def test_a_request_at_fault_is_not_tried_on_others(talker: Callable, compo
 
 async def test_an_answer_that_has_begun_is_not_begun_again(compose: Callable, talker: Callable) -> None:
     class Breaks(Hosted):
-        async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
+        async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
             yield Delta(0, "half")
             raise MemberError("ann", "gpu on fire")
 

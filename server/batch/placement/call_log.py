@@ -8,7 +8,7 @@ no part of a request here.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -138,7 +138,7 @@ class RecordedModel:
         self._fingerprint = fingerprint
         self._note = note
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         """Raises `NotRecordedError` for a call without an answer, and the error of one that failed."""
         asked = replace(request, deadline_s=None, priority=0, request_id="")
         key = hashlib.blake2b(self._fingerprint.encode() + _REQUEST.dump_json(asked), digest_size=16).digest()

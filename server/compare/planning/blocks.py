@@ -25,12 +25,12 @@ def _as_map(key: str) -> BeforeValidator:
 class Variant(Block):
     """What an arm is: a merge, or a model entry as it could stand in the config."""
 
-    label: str | None = Field(None, description="what the report calls this variant; default: its number")
+    label: str | None = Field(default=None, description="what the report calls this variant; default: its number")
     merge: LocalPath | dict[str, Any] | None = Field(
-        None, description="a mergekit recipe: its file, or the YAML itself"
+        default=None, description="a mergekit recipe: its file, or the YAML itself"
     )
     ensemble: dict[str, Any] | None = Field(
-        None,
+        default=None,
         description="a model entry; `weights: fitted` in a probability average has its weights fitted on `fit`",
     )
 
@@ -47,12 +47,14 @@ class Arm(Block):
     name: str = Field(
         min_length=1, description="how the report calls it; without `merge`, `ensemble` and `choose`: a model"
     )
-    description: str = Field("", description="a line for the report")
+    description: str = Field(default="", description="a line for the report")
     merge: LocalPath | dict[str, Any] | None = Field(
-        None, description="a mergekit recipe: its file, or the YAML itself"
+        default=None, description="a mergekit recipe: its file, or the YAML itself"
     )
-    ensemble: dict[str, Any] | None = Field(None, description="a model entry; `weights: fitted` fits them on `fit`")
-    choose: tuple[Variant, ...] = Field((), description="variants, of which the best on `fit` becomes the arm")
+    ensemble: dict[str, Any] | None = Field(
+        default=None, description="a model entry; `weights: fitted` fits them on `fit`"
+    )
+    choose: tuple[Variant, ...] = Field(default=(), description="variants, of which the best on `fit` becomes the arm")
 
     @model_validator(mode="after")
     def _is_one_thing_at_most(self) -> Arm:
@@ -77,13 +79,13 @@ class Arm(Block):
 class TextSource(Block):
     """A text to measure bits per byte on: a file or a part of it, or one that switches between others."""
 
-    path: LocalPath | None = Field(None, description="a UTF-8 text file")
+    path: LocalPath | None = Field(default=None, description="a UTF-8 text file")
     tail: float | None = Field(
-        None, gt=0, lt=1, description="only this last part of the file's characters, from a line's start on"
+        default=None, gt=0, lt=1, description="only this last part of the file's characters, from a line's start on"
     )
-    switching: tuple[str, ...] = Field((), description="other texts (by name) whose pieces take turns")
-    piece_bytes: Bytes = Field(380, description="length of a piece of `switching`; cut between characters")
-    bytes: Bytes | None = Field(None, description="at most so much, from the start; default: all")
+    switching: tuple[str, ...] = Field(default=(), description="other texts (by name) whose pieces take turns")
+    piece_bytes: Bytes = Field(default=380, description="length of a piece of `switching`; cut between characters")
+    bytes: Bytes | None = Field(default=None, description="at most so much, from the start; default: all")
 
     @model_validator(mode="after")
     def _is_one_kind(self) -> TextSource:
@@ -106,17 +108,18 @@ class TaskSource(Block):
         description="how an output is judged"
     )
     template: str = Field(min_length=1, description="Jinja: the prompt of a row")
-    answer: str = Field("{{ answer }}", min_length=1, description="Jinja: the right answer of a row")
-    chat: bool = Field(True, description="ask as a user's message; false: continue the prompt as raw text")
-    system_prompt: str | None = Field(None, description="put before the prompt, for all arms alike")
-    max_tokens: Tokens = Field(256, description="longest output")
-    temperature: float = Field(0.0, ge=0, le=2)
-    samples: Count = Field(1, description="outputs per question; scores are averaged within a question first")
-    pass_at: tuple[Count, ...] = Field((), description="also report pass@k for these k, at most `samples`")
-    stop: tuple[str, ...] = Field((), description="strings that end an output")
-    limit: Count | None = Field(None, description="only the first so many rows")
+    answer: str = Field(default="{{ answer }}", min_length=1, description="Jinja: the right answer of a row")
+    chat: bool = Field(default=True, description="ask as a user's message; false: continue the prompt as raw text")
+    system_prompt: str | None = Field(default=None, description="put before the prompt, for all arms alike")
+    max_tokens: Tokens = Field(default=256, description="longest output")
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    samples: Count = Field(default=1, description="outputs per question; scores are averaged within a question first")
+    pass_at: tuple[Count, ...] = Field(default=(), description="also report pass@k for these k, at most `samples`")
+    stop: tuple[str, ...] = Field(default=(), description="strings that end an output")
+    limit: Count | None = Field(default=None, description="only the first so many rows")
     dev: LocalPath | None = Field(
-        None, description="other rows of the same form, for choosing the best single member; never scored as a test"
+        default=None,
+        description="other rows of the same form, for choosing the best single member; never scored as a test",
     )
 
     @model_validator(mode="after")
@@ -134,42 +137,46 @@ class HarnessTasks(Block):
     """Tasks of lm-evaluation-harness, run by the harness itself."""
 
     tasks: tuple[str, ...] = Field(min_length=1, description="names, as `lm_eval --tasks` takes them")
-    include_path: LocalPath | None = Field(None, description="a folder with task files of your own")
-    limit: Count | None = Field(None, description="only the first so many items of each task")
-    num_fewshot: int | None = Field(None, ge=0, description="examples in the prompt; default: the task's own")
+    include_path: LocalPath | None = Field(default=None, description="a folder with task files of your own")
+    limit: Count | None = Field(default=None, description="only the first so many items of each task")
+    num_fewshot: int | None = Field(default=None, ge=0, description="examples in the prompt; default: the task's own")
 
 
 class CostSettings(Block):
     """How speed is measured: rounds over all arms in turn, the first of which warms up and is dropped."""
 
-    concurrency: tuple[Count, ...] = Field((1, 16), description="requests at once; none: do not measure speed")
-    max_tokens: Tokens = Field(32, description="answer tokens per request")
-    prompt_tokens: Tokens = Field(64, description="length of the prompts, which are cut from the first text")
-    repeats: Count = Field(3, description="rounds that count")
-    kv_tokens: Tokens = Field(2048, description="length of the sequence for which the KV cache is stated")
+    concurrency: tuple[Count, ...] = Field(default=(1, 16), description="requests at once; none: do not measure speed")
+    max_tokens: Tokens = Field(default=32, description="answer tokens per request")
+    prompt_tokens: Tokens = Field(default=64, description="length of the prompts, which are cut from the first text")
+    repeats: Count = Field(default=3, description="rounds that count")
+    kv_tokens: Tokens = Field(default=2048, description="length of the sequence for which the KV cache is stated")
 
 
 class CostMatched(Block):
     """The best single member, with as many samples as an ensemble's cost buys, as an arm of its own."""
 
-    ensembles: tuple[str, ...] | None = Field(None, description="arms to match; default: all ensembles")
+    ensembles: tuple[str, ...] | None = Field(default=None, description="arms to match; default: all ensembles")
     by: Literal["forward_tokens", "seconds"] = Field(
-        "forward_tokens", description="what a sample costs; seconds differ from run to run"
+        default="forward_tokens", description="what a sample costs; seconds differ from run to run"
     )
     max_samples: Annotated[int, Field(ge=2, le=64)] = 16
-    temperature: float = Field(0.7, gt=0, le=2, description="of the samples")
+    temperature: float = Field(default=0.7, gt=0, le=2, description="of the samples")
 
 
 class StatisticsSettings(Block):
-    seed: int = Field(0, ge=0)
-    resamples: Annotated[int, Field(ge=100, le=1_000_000)] = Field(10_000, description="of the bootstrap")
-    alpha: float = Field(0.05, gt=0, lt=0.5, description="1 - the confidence of intervals")
-    margin_bpb: float = Field(0.01, ge=0, description="the smallest difference in bits per byte that matters to you")
-    margin_score: float = Field(0.02, ge=0, description="the same for scores of tasks")
+    seed: int = Field(default=0, ge=0)
+    resamples: Annotated[int, Field(ge=100, le=1_000_000)] = Field(default=10_000, description="of the bootstrap")
+    alpha: float = Field(default=0.05, gt=0, lt=0.5, description="1 - the confidence of intervals")
+    margin_bpb: float = Field(
+        default=0.01, ge=0, description="the smallest difference in bits per byte that matters to you"
+    )
+    margin_score: float = Field(default=0.02, ge=0, description="the same for scores of tasks")
 
 
 class Flips(Block):
-    per_arm: Annotated[int, Field(ge=0, le=50)] = Field(2, description="items shown side by side, per arm and measure")
+    per_arm: Annotated[int, Field(ge=0, le=50)] = Field(
+        default=2, description="items shown side by side, per arm and measure"
+    )
 
 
 class PlanFile(Block):
@@ -185,11 +192,13 @@ class PlanFile(Block):
     )
     tasks: tuple[TaskSource, ...] = ()
     lm_eval: HarnessTasks | None = None
-    window: Tokens = Field(512, ge=2, description="longest context in which a token of a text is scored")
-    stride: Tokens | None = Field(None, description="tokens between two windows; default: window - 1, no overlap")
-    document_bytes: Bytes = Field(2000, description="shortest piece of a text that counts as one of its items")
+    window: Tokens = Field(default=512, ge=2, description="longest context in which a token of a text is scored")
+    stride: Tokens | None = Field(
+        default=None, description="tokens between two windows; default: window - 1, no overlap"
+    )
+    document_bytes: Bytes = Field(default=2000, description="shortest piece of a text that counts as one of its items")
     cost: CostSettings = CostSettings()
-    cost_matched: CostMatched | None = Field(None, description="default: on where a task has `dev` data")
+    cost_matched: CostMatched | None = Field(default=None, description="default: on where a task has `dev` data")
     statistics: StatisticsSettings = StatisticsSettings()
     replicates: dict[str, dict[str, dict[str, Any]]] = Field(
         default_factory=dict,

@@ -162,7 +162,7 @@ class Said(BaseModel):
 class ChunkChoice(BaseModel):
     """One choice: of a chat (`delta` if streamed, else `message`) or of a completion (`text`)."""
 
-    index: int = Field(0, ge=0)
+    index: int = Field(default=0, ge=0)
     delta: Said | None = None
     message: Said | None = None
     text: str | None = None
@@ -176,8 +176,8 @@ class ChunkChoice(BaseModel):
 
 
 class ChunkUsage(BaseModel):
-    prompt_tokens: int | None = Field(None, ge=0)
-    completion_tokens: int | None = Field(None, ge=0)
+    prompt_tokens: int | None = Field(default=None, ge=0)
+    completion_tokens: int | None = Field(default=None, ge=0)
 
 
 class Chunk(BaseModel):

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -113,7 +113,7 @@ class RemoteChat:
     async def aclose(self) -> None:
         await self._client.aclose()
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         path, body = request_body(self.name, self._config.model or self.name, request)
         start = asyncio.get_running_loop().time()
         progress = _Progress(request, None if request.deadline_s is None else start + request.deadline_s)

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -123,7 +123,7 @@ class TransformersEngine:
             self._families[names] = as_family([self._members[name] for name in names])
         return self._families[names]
 
-    async def generate(self, mixture: Mixture, request: GenerationRequest, *, method: str) -> AsyncIterator[Event]:
+    async def generate(self, mixture: Mixture, request: GenerationRequest, *, method: str) -> AsyncGenerator[Event]:
         """See `ensembles.base.MixtureHost`. Raises `OverloadedError` when the queue is full."""
         if self._failure is not None:
             raise EngineDeadError(self._failure)

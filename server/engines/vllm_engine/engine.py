@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Self
@@ -105,7 +105,7 @@ class VllmEngine:
             "engine.kind transformers for that"
         )
 
-    async def generate(self, mixture: Mixture, request: GenerationRequest, *, method: str) -> AsyncIterator[Event]:
+    async def generate(self, mixture: Mixture, request: GenerationRequest, *, method: str) -> AsyncGenerator[Event]:
         """See `ensembles.base.MixtureHost`. Raises `OverloadedError` when the queue is full, and its subclass
         `EngineRestartingError` when vLLM is down or goes down before the end.
         """

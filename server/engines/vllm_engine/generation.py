@@ -7,7 +7,7 @@ choices read the prompt once all the same, if the prefix cache is on.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -76,7 +76,7 @@ class Prepared:
         return PromptScored(tuple(self.token_ids), tokens)
 
 
-async def generate(prepared: Prepared, open_stream: OpenStream, on_begin: Callable[[], None]) -> AsyncIterator[Event]:
+async def generate(prepared: Prepared, open_stream: OpenStream, on_begin: Callable[[], None]) -> AsyncGenerator[Event]:
     """The events of a request. `open_stream`: the vLLM stream of choice `index`. `on_begin` is called when the prompt
     has been read. Raises what vLLM raises, and `DeadlineError` if not even that happened in time.
     """

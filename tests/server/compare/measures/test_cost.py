@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +26,7 @@ class Paced:
         self.name, self.log, self.seconds, self.fails, self.ids = name, log, seconds, fails, ids
         self.prompts: list[str] = []
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         self.log.append(self.name)
         self.prompts.append(request.messages[0]["content"])
         if self.fails:

@@ -216,6 +216,12 @@ class Model(Protocol):
     name: str
     members: tuple[str, ...]  # names of the models it consults; its own name for a single model
     max_model_len: int | None  # tokens of prompt and completion together; None if only the remote end knows
+    explains_tokens: bool  # whether `explain` may turn its log-probabilities on: it has tokens, and they are known here
+
+    @property
+    def fan_out(self) -> int:
+        """How many calls of single models one choice may keep running at the same time. A mixture runs as one."""
+        ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]: ...
 

@@ -68,6 +68,7 @@ class Method(ABC):
 
     Config: ClassVar[type[MethodConfig]]
     reference: ClassVar[str]  # the paper or page that the method follows
+    explains_tokens: bool = False  # ensembles of texts explain by their trace, and share no tokens
 
     def __init__(self, name: str, config: MethodConfig, models: Mapping[str, Model], services: Services) -> None:
         self.name = name
@@ -82,6 +83,11 @@ class Method(ABC):
         """The most calls of single models that one reply takes, under `config` or the method's own."""
         calls = {name: model.num_calls() if isinstance(model, Method) else 1 for name, model in self.models.items()}
         return (config or self.config).num_calls(calls)
+
+    @property
+    def fan_out(self) -> int:
+        """See `ensembles.base.Model.fan_out`: that of all members, `samples` times where the config has that key."""
+        return max(1, getattr(self.config, "samples", 1) * sum(self.models[member].fan_out for member in self.members))
 
     @property
     def singles(self) -> frozenset[str]:

@@ -28,6 +28,7 @@ MAX_WEIGHT = 1e6  # in size; a log-probability times a weight must fit into floa
 
 class ProbabilityAverage(Method):
     reference = "https://doi.org/10.1214/aoms/1177704873"
+    explains_tokens = True
 
     class Config(MethodConfig):
         pool: PoolName = Field(default="arithmetic", description="arithmetic | geometric | posterior")
@@ -67,6 +68,10 @@ class ProbabilityAverage(Method):
         self.mixture = mixture_of(config.members, config.pool, config.share)
         self.host.check(Mixture(dict.fromkeys(self.members, 1.0)))  # a request may call in members of weight zero
         self.max_model_len = self.host.max_model_len(self.mixture)
+
+    @property
+    def fan_out(self) -> int:
+        return 1  # members run as one sequence
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         mixture = overridden(self.mixture, self.members, request.overrides)

@@ -15,6 +15,9 @@ from ensemble_server.ensembles.registry import method_class
 class SingleMember:
     """One hosted member as a model of its own: the mixture of it alone."""
 
+    explains_tokens = True
+    fan_out = 1
+
     def __init__(self, name: str, host: MixtureHost) -> None:
         self.name = name
         self.members = (name,)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Self
+from typing import Protocol, Self
 
 from ensemble_server.ensembles.base import Embedder, Model
 from ensemble_server.ensembles.method import MethodConfig, Services
@@ -24,8 +24,39 @@ from ensemble_server.server.weights.threads import in_own_thread
 from ensemble_server.server.weights.view import Surface
 
 
+class House(Protocol):
+    """What the API, batches and comparisons ask of a hosting. `engines.scripted_hosting` is one without weights."""
+
+    config: Config
+    models: Mapping[str, Model]  # all that the config names
+    listed: Sequence[str]  # those of them that clients see
+    embedder: Embedder
+    created: int  # when it was made, in seconds since 1970
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing hosted can answer any more; None while all is well."""
+
+    @property
+    def num_restarts(self) -> int:
+        """How often an engine has died and was started again."""
+        ...
+
+    @property
+    def down(self) -> frozenset[str]:
+        """Hosted models that nothing answers for now."""
+        ...
+
+    def surface(self, name: str) -> Surface | None:
+        """How model `name` reads and writes text: its own tokenizer, or that of its first member that has one."""
+
+    def fingerprint(self, name: str) -> str:
+        """Changes when the model's answers may change: its part of the config, its members' and the versions."""
+        ...
+
+
 class Hosting:
-    """Every model of a config, loaded and running. Made by `Hosting.open`."""
+    """A `House` of loaded models, running. Made by `Hosting.open`."""
 
     def __init__(
         self,
@@ -78,21 +109,17 @@ class Hosting:
 
     @property
     def failure(self) -> str | None:
-        """Why nothing hosted can answer any more; None while all is well."""
         return self._engine.failure if self._engine is not None else None
 
     @property
     def num_restarts(self) -> int:
-        """How often an engine has died and was started again."""
         return self._engine.num_restarts if self._engine is not None else 0
 
     @property
     def down(self) -> frozenset[str]:
-        """Hosted models that nothing answers for now."""
         return self._engine.down if self._engine is not None else frozenset()
 
     def surface(self, name: str) -> Surface | None:
-        """How model `name` reads and writes text: its own tokenizer, or that of its first member that has one."""
         if name in self._surfaces:
             return self._surfaces[name]
         model = self.models[name]
@@ -100,7 +127,6 @@ class Hosting:
         return next((surface for member in others if (surface := self.surface(member)) is not None), None)
 
     def fingerprint(self, name: str) -> str:
-        """Changes when the model's answers may change: its part of the config, its members' and the versions."""
         return self._fingerprints[name]
 
 

@@ -76,6 +76,9 @@ class ScriptedModel:
     been noticed.
     """
 
+    explains_tokens = True
+    fan_out = 1
+
     def __init__(
         self,
         name: str,

@@ -14,7 +14,6 @@ from ensemble_server.server.requests.generation import (
     Generations,
     Observer,
     check_stream_options,
-    explains_tokens,
     extension_of,
     prompt_tokens_kept,
     sampling_of,
@@ -43,7 +42,7 @@ def chat_request(
     if body.top_logprobs and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
     extension = extension_of(body)
-    explains = extension.explain and explains_tokens(hosting.models[model_name])
+    explains = extension.explain and hosting.models[model_name].explains_tokens
     grammar = tools.grammar if tools and tools.grammar else None
     sampling = sampling_of(
         body,

@@ -16,7 +16,6 @@ from ensemble_server.server.requests.generation import (
     Observer,
     PromptAnswer,
     check_stream_options,
-    explains_tokens,
     extension_of,
     prompt_tokens_kept,
     sampling_of,
@@ -49,7 +48,7 @@ def completion_requests(
     surface = hosting.surface(model_name)
     extension = extension_of(body)
     sampling = sampling_of(body, requested_grammar(body.response_format, body.structured_outputs), surface)
-    explains = extension.explain and explains_tokens(hosting.models[model_name])
+    explains = extension.explain and hosting.models[model_name].explains_tokens
     top_logprobs = 0 if body.logprobs is None and explains else body.logprobs
     kept = prompt_tokens_kept(body, hosting.models[model_name])
     return [

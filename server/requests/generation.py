@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ensemble_server.ensembles.base import (
     Choice,
     Delta,
-    DistributionModel,
     Done,
     GenerationRequest,
     Grammar,
@@ -25,8 +24,6 @@ from ensemble_server.ensembles.base import (
     Usage,
 )
 from ensemble_server.ensembles.errors import RequestError
-from ensemble_server.ensembles.method import Method
-from ensemble_server.server.engines.remote.remote import RemoteChat
 from ensemble_server.server.engines.shared.side_by_side import side_by_side
 from ensemble_server.server.requests.protocol import ChatBody, CompletionBody, GenerationBody
 from ensemble_server.server.requests.responses import EnsembleObject, MemberUsageObject, UsageObject
@@ -53,12 +50,6 @@ def extension_of(body: GenerationBody) -> Extension:
     if explain is not None and not isinstance(explain, bool):
         raise RequestError("ensemble.explain must be true or false", param="ensemble.explain")
     return Extension(bool(explain), overrides)
-
-
-def explains_tokens(model: Model) -> bool:
-    """Whether `explain` turns a model's logprobs on. Ensembles of texts explain by their trace, and share no tokens; a
-    remote end may have no logprobs to give."""
-    return isinstance(model, DistributionModel) or not isinstance(model, Method | RemoteChat)
 
 
 def check_stream_options(body: GenerationBody) -> None:

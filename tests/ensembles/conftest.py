@@ -41,6 +41,8 @@ class Talker:
     requests: list[GenerationRequest] = field(default_factory=list)
     num_running: int = 0
     num_broken_off: int = 0
+    explains_tokens: bool = False
+    fan_out: int = 1
 
     @property
     def members(self) -> tuple[str, ...]:

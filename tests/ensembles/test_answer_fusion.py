@@ -113,6 +113,7 @@ class Scribe:
     """An aggregator that reads tokens itself and gives logprobs, as a hosted one does."""
 
     name, members, max_model_len = "eve", ("eve",), 100
+    explains_tokens, fan_out = True, 1
 
     def __init__(self) -> None:
         self.may_go_on = asyncio.Event()

@@ -39,6 +39,8 @@ class Hosted:
     name: str
     host: RecordingHost
     max_model_len: int | None = 50
+    explains_tokens: bool = True
+    fan_out: int = 1
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -56,6 +58,7 @@ class Remote:
     """Generates text, and nothing else."""
 
     name, members, max_model_len = "remote", ("remote",), None
+    explains_tokens, fan_out = False, 1
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         raise NotImplementedError

@@ -48,6 +48,8 @@ class Judge:
     host: object = None
     mixture: Mixture = field(default_factory=lambda: Mixture({"judge": 1.0}))
     num_asked: int = 0
+    explains_tokens: bool = True
+    fan_out: int = 1
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         self.num_asked += 1
@@ -74,6 +76,8 @@ class Scored:
     logprobs: tuple[float, ...]
     members: tuple[str, ...] = ()
     max_model_len: int | None = None
+    explains_tokens: bool = True
+    fan_out: int = 1
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         assert request.top_logprobs == 0

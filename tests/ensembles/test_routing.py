@@ -141,6 +141,7 @@ class Hosted:
     """A member, or a mixture of several, on a host."""
 
     max_model_len = 64
+    explains_tokens, fan_out = True, 1
 
     def __init__(self, name: str, host: Host, mixture: Mixture | None = None) -> None:
         self.name, self.host, self.mixture = name, host, mixture or Mixture({name: 1.0})

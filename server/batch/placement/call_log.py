@@ -121,6 +121,9 @@ class RecordedModel:
     `members`, `max_model_len`: of the model that it stands for.
     """
 
+    explains_tokens = False
+    fan_out = 1
+
     def __init__(
         self,
         name: str,
@@ -167,6 +170,7 @@ class RecordedModel:
 class RecordedDistributions(RecordedModel):
     """Stands for a model that gives next-token distributions, to those who ask it for texts and log-probabilities."""
 
+    explains_tokens = True
     host: Any = None
 
     @property

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeGuard
 from ensemble_server.ensembles.base import DistributionModel, Model
 from ensemble_server.ensembles.method import Method
 from ensemble_server.server.batch.job.rows import Row
-from ensemble_server.server.engines.remote.remote import RemoteChat
+from ensemble_server.server.config.blocks import RemoteModel
 
 if TYPE_CHECKING:
     from ensemble_server.server.hosting import Hosting
@@ -38,9 +38,9 @@ class Room:
 
 def num_sequences(hosting: Hosting) -> int:
     """How many sequences a run keeps in flight by default: two of the engine's batches, and all that remotes take."""
-    remotes = [model for model in hosting.models.values() if isinstance(model, RemoteChat)]
     config = hosting.config
     local = min(_BATCHES * config.engine.max_batch, config.engine.max_batch + config.server.max_queue)
+    remotes = [entry for entry in config.models.values() if isinstance(entry, RemoteModel)]
     return local + sum(remote.max_concurrency for remote in remotes)
 
 
@@ -49,7 +49,7 @@ def sequences_of(row: Row, hosting: Hosting) -> int:
     n = row.body.get("n")
     num_choices = n if isinstance(n, int) and n > 0 else 1
     model = _model_of(row, hosting)
-    return num_choices * (1 if model is None else _fan_out(model))
+    return num_choices * (1 if model is None else model.fan_out)
 
 
 def is_text_level(row: Row, hosting: Hosting) -> bool:
@@ -71,11 +71,3 @@ def _model_of(row: Row, hosting: Hosting) -> Model | None:
 
 def _asks_others(model: Model) -> TypeGuard[Method]:
     return isinstance(model, Method) and not isinstance(model, DistributionModel)
-
-
-def _fan_out(model: Model) -> int:
-    """Members of a mixture run as one sequence; an ensemble of texts asks each of its own, several times perhaps."""
-    if not _asks_others(model):
-        return 1
-    num_samples = getattr(model.config, "samples", 1)
-    return max(1, num_samples * sum(_fan_out(model.models[member]) for member in model.members))

@@ -81,6 +81,9 @@ class RemoteChat:
     `sleep` and `rng` (which draws the jitter) make the waits between tries testable.
     """
 
+    explains_tokens = False  # a remote end may have no log-probabilities to give
+    fan_out = 1
+
     def __init__(
         self,
         name: str,

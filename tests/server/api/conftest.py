@@ -9,66 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 
-from ensemble_server.ensembles.base import Model
 from ensemble_server.server.api.app import create_app
 from ensemble_server.server.api.serve import listening
-from ensemble_server.server.config.blocks import BatchConfig, EngineConfig, ServerConfig
 from ensemble_server.server.engines.scripted_engine import Script, ScriptedModel
+from ensemble_server.server.engines.scripted_hosting import ScriptedHosting
 from ensemble_server.server.metrics import Metrics
 from ensemble_server.server.weights.view import Surface
 from tests.conftest import make_tokenizer
 
 HELLO = Script(("Hel", "lo", " wor", "ld"))
 CHAT = {"messages": [{"role": "user", "content": "Say hello."}]}
-
-
-class ScriptedConfig:
-    def __init__(self, batch_folder: Path, **server: Any) -> None:
-        self.server = ServerConfig(**server)
-        self.engine = EngineConfig()
-        self.batch = BatchConfig()
-        self.batch_folder = batch_folder
-
-
-class ScriptedEmbedder:
-    """Vectors that count letters: enough to see that order, form and length arrive."""
-
-    name = "letters"
-    dim = 3
-    max_tokens = 8
-
-    def num_tokens(self, texts: list[str]) -> list[int]:
-        return [len(text.split()) for text in texts]
-
-    async def embed(self, texts: list[str]) -> np.ndarray:
-        counts = np.array([[text.count(letter) for letter in "abc"] for text in texts], dtype=np.float32)
-        return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-9)
-
-
-class ScriptedHosting:
-    """What the API needs of `server.hosting.Hosting`."""
-
-    def __init__(
-        self, models: dict[str, Model], surfaces: dict[str, Surface], batch_folder: Path, **server: Any
-    ) -> None:
-        self.config = ScriptedConfig(batch_folder, **server)
-        self.models = models
-        self.listed = list(models)
-        self.embedder = ScriptedEmbedder()
-        self.created = 1_700_000_000
-        self.failure: str | None = None
-        self.num_restarts = 0
-        self.down: frozenset[str] = frozenset()
-        self._surfaces = surfaces
-
-    def surface(self, name: str) -> Surface | None:
-        return self._surfaces.get(name)
-
-    def fingerprint(self, name: str) -> str:
-        return f"fp_{name}"
 
 
 @pytest.fixture(scope="session")

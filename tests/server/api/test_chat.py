@@ -40,6 +40,7 @@ class Composed:
     """A model that plays given events, as ensembles of texts do: reasoning, remote members, a trace."""
 
     max_model_len = None
+    explains_tokens, fan_out = True, 1
 
     def __init__(self, name, *events):
         self.name, self.members, self.events = name, (name,), events

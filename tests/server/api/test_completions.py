@@ -107,7 +107,9 @@ async def test_prompts_run_at_the_same_time_but_no_more_than_fit_the_engine(host
 
     model = Counting("m", Script(("a",), delay_s=0.005))
     hosting = host(m=model)
-    hosting.config.engine = hosting.config.engine.model_copy(update={"max_batch": 8})
+    hosting.config = hosting.config.model_copy(
+        update={"engine": hosting.config.engine.model_copy(update={"max_batch": 8})}
+    )
     answer = await complete(hosting, prompt=["a"] * 40)
     assert len(answer["choices"]) == 40
     assert model.most == 8
@@ -279,6 +281,7 @@ async def test_the_last_finish_of_all_prompts_says_who_answered(host):
 async def test_several_prompts_have_one_trace_each(host):
     class Traced:
         name, members, max_model_len = "m", ("m",), None
+        explains_tokens, fan_out = True, 1
 
         async def generate(self, request):
             yield PromptScored((1,))

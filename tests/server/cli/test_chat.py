@@ -30,6 +30,7 @@ class Parrot:
     name = "parrot"
     members = ("parrot",)
     max_model_len = None
+    explains_tokens, fan_out = True, 1
 
     def __init__(self) -> None:
         self.requests: list[GenerationRequest] = []

@@ -21,6 +21,7 @@ class Paced:
 
     members = ("paced",)
     max_model_len = None
+    explains_tokens, fan_out = True, 1
 
     def __init__(self, name: str, log: list[str], *, seconds: float = 0.0, fails: bool = False, ids: int = 4) -> None:
         self.name, self.log, self.seconds, self.fails, self.ids = name, log, seconds, fails, ids

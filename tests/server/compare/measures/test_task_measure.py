@@ -64,6 +64,7 @@ class Moody:
     """Answers nothing: raises what it is told, item by item."""
 
     name, members, max_model_len = "moody", ("moody",), None
+    explains_tokens, fan_out = True, 1
 
     def __init__(self, inner, errors: list[Exception | None]) -> None:
         self._inner, self._errors = inner, errors

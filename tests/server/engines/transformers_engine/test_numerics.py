@@ -33,6 +33,7 @@ class OnEngine:
 
     name = "mixture"
     max_model_len = None
+    explains_tokens, fan_out = True, 1
 
     def __init__(self, engine: TransformersEngine, mixture: Mixture) -> None:
         self.engine, self.mixture, self.members = engine, mixture, tuple(mixture.weights)

@@ -4,6 +4,7 @@
     request_mixture.py  what a request may say about its mixture: `ensemble_weights`, `ensemble_pool`, `ensemble_share`
     admission.py        refuses requests that say nonsense
     engine_config.py    what an ensemble changes in vLLM's config, and refuses
+    backbone.py         what the model class asks of a backbone
     backbones.py        which members stand on which weights, and how vLLM builds them
     shared_base.py      a backbone that is one base with several LoRA members on it
     model.py            the model class: backbones forward, their distributions are pooled row by row

@@ -6,9 +6,9 @@ there are several. Every member has attention layers and a KV cache of its own u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,30 +21,9 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm.transformers_utils.config import get_config
 
 from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.one_model.vllm.backbone import Backbone, Member
+from ensemble_server.server.one_model.vllm.shared_base import SharedBase
 from ensemble_server.server.weights.checkpoints import resolve_checkpoint
-
-Member = Mapping[str, Any]  # one entry of config.json's `members`: name, path, adapter, dtype, weight
-
-
-class Backbone(Protocol):
-    """What the ensemble's model asks of each of its backbones (an `nn.Module`).
-
-    `members`: indices into the directory's members, in order. `hidden_size`: of one member. `secondary_weights`: what
-    vLLM's loader is to read; `load_weights` then gets all of it, without the prefix.
-    """
-
-    members: tuple[int, ...]
-    hidden_size: int
-    secondary_weights: list[DefaultModelLoader.Source]
-
-    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """input_ids, positions: (T,). -> (members, T, hidden_size): the hidden states that the heads read."""
-
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """(members, N, hidden_size) -> (members, N, padded vocabulary); None where vLLM gathers logits elsewhere."""
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """The names of the parameters that were filled, as they are called below this module."""
 
 
 class SeparateMember(nn.Module):
@@ -102,8 +81,6 @@ def _build(
     config = member_config(vllm_config, checkpoint, prefix)
     if len(group) == 1 and members[group[0]]["adapter"] is None:
         return SeparateMember(vllm_config=config, index=group[0], checkpoint=checkpoint, prefix=prefix)
-    from ensemble_server.server.one_model.vllm.shared_base import SharedBase
-
     return SharedBase(
         vllm_config=config,
         members=[members[index] for index in group],

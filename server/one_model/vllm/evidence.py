@@ -14,8 +14,9 @@ heads to every token that is read, and about 5 % of the KV cache.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -32,10 +33,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from ensemble_server.ensembles.pooling import posterior
 from ensemble_server.server.one_model.vllm.live_requests import request_of_token
+from ensemble_server.server.one_model.vllm.request_mixture import Directory
 from ensemble_server.server.one_model.vllm.rows import BAYES, NUM_EXTRA, SHARED
-
-if TYPE_CHECKING:
-    from ensemble_server.server.one_model.vllm.model import EnsembleForCausalLM
 
 WORD = torch.int32  # pages are made of words that arithmetic leaves alone
 NUM_ROWS_AT_ONCE = 128  # tokens judged at once; a row is as wide as the vocabulary, per member
@@ -128,10 +127,17 @@ class EvidencePages(nn.Module, AttentionLayerBase):
 class Evidence(nn.Module):
     """Follows the evidence of every token that is read, and puts the weights that it gives into the rows."""
 
-    def __init__(self, model: EnsembleForCausalLM, widths: list[int], vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        member_logits: Callable[[list[torch.Tensor]], list[torch.Tensor] | None],
+        widths: list[int],
+        vllm_config: VllmConfig,
+        prefix: str,
+    ) -> None:
+        """member_logits: the output heads, from (N, H_k) of each member to (N, V) of each. widths: the H_k."""
         super().__init__()
-        directory = model.directory
-        self._member_logits = model.member_logits
+        self._member_logits = member_logits
         self._widths = widths
         self._num_members = len(directory.members)
         self._share = directory.mixture.share

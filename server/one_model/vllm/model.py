@@ -16,7 +16,8 @@ from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
-from ensemble_server.server.one_model.vllm.backbones import Backbone, build_backbones, directory_of
+from ensemble_server.server.one_model.vllm.backbone import Backbone
+from ensemble_server.server.one_model.vllm.backbones import build_backbones, directory_of
 from ensemble_server.server.one_model.vllm.evidence import Evidence
 from ensemble_server.server.one_model.vllm.live_requests import LiveRequests, request_of_token
 from ensemble_server.server.one_model.vllm.request_mixture import Directory
@@ -52,7 +53,9 @@ class EnsembleForCausalLM(nn.Module):
         self._widths = [by_member[index].hidden_size for index in range(len(hf_config.members))]
         self._requests: LiveRequests | None = None
         self._default_kinds = frozenset({kind_of(self.directory.default)})
-        self.evidence = Evidence(self, self._widths, vllm_config, prefix) if self.directory.keeps_evidence else None
+        self.evidence = None
+        if self.directory.keeps_evidence:
+            self.evidence = Evidence(self.directory, self.member_logits, self._widths, vllm_config, prefix)
 
     def follow_requests(self, requests: LiveRequests) -> None:
         """From now on ask `requests` how the rows of each forward are to be pooled."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -21,18 +20,16 @@ from vllm.config import VllmConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
 
+from ensemble_server.server.one_model.vllm.backbone import Member
 from ensemble_server.server.one_model.vllm.shared_base_adapters import LowRank, read_adapter
 from ensemble_server.server.one_model.vllm.shared_base_layers import add_changes, members_as_heads, put_side_by_side
-
-if TYPE_CHECKING:
-    from ensemble_server.server.one_model.vllm.backbones import Member
 
 
 # subtle: compiled as one graph, with the base inside. The base alone is marked for compilation, too, but would see K
 # rows where vLLM counts one token.
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1})
 class SharedBase(nn.Module):
-    """See `backbones.Backbone`. A member without an adapter is the base itself."""
+    """See `backbone.Backbone`. A member without an adapter is the base itself."""
 
     def __init__(
         self,

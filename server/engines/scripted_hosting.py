@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -64,6 +64,11 @@ class ScriptedHosting:
         self.num_restarts = 0
         self.down: frozenset[str] = frozenset()
         self._surfaces = surfaces or {}
+
+    def change(self, block: Literal["server", "engine", "embedding", "batch"], **keys: Any) -> None:
+        """Give keys of one block of the config other values, before anything is made of it."""
+        changed = getattr(self.config, block).model_copy(update=keys)
+        self.config = self.config.model_copy(update={block: changed})
 
     def surface(self, name: str) -> Surface | None:
         return self._surfaces.get(name)

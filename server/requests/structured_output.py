@@ -7,6 +7,7 @@ import re
 
 from ensemble_server.ensembles.base import Grammar
 from ensemble_server.ensembles.errors import RequestError, UnsupportedError
+from ensemble_server.server.engines.shared.grammar_checks import problem_of
 from ensemble_server.server.requests.protocol import ResponseFormat, StructuredOutputs
 
 _SERVED = "json, json_object, regex and choice"
@@ -25,24 +26,12 @@ def requested_grammar(response_format: ResponseFormat | None, structured: Struct
 
 
 def check_grammar(grammar: Grammar, *, param: str) -> None:
-    """Raise `RequestError` that says what is wrong with a grammar.
+    """Raise `RequestError` that says what is wrong with a grammar. Blocks while it is compiled.
 
     Done here and not only by the engine, so that a wrong schema is the client's error also where it goes to an ensemble
     that would count each member's refusal as silence.
     """
-    from llguidance import LLMatcher
-
-    try:
-        match grammar.kind:
-            case "json_object":
-                return
-            case "json_schema":
-                problem = LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(grammar.source))
-            case "regex":
-                problem = LLMatcher.validate_grammar(LLMatcher.grammar_from_regex(grammar.source))
-    except ValueError as exc:
-        problem = str(exc)
-    if problem:
+    if problem := problem_of(grammar):
         raise RequestError(f"{param}: the {grammar.kind.replace('_', ' ')} cannot be used: {problem}", param=param)
 
 

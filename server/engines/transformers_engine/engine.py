@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from ensemble_server.ensembles.errors import (
     EnsembleError,
     MemberError,
     ModelLoadError,
+    UnsupportedError,
 )
 from ensemble_server.ensembles.pooling import pool
 from ensemble_server.server.engines.engine import StepStats
@@ -95,6 +97,11 @@ class TransformersEngine:
         return frozenset() if self._failure is None else frozenset(self._members)
 
     def start(self) -> None:
+        """Also builds what structured output needs of every tokenizer: that holds up the whole process, for a second
+        where vocabularies are large, so not when the first client asks for it."""
+        for member in self._members.values():
+            with suppress(UnsupportedError):  # a tokenizer that cannot be followed; requests are told
+                grammar.prepared(member.surface.tokenizer, member.vocab_size, member.eos_ids)
         self._thread.start()
 
     def stop(self) -> None:
@@ -180,24 +187,18 @@ class TransformersEngine:
     ) -> Generation:
         """Read the request in every member's terms and check that it can be served. Runs in a worker thread."""
         members = self._mixed(mixture)
-        surface, vocab_size = members[0].surface, members[0].vocab_size
         reading = self._reader.read(request, members, max_model_len=self.max_model_len(mixture))
-        structure = request.sampling.grammar
-        eos_ids = frozenset().union(*(member.eos_ids for member in members))
-
-        def new_grammar() -> grammar.GrammarMask | None:
-            return structure and grammar.GrammarMask(structure, surface, vocab_size, eos_ids)
-
+        structure, first, compiled = request.sampling.grammar, members[0], None
         if structure is not None:
-            grammar.check(structure)
-            new_grammar()  # compiled here, so that errors come before the queue
+            eos_ids = frozenset().union(*(member.eos_ids for member in members))
+            compiled = grammar.compiled(structure, first.surface.tokenizer, first.vocab_size, eos_ids)
         return Generation(
             request,
             mixture,
             members,
             reading,
             method=method,
-            new_grammar=new_grammar,
+            grammar=compiled,
             prefixes=self._prefixes,
             loop=loop,
         )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from ensemble_server.ensembles.base import Delta, GenerationRequest, Mixture, PromptScored
 from ensemble_server.server.engines.shared import usage
-from ensemble_server.server.engines.shared.grammar import GrammarMask
+from ensemble_server.server.engines.shared.grammar import CompiledGrammar
 from ensemble_server.server.engines.shared.reading import Reading
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.choice import LiveChoice
@@ -20,7 +20,7 @@ from ensemble_server.server.engines.transformers_engine.prompt import Prompt
 
 
 class Generation(Job):
-    """`new_grammar` makes one grammar per choice."""
+    """`grammar`: compiled; each choice follows a copy of it."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class Generation(Job):
         reading: Reading,
         *,
         method: str,
-        new_grammar: Callable[[], GrammarMask | None],
+        grammar: CompiledGrammar | None,
         prefixes: PrefixCache,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
@@ -49,7 +49,7 @@ class Generation(Job):
         self.num_started = 0  # choices that have begun; the rest wait for free places
         self._method = method
         self._max_new_tokens = reading.max_new_tokens
-        self._new_grammar = new_grammar
+        self._grammar = grammar
         self._prefixes = prefixes
         self._eos_ids = frozenset().union(*(member.eos_ids for member in members))
         self._num_generated = 0
@@ -96,7 +96,7 @@ class Generation(Job):
             caches,
             max_new_tokens=self._max_new_tokens,
             eos_ids=self._eos_ids,
-            grammar=self._new_grammar(),
+            grammar=None if self._grammar is None else self._grammar.new_mask(),
         )
         self.num_started += 1
         self.live.append(choice)

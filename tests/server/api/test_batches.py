@@ -18,7 +18,6 @@ from ensemble_server.server.api.batch_objects import BatchList, BatchObject, Fil
 from ensemble_server.server.api.batches import window_s
 from ensemble_server.server.batch.running.runner import run as run_rows
 from ensemble_server.server.batch.uploads import lifecycle
-from ensemble_server.server.config.blocks import BatchConfig, EngineConfig
 from ensemble_server.server.engines.scripted_engine import Script, ScriptedModel
 from tests.server.api.conftest import CHAT, HELLO, asgi_client, live_server, until
 
@@ -232,7 +231,7 @@ async def test_a_file_with_wrong_lines_fails_and_all_of_them_are_named(host):
 )
 async def test_files_of_the_wrong_size_fail(host, lines, max_rows, code, number):
     hosting = host()
-    hosting.config = hosting.config.model_copy(update={"batch": BatchConfig(max_rows=max_rows)})
+    hosting.change("batch", max_rows=max_rows)
     async with openai_client(hosting) as client:
         batch = await ended(client, await begun(client, *lines))
     assert batch.status == "failed"
@@ -278,7 +277,7 @@ async def test_a_result_file_is_no_input(host):
 
 async def test_more_live_batches_than_allowed_are_a_429_for_that_key_alone(host):
     hosting = host(KEYS, stalled=STALLED)
-    hosting.config = hosting.config.model_copy(update={"batch": BatchConfig(max_live=2)})
+    hosting.change("batch", max_live=2)
     async with openai_client(hosting, "first") as client:
         for _ in range(2):
             await begun(client, line("a", model="stalled"))
@@ -326,7 +325,7 @@ async def test_a_batch_that_has_ended_cannot_be_cancelled(host):
 
 async def test_a_batch_whose_window_is_over_expires_with_what_it_has(host):
     hosting = host(slow=Script(("a",), start_delay_s=0.5))
-    hosting.config = hosting.config.model_copy(update={"engine": EngineConfig(max_batch=1)  # two rows in flight})
+    hosting.change("engine", max_batch=1)  # two rows in flight
     async with openai_client(hosting) as client:
         rows = [line(str(n), model="slow") for n in range(20)]
         batch = await ended(client, await begun(client, *rows, window="3s"), timeout_s=20)
@@ -341,7 +340,7 @@ async def test_a_batch_whose_window_is_over_expires_with_what_it_has(host):
 
 async def test_a_batch_that_waits_for_its_turn_expires_too(host):
     hosting = host(stalled=STALLED)
-    hosting.config = hosting.config.model_copy(update={"batch": BatchConfig(max_running=1)})
+    hosting.change("batch", max_running=1)
     async with openai_client(hosting) as client:
         first = await reached(client, await begun(client, line("a", model="stalled")), "in_progress")
         second = await ended(client, await begun(client, line("b", model="stalled"), window="1s"))
@@ -354,7 +353,7 @@ async def test_a_batch_that_waits_for_its_turn_expires_too(host):
 
 async def test_batches_wait_for_a_place_and_can_be_cancelled_there(host):
     hosting = host(hello=HELLO, stalled=STALLED)
-    hosting.config = hosting.config.model_copy(update={"batch": BatchConfig(max_running=1)})
+    hosting.change("batch", max_running=1)
     async with openai_client(hosting) as client:
         first = await reached(client, await begun(client, line("a", model="stalled")), "in_progress")
         await until(lambda: hosting.models["stalled"].num_live == 1)

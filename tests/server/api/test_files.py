@@ -13,7 +13,6 @@ import openai
 import pytest
 from openai.types import FileDeleted, FileObject
 
-from ensemble_server.server.config.blocks import BatchConfig
 from tests.server.api.conftest import CHAT, asgi_client, live_server
 
 LINES = b'{"custom_id": "a"}\n{"custom_id": "b"}\n'
@@ -158,7 +157,7 @@ async def test_a_client_that_hangs_up_leaves_nothing(host):
 
 async def test_a_file_beyond_the_limit_is_a_413_that_its_sender_gets_to_read(host):
     hosting = host()
-    hosting.config = hosting.config.model_copy(update={"batch": BatchConfig(max_file_bytes=1_000_000)})
+    hosting.change("batch", max_file_bytes=1_000_000)
     async with openai_client(hosting) as client:
         exact = await client.files.create(file=b"x" * 1_000_000, purpose="batch")
         for size in (1_000_001, 3_000_000):

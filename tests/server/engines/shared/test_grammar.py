@@ -14,6 +14,7 @@ from ensemble_server.ensembles.base import Grammar
 from ensemble_server.ensembles.errors import RequestError, UnsupportedError
 from ensemble_server.server.engines.shared import grammar
 from ensemble_server.server.engines.shared.grammar import GrammarMask
+from ensemble_server.server.engines.shared.grammar_checks import MAX_OPTIONAL_PROPERTIES, MAX_SOURCE_CHARS
 from ensemble_server.server.weights.view import Surface
 from tests.conftest import make_tokenizer
 
@@ -43,7 +44,7 @@ def json_schema(schema: Any) -> Grammar:
 
 
 def mask_of(surface: Surface, structure: Grammar) -> GrammarMask:
-    return GrammarMask(structure, surface, VOCAB, EOS)
+    return grammar.compiled(structure, surface.tokenizer, VOCAB, EOS).new_mask()
 
 
 def allowed_ids(mask: GrammarMask) -> set[int]:
@@ -202,10 +203,12 @@ def test_choices_do_not_share_their_state(surface: Surface) -> None:
 
 
 def test_views_of_one_tokenizer_share_its_preparation(surface: Surface) -> None:
-    grammar._tokenizer.cache_clear()
+    grammar._prepared.cache_clear()
+    grammar.compiled.cache_clear()
     for view in (surface, Surface(surface.tokenizer, system_prompt="Be brief.")):
         mask_of(view, Grammar("json_object"))
-    assert grammar._tokenizer.cache_info().misses == 1
+    assert grammar._prepared.cache_info().misses == 1
+    assert grammar.compiled.cache_info().misses == 1
 
 
 # --- what is refused ---
@@ -242,6 +245,50 @@ def test_a_good_grammar_passes_the_check(structure: Grammar) -> None:
     grammar.check(structure)
 
 
+def flat_schema(num_optional: int, num_required: int = 0) -> Grammar:
+    names = [f"k{number}" for number in range(num_optional + num_required)]
+    schema = {
+        "type": "object",
+        "properties": {name: {"type": "string"} for name in names},
+        "required": names[num_optional:],
+    }
+    return json_schema(schema)
+
+
+def test_as_many_optional_properties_as_are_taken_can_be_written(surface: Surface) -> None:
+    structure = flat_schema(MAX_OPTIONAL_PROPERTIES)
+    grammar.check(structure)
+    text = f'{{"k1":"a","k{MAX_OPTIONAL_PROPERTIES - 1}":"b"}}'
+    assert spell(surface, mask_of(surface, structure), text) == text
+
+
+def test_an_object_with_more_optional_properties_is_refused_before_it_is_compiled(surface: Surface) -> None:
+    for structure in (flat_schema(1000), json_schema({"type": "array", "items": json.loads(flat_schema(3000).source)})):
+        with pytest.raises(RequestError, match="optional properties, at most 490 can be followed") as refused:
+            grammar.check(structure)
+        assert refused.value.param == "response_format"
+        with pytest.raises(RequestError, match="optional properties"):
+            mask_of(surface, structure)
+    grammar.check(flat_schema(10, num_required=600))
+
+
+def test_a_source_that_is_too_large_is_refused_before_it_is_compiled(surface: Surface) -> None:
+    structure = Grammar("regex", "(a|b)" * (MAX_SOURCE_CHARS // 5) + "c")
+    for refuse in (lambda: grammar.check(structure), lambda: mask_of(surface, structure)):
+        with pytest.raises(RequestError, match="it has 100001 characters, at most 100000"):
+            refuse()
+
+
+def test_a_grammar_that_outgrows_the_parser_is_the_requests_fault_and_shows_no_state(surface: Surface) -> None:
+    """Two objects side by side, each of which is small enough."""
+    halves = [json.loads(flat_schema(400).source)["properties"]]
+    halves.append({f"x{name}": schema for name, schema in halves[0].items()})
+    mask = mask_of(surface, json_schema({"anyOf": [{"type": "object", "properties": half} for half in halves]}))
+    with pytest.raises(UnsupportedError, match="grew too complex while it was followed") as refused:
+        spell(surface, mask, '{"k1":"a"}')
+    assert refused.value.param == "response_format" and "\n" not in str(refused.value)
+
+
 def test_tokens_that_are_no_bytes_are_not_supported() -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -249,7 +296,7 @@ def test_tokens_that_are_no_bytes_are_not_supported() -> None:
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "[END]": 2}, unk_token="[UNK]"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="[END]")
     with pytest.raises(UnsupportedError, match="structured output needs a fast tokenizer with byte-level tokens"):
-        GrammarMask(Grammar("json_object"), Surface(tokenizer), 3, frozenset({2}))
+        grammar.compiled(Grammar("json_object"), tokenizer, 3, frozenset({2}))
 
 
 @pytest.mark.slow
@@ -258,7 +305,7 @@ def test_the_demo_models_tokenizer_is_supported() -> None:
 
     folder = resolve_checkpoint("HuggingFaceTB/SmolLM2-135M-Instruct", relative_to=Path(), may_download=False)
     surface = Surface(AutoTokenizer.from_pretrained(folder))
-    mask = GrammarMask(json_schema(PERSON), surface, 49152, frozenset({2}))
+    mask = grammar.compiled(json_schema(PERSON), surface.tokenizer, 49152, frozenset({2})).new_mask()
     for token_id in surface.encode('{"name":"😀","age":7,"tags":["a"]}'):
         assert token_id in set(mask.allowed().nonzero().flatten().tolist())
         mask.advance(token_id)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import Response
@@ -25,5 +27,6 @@ router = APIRouter(tags=["generation"], route_class=JSONBodyRoute, dependencies=
 async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     """Answers a conversation; with `stream: true` as server-sent events."""
     ignored = context_of(request).parameters.ignored(body)
-    chat = Chat.of(body, context_of(request).hosting, terms_of(request), observer_of(request))
+    # in a thread: a grammar that comes with it is compiled to be checked
+    chat = await asyncio.to_thread(Chat.of, body, context_of(request).hosting, terms_of(request), observer_of(request))
     return await generated(chat, request, is_streamed=bool(body.stream), ignored=ignored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -76,7 +77,7 @@ async def _answered(
         )
     match row.url:
         case "/v1/chat/completions":
-            chat = Chat.of(row_body(ChatBody, row), hosting, terms, new_observer())
+            chat = await asyncio.to_thread(Chat.of, row_body(ChatBody, row), hosting, terms, new_observer())
             return await chat.answer(), chat.generations.total
         case "/v1/completions":
             completion = await TextCompletion.of(row_body(CompletionBody, row), hosting, terms, new_observer())

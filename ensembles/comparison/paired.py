@@ -223,15 +223,15 @@ def compare_ratios(
         difference = Estimate(float(np.mean(gaps)), None, None, num_units)
     p_value, smallest, sensitivity = 1.0, 1.0, None
     if fewest >= 2:
-        spread = combined([_spread(one, how) for one, how in zip(influences, dependences, strict=True)])
+        spread = combined([spread_of(one, how) for one, how in zip(influences, dependences, strict=True)])
         scale = max(float(np.abs(columns[0]).sum() / columns[1].sum()) for columns in summed)
         if spread.standard_error <= ROUNDING * scale and abs(difference.value) <= ROUNDING * scale:
             spread, difference = Spread(0.0, spread.freedom), replace(difference, value=0.0)
         if fewest < FEW_UNITS:
             difference = _with_student_interval(difference, spread, level)
         elif max(how.design_effect for how in dependences) > 1:
-            plain = combined([_spread(one, independent(len(one))) for one in influences])
-            difference = difference.stretched(*_stretch(plain, spread, level))
+            plain = combined([spread_of(one, independent(len(one))) for one in influences])
+            difference = difference.stretched(*stretch(plain, spread, level))
         p_value = student_t(difference.value, spread.standard_error, spread.freedom)
         if fewest >= MIN_UNITS:
             smallest, sensitivity = 0.0, OfMean(spread.standard_error, spread.freedom)
@@ -254,6 +254,51 @@ def compare_ratios(
     )
 
 
+def mean_of_tasks(
+    compared: Sequence[Comparison],
+    differences: Sequence[np.ndarray],
+    *,
+    clusters: Sequence[Sequence[object] | None],
+    seed: int = 0,
+    level: float = 0.95,
+) -> Comparison:
+    """The mean of several tasks' differences, each counted alike. `differences`: (num_items,) of each task.
+
+    The interval puts the tasks' own together by their squares (MOVER: Zou & Donner 2008), so that it keeps what they
+    do for few items and for items that are all answered alike. The test flips signs over the items of all tasks.
+    """
+    num_tasks = len(compared)
+    value = float(np.mean([one.difference.value for one in compared]))
+    errors = [one.difference.standard_error for one in compared]
+    error = None if None in errors else math.sqrt(sum(each**2 for each in errors if each is not None)) / num_tasks
+    ends = [one.difference.interval for one in compared if one.difference.interval is not None]
+    interval = None
+    if len(ends) == num_tasks:
+        values = [one.difference.value for one in compared]
+        low, high = (
+            math.sqrt(sum((middle - getattr(each, end)) ** 2 for middle, each in zip(values, ends, strict=True)))
+            for end in ("low", "high")
+        )
+        interval = Interval(value - low / num_tasks, value + high / num_tasks, level, ends[0].method)
+    shares = np.concatenate(
+        [_per_cluster(each / len(each) / num_tasks, group) for each, group in zip(differences, clusters, strict=True)]
+    )
+    smallest = smallest_sign_flip_p(len(shares))
+    estimate = Estimate(value, interval, error, len(shares))
+    return Comparison(
+        estimate,
+        "sign_flip",
+        sign_flip(shares, seed=seed),
+        cohens_d_z(np.concatenate(list(differences))),
+        "cohens_d_z",
+        _of_mean(estimate, max(len(shares) - num_tasks, 1.0), smallest),
+        smallest,
+        sum(one.wins for one in compared),
+        sum(one.losses for one in compared),
+        sum(one.ties for one in compared),
+    )
+
+
 def influence_on_difference(
     ours: np.ndarray, size: np.ndarray, theirs: np.ndarray, their_size: np.ndarray
 ) -> np.ndarray:
@@ -262,7 +307,8 @@ def influence_on_difference(
     return (ours - ours.sum() / total * size) / total - (theirs - theirs.sum() / their_total * their_size) / their_total
 
 
-def _spread(influence: np.ndarray, dependence: Dependence) -> Spread:
+def spread_of(influence: np.ndarray, dependence: Dependence) -> Spread:
+    """Of a figure to which each item adds `influence`, (num_items,) of sum zero, at least two."""
     num = len(influence)
     plain = math.sqrt(num / (num - 1) * float(influence @ influence))
     return Spread(plain * dependence.error_factor, dependence.freedom)
@@ -274,7 +320,7 @@ def _with_student_interval(difference: Estimate, spread: Spread, level: float) -
     return Estimate(difference.value, interval, spread.standard_error, difference.num_units)
 
 
-def _stretch(plain: Spread, spread: Spread, level: float) -> tuple[float, float]:
+def stretch(plain: Spread, spread: Spread, level: float) -> tuple[float, float]:
     """By how much the ends of an interval, and its standard error, grow."""
     error = spread.standard_error / plain.standard_error if plain.standard_error > 0 else 1.0
     tail = (1 + level) / 2

@@ -111,7 +111,8 @@ class Work:
         ]
 
     def pending_null_texts(self, arm: ArmModel) -> list[str]:
-        """Texts that the baseline reads once more, its windows beginning elsewhere."""
+        """Texts that the baseline reads once more, its windows beginning elsewhere, if it is loaded anyway: another
+        baseline stays a matter of subtraction."""
         if arm.arm != self.plan.file.baseline or arm.replicate is not None:
             return []
         known = self.record(arm).null_text
@@ -139,7 +140,6 @@ class Work:
         return bool(
             self.pending_texts(arm)
             or self.pending_tasks(arm)
-            or self.pending_null_texts(arm)
             or self.pending_null_tasks(arm)
             or self.is_harness_pending(arm)
             or self.is_cost_pending(arm)

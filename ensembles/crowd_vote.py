@@ -31,7 +31,6 @@ from ensemble_server.ensembles.thoughts import without_thoughts
 from ensemble_server.ensembles.voting.consensus import Consensus, elect, equal_texts
 from ensemble_server.ensembles.voting.similarity import (
     SimilarityBlend,
-    SimilarityName,
     blend,
     cosine_similarity,
     rouge_l,
@@ -50,9 +49,9 @@ class HeldVote:
     """
 
     texts: tuple[str, ...]
-    matrices: Mapping[SimilarityName, np.ndarray]
+    matrices: Mapping[str, np.ndarray]
     matrix: np.ndarray
-    incomparable: Mapping[SimilarityName, list[int]]
+    incomparable: Mapping[str, list[int]]
     consensus: Consensus
 
     def report(self) -> dict[str, Any]:
@@ -74,7 +73,7 @@ class HeldVote:
 
 async def hold_vote(
     texts: Sequence[str],
-    similarity: SimilarityBlend,
+    similarity: Mapping[str, float],
     *,
     embedder: Embedder | None = None,
     weights: Sequence[float] | None = None,
@@ -82,7 +81,7 @@ async def hold_vote(
 ) -> HeldVote:
     """The vote over at least one text, less its thoughts (`ensembles.thoughts`).
 
-    `embedder`: needed for "embedding". `weights`, `prune`: as `elect` has them.
+    `similarity`: of `SIMILARITIES`. `embedder`: needed for "embedding". `weights`, `prune`: as `elect` has them.
     """
     texts = [without_thoughts(text) for text in texts]
     matrices = {}
@@ -97,13 +96,13 @@ async def hold_vote(
 
 def count(
     texts: Sequence[str],
-    matrices: Mapping[SimilarityName, np.ndarray],
-    similarity: SimilarityBlend,
+    matrices: Mapping[str, np.ndarray],
+    similarity: Mapping[str, float],
     *,
     weights: Sequence[float] | None = None,
     prune: float | None = None,
 ) -> HeldVote:
-    """The vote over similarities that are there already: (n, n) each."""
+    """The vote over similarities that are there already, of any name: (n, n) each."""
     matrix = blend(matrices, similarity)
     return HeldVote(
         texts=tuple(texts),

@@ -14,12 +14,14 @@ https://arxiv.org/abs/2104.08315 (priors).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 
 Normalisation = Literal["sum", "tokens", "bytes"]
+LabelPool = Literal["arithmetic", "geometric", "ranks"]
 
 MIN_LOG_PRIOR = -50.0  # nats; a label that a model never gives would otherwise win by being divided by nothing
 
@@ -58,6 +60,41 @@ def averaged(members: Mapping[str, Mapping[str, float]], weights: Mapping[str, f
     total = sum(weights[name] for name in members)
     labels = next(iter(members.values()))
     return {label: sum(weights[name] * given[label] for name, given in members.items()) / total for label in labels}
+
+
+def geometric(members: Mapping[str, Mapping[str, float]], weights: Mapping[str, float]) -> dict[str, float]:
+    """The weighted geometric mean of the members' probabilities, made to sum to one: the log-linear pool over labels.
+
+    As `averaged`. A label that a member of weight above zero rules out is out; if that leaves none, all are alike.
+    """
+    total = sum(weights[name] for name in members)
+    labels = next(iter(members.values()))
+    logprobs = {
+        label: sum(
+            weights[name] / total * (math.log(given[label]) if given[label] > 0 else -math.inf)
+            for name, given in members.items()
+            if weights[name] > 0
+        )
+        for label in labels
+    }
+    return label_probabilities(logprobs)
+
+
+def as_ranks(rows: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """A member's probabilities for many rows, each replaced by its rank among those of the same label.
+
+    [{"a": .1, "b": .9}, {"a": .4, "b": .6}] -> [{"a": 1/3, "b": 2/3}, {"a": 2/3, "b": 1/3}]: the rank from 1, equal
+    ones at their mean, divided by the number of rows + 1. Members that are sure in different degrees become
+    comparable, which suits measures of order (AUC); what is lost is how sure they were.
+    """
+    ranked = [dict[str, float]() for _ in rows]
+    for label in rows[0]:
+        values = np.array([row[label] for row in rows])
+        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks = (np.cumsum(counts) - (counts - 1) / 2)[place] / (len(rows) + 1)
+        for row, rank in zip(ranked, ranks, strict=True):
+            row[label] = float(rank)
+    return ranked
 
 
 def likeliest(probabilities: Mapping[str, float]) -> str:

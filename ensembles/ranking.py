@@ -160,43 +160,63 @@ class Ranking(TextLevel):
     ) -> Comparison:
         texts = [without_thoughts(outcome.answer.text) for outcome in candidates]
         if config.judge is not None:
-            return await self._judge(texts, config, request, left_s)
+            return await compare_by_judge(
+                self.models[config.judge],
+                request,
+                texts,
+                ensemble=self.name,
+                criterion=config.criterion,
+                deadline_s=left_s,
+            )
         if self._reranker is not None:
             return Comparison(await self._reranker.score(_question(request), texts))
         return Comparison(np.array([mean_logprob(outcome.answer.choices[0].tokens) for outcome in candidates]))
 
-    async def _judge(
-        self, texts: Sequence[str], config: Config, request: GenerationRequest, left_s: float | None
-    ) -> Comparison:
-        distinct = list(dict.fromkeys(texts))
-        pairs = list(permutations(range(len(distinct)), 2))
-        calls = [
-            Call(
-                config.judge,
-                self.models[config.judge],
-                comparison_request(request, distinct[first], distinct[second], criterion=config.criterion),
-                sample,
-            )
-            for sample, (first, second) in enumerate(pairs)
-        ]
-        try:
-            outcomes = await fan_out(calls, ensemble=self.name, min_turnout=min(1, len(calls)), deadline_s=left_s)
-        except DeadlineError:
-            outcomes = []
-        first_wins = {
-            pairs[outcome.call.sample]: probability_of_first(outcome.answer.choices[0].tokens[0])
-            for outcome in outcomes
-            if outcome.answer is not None
-        }
-        place = [distinct.index(text) for text in texts]
-        matrix = preferences(len(distinct), first_wins)[np.ix_(place, place)]
-        trace = {
-            "preferences": matrix.tolist(),
-            "num_judgements": len(first_wins),
-            "num_failed_judgements": len(pairs) - len(first_wins),
-            "place_bias": place_bias(first_wins),
-        }
-        return Comparison(elect(matrix).scores, total_usage(outcome.usage for outcome in outcomes), trace)
+
+async def compare_by_judge(
+    judge: Model,
+    request: GenerationRequest,
+    texts: Sequence[str],
+    *,
+    ensemble: str,
+    criterion: str = CRITERION,
+    deadline_s: float | None = None,
+) -> Comparison:
+    """What `judge`, a model that gives next-token distributions, makes of answers to `request`, less their thoughts.
+
+    Every pair of different texts is shown in both orders. A comparison that fails is a draw; if all do, that is the
+    error. `ensemble`: the name under which errors are told.
+    """
+    texts = [without_thoughts(text) for text in texts]
+    distinct = list(dict.fromkeys(texts))
+    pairs = list(permutations(range(len(distinct)), 2))
+    calls = [
+        Call(
+            judge.name,
+            judge,
+            comparison_request(request, distinct[first], distinct[second], criterion=criterion),
+            sample,
+        )
+        for sample, (first, second) in enumerate(pairs)
+    ]
+    try:
+        outcomes = await fan_out(calls, ensemble=ensemble, min_turnout=min(1, len(calls)), deadline_s=deadline_s)
+    except DeadlineError:
+        outcomes = []
+    first_wins = {
+        pairs[outcome.call.sample]: probability_of_first(outcome.answer.choices[0].tokens[0])
+        for outcome in outcomes
+        if outcome.answer is not None
+    }
+    place = [distinct.index(text) for text in texts]
+    matrix = preferences(len(distinct), first_wins)[np.ix_(place, place)]
+    trace = {
+        "preferences": matrix.tolist(),
+        "num_judgements": len(first_wins),
+        "num_failed_judgements": len(pairs) - len(first_wins),
+        "place_bias": place_bias(first_wins),
+    }
+    return Comparison(elect(matrix).scores, total_usage(outcome.usage for outcome in outcomes), trace)
 
 
 def _with_logprobs(call: Call) -> Call:

@@ -58,12 +58,17 @@ def probability_of_first(token: TokenLogprob) -> float:
     or as the token that was preferred to it.
     """
     seen = {alternative.token_id: alternative for alternative in (token, *token.top)}.values()
-    ceiling = math.exp(min(alternative.logprob for alternative in seen))
+    ceiling = math.exp(min(_logprob(alternative) for alternative in seen))
     masses = []
     for letter in LETTERS:
-        found = [math.exp(alternative.logprob) for alternative in seen if alternative.text.strip() == letter]
+        found = [math.exp(_logprob(alternative)) for alternative in seen if alternative.text.strip() == letter]
         masses.append(sum(found) if found else ceiling)
     return masses[0] / sum(masses)
+
+
+def _logprob(token: TokenLogprob) -> float:
+    assert token.logprob is not None, "a token that was chosen has a log-probability"
+    return token.logprob
 
 
 def preferences(num_texts: int, first_wins: Mapping[tuple[int, int], float]) -> np.ndarray:

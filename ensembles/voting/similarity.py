@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
@@ -64,9 +65,9 @@ SimilarityBlend = Annotated[
 ]
 
 
-def blend(matrices: Mapping[SimilarityName, np.ndarray], weights: Mapping[SimilarityName, float]) -> np.ndarray:
+def blend(matrices: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
     """The weighted sum of matrices of one shape; weights are used as they are, not normalised."""
-    return sum(weight * matrices[name] for name, weight in weights.items())
+    return reduce(np.add, (weight * matrices[name] for name, weight in weights.items()))
 
 
 def cosine_similarity(texts: Sequence[str], vectors: np.ndarray) -> np.ndarray:
@@ -79,13 +80,14 @@ def cosine_similarity(texts: Sequence[str], vectors: np.ndarray) -> np.ndarray:
     return (of_distinct @ of_distinct.T)[np.ix_(place, place)]
 
 
-def rouge_l(name: SimilarityName, texts: Sequence[str]) -> np.ndarray:
+def rouge_l(name: str, texts: Sequence[str]) -> np.ndarray:
     """The ROUGE-L matrix of `name`, any of SIMILARITIES but "embedding"."""
     _, _, rest = name.partition("rouge_l_")
-    unit, _, measure = rest.partition("_")
+    unit, _, kind = rest.partition("_")
     tokenize: Callable[[str], Sequence[str]] = {"word": words, "char": characters}[unit]
+    measures: dict[str, Measure] = {"": "f", "precision": "precision", "recall": "recall"}
     distinct, place = _distinct(texts)
-    matrix = _rouge_l_of_tokens([tokenize(text) for text in distinct], measure or "f")
+    matrix = _rouge_l_of_tokens([tokenize(text) for text in distinct], measures[kind])
     return matrix[np.ix_(place, place)]
 
 

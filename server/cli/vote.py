@@ -1,4 +1,4 @@
-"""`ensemble vote`: the crowd vote, or the majority, over answers that are there already, in files.
+"""`ensemble vote`: who wins over answers that are there already, in files.
 
 Exit codes: 0 all rows voted, 1 failed, 2 called wrongly, 3 some rows could not be voted on (their output rows say why).
 """
@@ -6,23 +6,21 @@ Exit codes: 0 all rows voted, 1 failed, 2 called wrongly, 3 some rows could not 
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from itertools import islice
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
 import typer
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from ensemble_server.ensembles.base import Embedder
+    from ensemble_server.ensembles.base import DistributionModel
+    from ensemble_server.ensembles.label_probabilities import LabelPool
     from ensemble_server.ensembles.voting.answer_extraction import AnswerKind
-    from ensemble_server.server.batch.vote_files import CandidateRow, Row
+    from ensemble_server.server.batch.votes.rows import Row
 
-NUM_ROWS_AT_ONCE = 64  # rows whose texts are embedded together
 SOME_ROWS_FAILED = 3
 
 
@@ -31,15 +29,20 @@ def vote(
         list[Path] | None,
         typer.Argument(
             metavar="[CANDIDATES | SYSTEM...]",
-            help='JSONL of {"id", "candidates": \\[text or {"text", "weight", "system"}]}; - reads standard input. '
-            "With --systems: one file per system, a text per line or JSONL of texts or of {id, text}.",
+            help='JSONL of {"id", "candidates": \\[text or {"text", "weight", "system"}]}, or the output of a batch; - '
+            "reads standard input. With --systems: one file per system, a text per line or JSONL of texts or of {id, "
+            "text}. With --classes: outputs of classify jobs.",
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSONL; default: standard output.")] = None,
     similarity: Annotated[
-        str,
-        typer.Option(metavar="NAME[=WEIGHT],...", help="What makes two answers alike: embedding, rouge_l_word, ..."),
-    ] = "rouge_l_word",
+        str | None,
+        typer.Option(
+            metavar="NAME[=WEIGHT],...",
+            help="What makes two answers alike: embedding, rouge_l_word, ... Default: rouge_l_word; with --scores the "
+            "only one that they have.",
+        ),
+    ] = None,
     systems: Annotated[bool, typer.Option("--systems", help="The files hold one system's answers each.")] = False,
     scores: Annotated[
         Path | None,
@@ -47,12 +50,44 @@ def vote(
             exists=True,
             dir_okay=False,
             help="Replay these pairwise scores: an output of --explain, or a .csv/.tsv with the columns id, candidate, "
-            "reference and one for each similarity.",
+            "reference and one for each similarity. With files of answers, those are matched by id.",
         ),
     ] = None,
     answer: Annotated[
         Literal["number", "choice", "yes_no", "text"] | None,
         typer.Option(help="Count the answers found in the texts instead of comparing texts: the majority wins."),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="SYSTEM=WEIGHT,... | FILE", help="Weights by system or model; FILE: JSON of a map."),
+    ] = None,
+    fit: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="GOLD",
+            exists=True,
+            dir_okay=False,
+            help='With --answer: fit weights of the systems to JSONL of {"id", "answer"}, by cross-validation: no row '
+            "is voted on with weights that its own answer was used for.",
+        ),
+    ] = None,
+    save_weights: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="With --fit: write the weights here, for --weights.")
+    ] = None,
+    by_probability: Annotated[
+        bool,
+        typer.Option("--by-probability", help="A vote weighs as much as its text is likely per token (logprobs)."),
+    ] = False,
+    judge: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A model of --config compares the candidates in pairs.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", exists=True, dir_okay=False, help="Where the judge is.")
+    ] = None,
+    criterion: Annotated[str | None, typer.Option(help="With --judge: which answer is ...?")] = None,
+    classes: Annotated[
+        Literal["arithmetic", "geometric", "ranks"] | None,
+        typer.Option(help="Average the class probabilities of separate classify jobs."),
     ] = None,
     prune: Annotated[
         float | None, typer.Option(min=0, max=1, help="Leave out answers below this share of the median score.")
@@ -67,59 +102,106 @@ def vote(
     Writes {"id", "winner", "text", "system", "scores", "margin", "ties"} for each row, or {"id", "line", "error"}.
     With --answer: {"id", "winner", "text", "system", "answer", "votes", "agreement"}; the text is the first with the
     answer that was given most often, or the first of all if none has one.
+    With --judge the scores are the sums of its preferences. With --classes: {"id", "label", "probabilities", "jobs"}.
     """
-    from pydantic import TypeAdapter, ValidationError
-
-    from ensemble_server.ensembles.voting.similarity import SimilarityBlend
-    from ensemble_server.server.batch.vote_files import read_candidates, read_scores, read_systems
-
     files = files or []
-    if bool(files) == (scores is not None):
-        raise typer.BadParameter("give either files of answers or --scores", param_hint="FILES")
-    if answer is not None and (scores is not None or explain or prune is not None):
-        raise typer.BadParameter(
-            "counts answers; there are no scores to replay, prune or explain", param_hint="--answer"
-        )
-    if len(files) > 1 and not systems:
-        raise typer.BadParameter("several files are one per system: add --systems", param_hint="FILES")
-    if output is not None and any(path.exists() and output.exists() and output.samefile(path) for path in files):
-        raise typer.BadParameter("would overwrite its own input", param_hint="--output")
-    blend = _parsed_blend(similarity)
-    if scores is None:
-        try:
-            blend = TypeAdapter(SimilarityBlend).validate_python(blend)
-        except ValidationError as exc:
-            finding = exc.errors(include_url=False)[0]
-            raise typer.BadParameter(f"{finding['loc'][0]}: {finding['msg']}", param_hint="--similarity") from exc
+    _check_call(
+        files=files,
+        systems=systems,
+        answer=answer,
+        scores=scores,
+        judge=judge,
+        classes=classes,
+        fit=fit,
+        others={
+            "--similarity": similarity is not None,
+            "--prune": prune is not None,
+            "--explain": explain,
+            "--weights": weights is not None,
+            "--by-probability": by_probability,
+            "--config": config is not None,
+            "--criterion": criterion is not None,
+            "--save-weights": save_weights is not None,
+        },
+    )
+    for path in (*files, scores, fit):
+        if output is not None and path is not None and path.exists() and output.exists() and output.samefile(path):
+            raise typer.BadParameter("would overwrite its own input", param_hint="--output")
+    blend = None if similarity is None else _parsed_blend(similarity, are_known=scores is None)
 
     with ExitStack() as stack:
-        rows: Iterable[Row]
-        if scores is not None:
-            rows = read_scores(scores)
-        elif systems:
-            rows = read_systems(files)
+        if classes is not None:
+            reports = _classes(files, classes, weights)
         else:
-            source = sys.stdin.buffer if str(files[0]) == "-" else stack.enter_context(files[0].open("rb"))
-            rows = read_candidates(source)
+            rows = _rows(files, systems, scores, stack)
+            if weights is not None or fit is not None or by_probability:
+                rows = _weighed(list(rows), weights, fit, answer, save_weights, by_probability)
+            if judge is not None:
+                assert config is not None, "was checked"
+                reports = _judged(rows, config, judge, criterion, explain)
+            else:
+                reports = _voted(rows, blend, answer, prune, explain, embedding if scores is None else None)
         sink = sys.stdout.buffer if output is None else stack.enter_context(output.open("wb"))
-        embedder = None
-        if "embedding" in blend and scores is None and answer is None:
-            from ensemble_server.server.weights.embeddings import SentenceEmbedder
-
-            embedder = SentenceEmbedder(embedding)
-            stack.callback(embedder.close)
-        if answer is None:
-            reports = vote_on_rows(rows, blend, embedder=embedder, prune=prune, explain=explain)
-        else:
-            reports = count_answers(rows, answer)
         num_rows, num_failed = asyncio.run(_write(reports, sink))
     typer.echo(f"{num_rows - num_failed} rows voted, {num_failed} failed", err=True)
     if num_failed:
         raise typer.Exit(SOME_ROWS_FAILED)
 
 
-def _parsed_blend(text: str) -> dict[str, float]:
-    """ "rouge_l_word=1,embedding" -> {"rouge_l_word": 1.0, "embedding": 1.0}"""
+# What an option of one way to choose is refused with: "--answer" and the like choose without it.
+_WAYS = {"--answer": "counts answers", "--judge": "asks a judge", "--classes": "averages probabilities"}
+_TAKES = {
+    None: {"--similarity", "--prune", "--explain", "--weights", "--by-probability"},
+    "--answer": {"--weights", "--by-probability", "--save-weights"},
+    "--judge": {"--explain", "--config", "--criterion"},
+    "--classes": {"--weights"},
+}
+
+
+def _check_call(
+    *,
+    files: Sequence[Path],
+    systems: bool,
+    answer: str | None,
+    scores: Path | None,
+    judge: str | None,
+    classes: str | None,
+    fit: Path | None,
+    others: Mapping[str, bool],
+) -> None:
+    """Raise `typer.BadParameter` for options that do not go together."""
+    chosen = [name for name, value in (("--answer", answer), ("--judge", judge), ("--classes", classes)) if value]
+    if len(chosen) > 1:
+        raise typer.BadParameter(
+            f"{chosen[0]} and {chosen[1]} choose in different ways; give one", param_hint=chosen[1]
+        )
+    way = chosen[0] if chosen else None
+    if not files and (scores is None or way is not None):
+        raise typer.BadParameter("give either files of answers or --scores, or both", param_hint="FILES")
+    if way is not None and scores is not None:
+        raise typer.BadParameter(f"{_WAYS[way]}; there are no scores to replay", param_hint=way)
+    refused = [name for name, is_given in others.items() if is_given and name not in _TAKES[way]]
+    if refused:
+        what = _WAYS[way] if way is not None else "compares texts"
+        raise typer.BadParameter(f"{what}, which takes no {refused[0]}", param_hint=way or refused[0])
+    if fit is not None and (way != "--answer" or others["--weights"]):
+        raise typer.BadParameter("goes with --answer, and not with --weights", param_hint="--fit")
+    if others["--save-weights"] and fit is None:
+        raise typer.BadParameter("goes with --fit", param_hint="--save-weights")
+    if judge is not None and not others["--config"]:
+        raise typer.BadParameter(f"needs --config, the file in which {judge!r} is", param_hint="--judge")
+    if len(files) > 1 and not systems and classes is None:
+        raise typer.BadParameter("several files are one per system: add --systems", param_hint="FILES")
+    if systems and not files:
+        raise typer.BadParameter("needs the systems' files", param_hint="--systems")
+
+
+def _parsed_blend(text: str, *, are_known: bool) -> Mapping[str, float]:
+    """ "rouge_l_word=1,embedding" -> {"rouge_l_word": 1.0, "embedding": 1.0}; `are_known`: only names that we have."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from ensemble_server.ensembles.voting.similarity import SimilarityBlend
+
     blend = {}
     for part in text.split(","):
         name, has_weight, weight = part.strip().partition("=")
@@ -127,7 +209,128 @@ def _parsed_blend(text: str) -> dict[str, float]:
             blend[name.strip()] = float(weight) if has_weight else 1.0
         except ValueError:
             raise typer.BadParameter(f"{name}: {weight!r} is no number", param_hint="--similarity") from None
+    if not are_known:
+        return blend
+    try:
+        TypeAdapter(SimilarityBlend).validate_python(blend)
+    except ValidationError as exc:
+        finding = exc.errors(include_url=False)[0]
+        raise typer.BadParameter(f"{finding['loc'][0]}: {finding['msg']}", param_hint="--similarity") from exc
     return blend
+
+
+def _rows(files: Sequence[Path], systems: bool, scores: Path | None, stack: ExitStack) -> Iterable[Row]:
+    from ensemble_server.server.batch.votes.candidates import read_candidates, read_systems
+    from ensemble_server.server.batch.votes.scores import joined, read_scores
+
+    if not files:
+        assert scores is not None, "was checked"
+        return read_scores(scores)
+    if systems:
+        rows: Iterable[Row] = read_systems(files)
+    elif str(files[0]) == "-":
+        rows = read_candidates(sys.stdin.buffer, "standard input")
+    else:
+        rows = read_candidates(stack.enter_context(files[0].open("rb")), str(files[0]))
+    return rows if scores is None else joined(rows, read_scores(scores), scores)
+
+
+def _weighed(
+    rows: list[Row],
+    weights: str | None,
+    gold: Path | None,
+    kind: AnswerKind | None,
+    save_to: Path | None,
+    by_probability: bool,
+) -> list[Row]:
+    from ensemble_server.server.batch.votes import weighing
+
+    if by_probability:
+        rows = [weighing.by_probability(row) for row in rows]
+    if weights is not None:
+        return weighing.by_system(rows, weighing.read_weights(weights))
+    if gold is None:
+        return rows
+    assert kind is not None, "was checked"
+    fitted = weighing.fitted(rows, weighing.read_gold(gold, kind), kind)
+    worth = fitted.worth
+    typer.echo(
+        f"{fitted.num_known} rows with a known answer, weights fitted to four fifths of them and held to the others: "
+        f"{worth.fitted:.3f} right; all systems alike: {worth.alike:.3f}; the best system by itself: {worth.best:.3f}",
+        err=True,
+    )
+    shown = ", ".join(f"{system}={weight:.3g}" for system, weight in fitted.weights.items())
+    typer.echo(f"weights fitted to all of them: {shown}", err=True)
+    if save_to is not None:
+        save_to.write_text(json.dumps(fitted.weights, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return fitted.rows
+
+
+def _voted(
+    rows: Iterable[Row],
+    blend: Mapping[str, float] | None,
+    answer: AnswerKind | None,
+    prune: float | None,
+    explain: bool,
+    embedding: str | None,
+) -> AsyncIterator[dict[str, Any]]:
+    from ensemble_server.server.batch.votes.reports import count_answers, vote_on_rows
+
+    if answer is not None:
+        return count_answers(rows, answer)
+    embedder = None
+    if blend is not None and "embedding" in blend and embedding is not None:
+        from ensemble_server.server.weights.embeddings import SentenceEmbedder
+
+        embedder = SentenceEmbedder(embedding)
+    return vote_on_rows(rows, blend, embedder=embedder, prune=prune, explain=explain)
+
+
+async def _judged(
+    rows: Iterable[Row], config: Path, name: str, criterion: str | None, explain: bool
+) -> AsyncIterator[dict[str, Any]]:
+    from ensemble_server.ensembles.voting.pairwise import CRITERION
+    from ensemble_server.server.batch.votes.reports import judge_rows
+
+    async with AsyncExitStack() as stack:
+        judge = await _loaded(config, name, stack)
+        async for report in judge_rows(rows, judge, criterion=criterion or CRITERION, explain=explain):
+            yield report
+
+
+async def _loaded(path: Path, name: str, stack: AsyncExitStack) -> DistributionModel:
+    """The judge, loaded with what it needs. Raises `ConfigError` if it gives no next-token distributions."""
+    from ensemble_server.ensembles.base import DistributionModel
+    from ensemble_server.ensembles.errors import ConfigError
+    from ensemble_server.server.config.excerpt import excerpt
+    from ensemble_server.server.config.loading import load_config
+    from ensemble_server.server.config.problems import nearest
+
+    config = load_config(path)
+    if name not in config.models:
+        raise ConfigError(f"{path}: there is no model {name!r}{nearest(name, list(config.models))}")
+    typer.echo(f"Loading {name} ...", err=True)
+    from ensemble_server.server.hosting import Hosting  # loads torch
+
+    hosting = await stack.enter_async_context(Hosting.open(excerpt(config, [name])))
+    judge = hosting.models[name]
+    if not isinstance(judge, DistributionModel):
+        raise ConfigError(
+            f"{path}: the judge {name!r} gives text, not next-token distributions; take a hosted model or a "
+            "probability_average"
+        )
+    return judge
+
+
+async def _classes(files: Sequence[Path], pool: LabelPool, weights: str | None) -> AsyncIterator[dict[str, Any]]:
+    from ensemble_server.server.batch.votes.classifications import pooled_rows, read_classifications
+    from ensemble_server.server.batch.votes.reports import report_of_bad
+    from ensemble_server.server.batch.votes.rows import BadRow
+    from ensemble_server.server.batch.votes.weighing import read_weights
+
+    rows = read_classifications(files)
+    for report in pooled_rows(rows, pool, {} if weights is None else read_weights(weights)):
+        yield report_of_bad(report) if isinstance(report, BadRow) else report
 
 
 async def _write(reports: AsyncIterator[Mapping[str, Any]], sink: BinaryIO) -> tuple[int, int]:
@@ -148,111 +351,3 @@ async def _write(reports: AsyncIterator[Mapping[str, Any]], sink: BinaryIO) -> t
             progress.advance(task)
         sink.flush()
     return num_rows, num_failed
-
-
-# --- voting ------------------------------------------------------------------------------------------------------
-
-
-async def vote_on_rows(
-    rows: Iterable[Row],
-    similarity: Mapping[str, float],
-    *,
-    embedder: Embedder | None = None,
-    prune: float | None = None,
-    explain: bool = False,
-) -> AsyncIterator[dict[str, Any]]:
-    """The report of each row's vote, in the rows' order; of a bad row, what is wrong with it.
-
-    `explain` adds the ranking, the matrices and the candidates, so that `read_scores` can replay the vote. Each
-    distinct text of NUM_ROWS_AT_ONCE rows is embedded once.
-    """
-    from ensemble_server.server.batch.vote_files import BadRow
-
-    for chunk in _chunks(rows):
-        known = await _Embedded.of(chunk, embedder) if embedder is not None else None
-        for row in chunk:
-            if isinstance(row, BadRow):
-                yield {"id": row.id, "line": row.line, "error": row.error}
-            else:
-                yield await _vote(row, similarity, known, prune, explain)
-
-
-async def count_answers(rows: Iterable[Row], kind: AnswerKind) -> AsyncIterator[dict[str, Any]]:
-    """The report of each row's majority, in the rows' order; of a bad row, what is wrong with it."""
-    from ensemble_server.ensembles.voting.answer_extraction import extract
-    from ensemble_server.ensembles.voting.majority import agreement, plurality, tally
-    from ensemble_server.server.batch.vote_files import BadRow
-
-    for row in rows:
-        if isinstance(row, BadRow):
-            yield {"id": row.id, "line": row.line, "error": row.error}
-            continue
-        assert row.texts is not None, "only scores to replay come without texts"
-        votes = [extract(text, kind) for text in row.texts]
-        answer = plurality(votes, row.weights)
-        winner = votes.index(answer) if answer is not None else 0
-        report: dict[str, Any] = {"id": row.id, "winner": winner, "text": row.texts[winner]}
-        if row.systems[winner] is not None:
-            report["system"] = row.systems[winner]
-        sums = tally(votes, row.weights)
-        yield report | {"answer": answer, "votes": sums, "agreement": agreement(sums)}
-
-
-def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    rows = iter(rows)
-    while chunk := list(islice(rows, NUM_ROWS_AT_ONCE)):
-        yield chunk
-
-
-class _Embedded:
-    """Vectors that were made beforehand: an `Embedder` that looks them up."""
-
-    def __init__(self, name: str, vectors: Mapping[str, np.ndarray]) -> None:
-        self.name = name
-        self._vectors = vectors
-
-    @classmethod
-    async def of(cls, rows: Sequence[Row], embedder: Embedder) -> _Embedded:
-        from ensemble_server.ensembles.thoughts import without_thoughts
-        from ensemble_server.server.batch.vote_files import BadRow
-
-        texts = list(
-            dict.fromkeys(
-                without_thoughts(text) for row in rows if not isinstance(row, BadRow) for text in row.texts or ()
-            )
-        )
-        return cls(embedder.name, dict(zip(texts, await embedder.embed(texts), strict=True)))
-
-    async def embed(self, texts: Sequence[str]) -> np.ndarray:
-        import numpy as np
-
-        return np.stack([self._vectors[text] for text in texts])
-
-
-async def _vote(
-    row: CandidateRow, similarity: Mapping[str, float], embedder: Embedder | None, prune: float | None, explain: bool
-) -> dict[str, Any]:
-    from ensemble_server.ensembles.crowd_vote import count, hold_vote
-
-    texts = row.texts or tuple(f"candidate {index}" for index in range(len(row.weights)))
-    if not row.matrices:
-        held = await hold_vote(texts, similarity, embedder=embedder, weights=row.weights, prune=prune)
-    elif missing := sorted(set(similarity) - set(row.matrices)):
-        known = ", ".join(row.matrices)
-        return {"id": row.id, "error": f"there are no scores of {missing[0]!r} to replay (there are: {known})"}
-    else:
-        held = count(texts, row.matrices, similarity, weights=row.weights, prune=prune)
-    full = held.report()
-    winner = held.consensus.winner
-    report = {"id": row.id, "winner": winner, "text": row.texts[winner] if row.texts else None}
-    if row.systems[winner] is not None:
-        report["system"] = row.systems[winner]
-    report |= {key: full[key] for key in ("scores", "margin", "ties")}
-    if explain:
-        report |= {key: value for key, value in full.items() if key not in report}
-    if explain and row.texts:
-        report["candidates"] = [
-            {"text": text, "weight": weight, "system": system}
-            for text, weight, system in zip(row.texts, row.weights, row.systems, strict=True)
-        ]
-    return report

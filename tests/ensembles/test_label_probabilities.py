@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensemble_server.ensembles.label_probabilities import averaged, common_prefix_length, label_probabilities, likeliest
+from ensemble_server.ensembles.label_probabilities import (
+    as_ranks,
+    averaged,
+    common_prefix_length,
+    geometric,
+    label_probabilities,
+    likeliest,
+)
 
 LOGPROBS = st.lists(st.floats(-60, 0), min_size=2, max_size=6).map(
     lambda values: {f"label {place}": value for place, value in enumerate(values)}
@@ -77,3 +84,21 @@ def test_the_common_prefix_is_common_and_no_longer(front: list[int], tails: list
     assert length >= len(front)
     assert len({tuple(ids[:length]) for ids in sequences}) == 1
     assert any(len(ids) == length for ids in sequences) or len({ids[length] for ids in sequences}) > 1
+
+
+def test_the_geometric_pool_is_the_normalised_weighted_geometric_mean() -> None:
+    members = {"a": {"x": 0.9, "y": 0.1}, "b": {"x": 0.5, "y": 0.5}}
+    x, y = 0.9 ** (3 / 4) * 0.5 ** (1 / 4), 0.1 ** (3 / 4) * 0.5 ** (1 / 4)
+    pooled = geometric(members, {"a": 3, "b": 1})
+    assert pooled == pytest.approx({"x": x / (x + y), "y": y / (x + y)})
+    assert geometric(members, {"a": 0, "b": 1}) == pytest.approx({"x": 0.5, "y": 0.5})
+
+
+def test_what_one_member_rules_out_is_out_of_a_geometric_pool() -> None:
+    assert geometric({"a": {"x": 0.0, "y": 1.0}, "b": {"x": 0.9, "y": 0.1}}, {"a": 1, "b": 1}) == {"x": 0.0, "y": 1.0}
+    assert geometric({"a": {"x": 0.0, "y": 1.0}, "b": {"x": 1.0, "y": 0.0}}, {"a": 1, "b": 1}) == {"x": 0.5, "y": 0.5}
+
+
+def test_ranks_are_among_rows_and_equal_ones_share_theirs() -> None:
+    rows = [{"x": 0.2, "y": 0.8}, {"x": 0.9, "y": 0.1}, {"x": 0.2, "y": 0.8}]
+    assert as_ranks(rows) == [{"x": 1.5 / 4, "y": 2.5 / 4}, {"x": 3 / 4, "y": 1 / 4}, {"x": 1.5 / 4, "y": 2.5 / 4}]

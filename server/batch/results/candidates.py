@@ -8,6 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ensemble_server.ensembles.base import TokenLogprob
+from ensemble_server.ensembles.voting.pairwise import mean_logprob
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True)
@@ -17,11 +20,30 @@ class _Message(_Strict):
     content: str | None = None
 
 
+class _Token(_Strict):
+    token: str
+    logprob: float | None
+
+
+class _Logprobs(_Strict):
+    """Of a chat (`content`) or of a completion (`tokens` and `token_logprobs`)."""
+
+    content: list[_Token] | None = None
+    tokens: list[str] = Field(default_factory=list)
+    token_logprobs: list[float | None] = Field(default_factory=list)
+
+    def said(self) -> list[TokenLogprob]:
+        pairs = [(token.token, token.logprob) for token in self.content or ()]
+        pairs = pairs or list(zip(self.tokens, self.token_logprobs, strict=False))
+        return [TokenLogprob(0, text, b"", logprob) for text, logprob in pairs]
+
+
 class _Choice(_Strict):
     """A choice of a chat, which has a message, or of a completion, which has a text."""
 
     message: _Message | None = None
     text: str | None = None
+    logprobs: _Logprobs | None = None
 
     @property
     def content(self) -> str:
@@ -67,6 +89,16 @@ class BatchLine(_Strict):
         return [choice.content for choice in self.response.body.choices]
 
     @property
+    def logprobs(self) -> list[float | None]:
+        """Nats per token of each text; None where the answer came without log-probabilities."""
+        if self.response is None or self.failure is not None:
+            return []
+        return [
+            None if choice.logprobs is None else mean_logprob(choice.logprobs.said())
+            for choice in self.response.body.choices
+        ]
+
+    @property
     def system(self) -> str | None:
         """Who answered: the model, and what else its cell says: "mix temperature=0.7" """
         model = self.response.body.model if self.response is not None else None
@@ -76,12 +108,16 @@ class BatchLine(_Strict):
 
 @dataclass
 class Candidates:
-    """All texts under one custom_id, each with its system. `line`: where it stood first. `failure`: its first one."""
+    """All texts under one custom_id, each with its system and its nats per token.
+
+    `line`: where it stood first. `failure`: its first one.
+    """
 
     custom_id: str | int
     line: int
     texts: list[str] = field(default_factory=list)
     systems: list[str | None] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
     failure: str | None = None
 
 
@@ -95,6 +131,7 @@ def grouped(lines: Iterable[tuple[int, BatchLine]]) -> list[Candidates]:
         custom_id = number if line.custom_id is None else line.custom_id
         group = groups.setdefault(custom_id, Candidates(custom_id, number))
         group.texts += line.texts
+        group.logprobs += line.logprobs
         group.systems += [line.system] * len(line.texts)
         group.failure = group.failure or line.failure
     return list(groups.values())

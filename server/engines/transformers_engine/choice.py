@@ -100,11 +100,7 @@ class LiveChoice:
         if not self._request.explain:
             return token
         names = [member.name for member in self.members]
-        tops = [
-            describe(self._surface, row, token_id, self._request.explain_top, previous=self.last_token).top
-            for row in member_logprobs
-        ]
-        return explained(token, pooled, names, member_logprobs, self.weights, tops)
+        return explained(token, pooled, names, member_logprobs, self.weights)
 
 
 def generator(seed: int | None, index: int) -> torch.Generator:

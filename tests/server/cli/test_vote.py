@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ensemble_server.server.cli.vote import NUM_ROWS_AT_ONCE
+from ensemble_server.server.batch.votes.reports import NUM_ROWS_AT_ONCE
+from tests.conftest import make_embedder
 
 DATA = Path(__file__).parents[3] / "data" / "crowd"
 
@@ -202,15 +203,12 @@ def test_texts_are_embedded_once_for_many_rows(
             batches.append(list(texts))
             return np.eye(2, dtype=np.float32)[[len(text) % 2 for text in texts]]
 
-        def close(self) -> None:
-            batches.append(["closed"])
-
     monkeypatch.setattr("ensemble_server.server.weights.embeddings.SentenceEmbedder", CountingEmbedder)
     rows = [{"id": k, "candidates": ["a", "bb", "ccc", "bb"]} for k in range(NUM_ROWS_AT_ONCE + 1)]
     source = write_lines(tmp_path / "in.jsonl", [*rows, {"id": "bad"}])
     run = ensemble("vote", source, "--similarity", "embedding", "--embedding", "some-model", "-o", tmp_path / "o.jsonl")
     assert run.code == 3
-    assert batches == [["a", "bb", "ccc"], ["a", "bb", "ccc"], ["closed"]]
+    assert batches == [["a", "bb", "ccc"], ["a", "bb", "ccc"]]
     assert read_lines(tmp_path / "o.jsonl")[0]["ties"] == [[0, 1, 2, 3]]
 
 
@@ -299,3 +297,12 @@ def test_answers_are_counted_on_request(ensemble: Callable, tmp_path: Path) -> N
     assert (third["answer"], third["votes"]) == ("17", {"17": 3.0, "18": 2.0})
     assert "candidates" in bad["error"]
     assert ensemble("vote", file, "--answer", "number", "--explain").code == 2
+
+
+def test_texts_are_compared_by_a_real_embedding_model(ensemble: Callable, tmp_path: Path) -> None:
+    (tmp_path / "embedder").mkdir()
+    folder = make_embedder(tmp_path / "embedder", ("cat", "dog", "sits", "runs"))
+    source = write_lines(tmp_path / "in.jsonl", [{"id": 1, "candidates": ["dog runs", "cat sits", "cat sits"]}])
+    run = ensemble("vote", source, "--similarity", "embedding", "--embedding", folder)
+    assert run.code == 0, run.err
+    assert json.loads(run.out)["winner"] == 1

@@ -64,6 +64,7 @@ class GenerationRequest:
     `top_logprobs`: None for no logprobs, else how many alternatives per token (0: the chosen token alone).
     `prompt_logprobs`: the same for the tokens of the prompt.
     `overrides`: the request's `"ensemble"` object less `explain`: weights, pool and what else a request may change.
+    `explain`: tell how the answer came to be; `explain_top`: with each member's own most likely tokens, that many.
     `tools`: OpenAI tool definitions that the chat template renders.
     `deadline_s`: seconds from now after which the model answers with what it has, or raises `DeadlineError`.
     `priority`: lower values are scheduled first; 0 is interactive.
@@ -77,6 +78,7 @@ class GenerationRequest:
     prompt_logprobs: int | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     explain: bool = False
+    explain_top: int = 0
     tools: tuple[Mapping[str, Any], ...] = ()
     truncate_prompt_tokens: int | None = None
     deadline_s: float | None = None
@@ -104,10 +106,14 @@ class Mixture:
 
 @dataclass(frozen=True)
 class MemberToken:
-    """What one member gave the chosen token (`logprob`, nats), and the weight it had when the token was chosen."""
+    """What one member gave the chosen token (`logprob`, nats), and the weight it had when the token was chosen.
+
+    `top`: the member's own most likely tokens, best first, if `explain_top` was asked for.
+    """
 
     logprob: float
     weight: float
+    top: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)

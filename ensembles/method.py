@@ -69,6 +69,7 @@ class Method(ABC):
     Config: ClassVar[type[MethodConfig]]
     reference: ClassVar[str]  # the paper or page that the method follows
     explains_tokens: bool = False  # ensembles of texts explain by their trace, and share no tokens
+    overridable: ClassVar[tuple[str, ...]] = ()  # what a request's `ensemble` object may change
 
     def __init__(self, name: str, config: MethodConfig, models: Mapping[str, Model], services: Services) -> None:
         self.name = name

@@ -22,6 +22,7 @@ from ensemble_server.ensembles.errors import ModelLoadError, RequestError
 from ensemble_server.ensembles.method import Method, MethodConfig, Services
 from ensemble_server.ensembles.overrides import check_overrides
 
+OVERRIDABLE = ("weights", "pool", "share")
 POOLS = ("arithmetic", "geometric", "posterior")
 MAX_WEIGHT = 1e6  # in size; a log-probability times a weight must fit into float32 with digits to spare
 
@@ -29,6 +30,7 @@ MAX_WEIGHT = 1e6  # in size; a log-probability times a weight must fit into floa
 class ProbabilityAverage(Method):
     reference = "https://doi.org/10.1214/aoms/1177704873"
     explains_tokens = True
+    overridable = OVERRIDABLE
 
     class Config(MethodConfig):
         pool: PoolName = Field(default="arithmetic", description="arithmetic | geometric | posterior")
@@ -102,7 +104,7 @@ def overridden(mixture: Mixture, members: Sequence[str], overrides: Mapping[str,
 
     `members`: all that may be named. Raises `RequestError` naming the field.
     """
-    check_overrides(overrides, ("weights", "pool", "share"), members)
+    check_overrides(overrides, OVERRIDABLE, members)
     weights = overrides.get("weights", mixture.weights)
     pool = overrides.get("pool", mixture.pool)
     if pool not in POOLS:

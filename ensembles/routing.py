@@ -86,6 +86,7 @@ class Route(BaseModel):
 
 class Routing(Method):
     reference: ClassVar[str] = "https://arxiv.org/abs/1701.06538"
+    overridable: ClassVar[tuple[str, ...]] = OVERRIDABLE
 
     class Config(MethodConfig):
         yaml_files: ClassVar[tuple[str, ...]] = ("mergekit_moe",)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-IntervalMethod = Literal["bca", "percentile", "wilson"]
+IntervalMethod = Literal["bca", "percentile", "wilson", "tango", "student", "order"]
 
 
 @dataclass(frozen=True)
@@ -32,3 +32,16 @@ class Estimate:
     interval: Interval | None
     standard_error: float | None
     num_units: int
+
+    def stretched(self, ends: float, error: float) -> Estimate:
+        """The same figure, its interval's ends `ends` times as far away and its standard error `error` times as large.
+
+        For items that are not independent: see `ensembles.comparison.dependence`.
+        """
+        if self.interval is None or self.standard_error is None:
+            return self
+        low = self.value - ends * (self.value - self.interval.low)
+        high = self.value + ends * (self.interval.high - self.value)
+        return replace(
+            self, interval=replace(self.interval, low=low, high=high), standard_error=error * self.standard_error
+        )

@@ -1,16 +1,27 @@
 """The same measure with members that were trained with other seeds: is a difference one of methods, or of one training?
 
-Replicates and documents are both drawn with replacement, each on its own (the documents are the same in every
-replicate, so they are crossed with it, not nested in it): the "pigeonhole" bootstrap of Owen 2007,
-https://doi.org/10.1214/07-AOAS122. It is a little too wide rather than too narrow.
+Replicates and documents are crossed: every replicate is measured on the same documents. So the mean difference D over R
+replicates varies for two reasons, which add up:
+
+    var D = s_R² / R + s_D²      s_R: of the replicates' differences; s_D: of D over documents, replicates as they are
+
+What documents do in one replicate alone is in both (as in Owen's "pigeonhole" bootstrap, 2007,
+https://doi.org/10.1214/07-AOAS122), which makes the interval a little too wide where that is most of it. Its tails are
+Student's, with the degrees of freedom of Welch and Satterthwaite: three seeds are three numbers, and normal tails held
+the truth in 81% of cases.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
 
-from ensemble_server.ensembles.comparison.bootstrap import NUM_RESAMPLES
+import numpy as np
+from scipy.special import stdtrit
+
+from ensemble_server.ensembles.comparison.bootstrap import by_cluster
+from ensemble_server.ensembles.comparison.dependence import of_neighbours
 from ensemble_server.ensembles.comparison.intervals import Estimate, Interval
+from ensemble_server.ensembles.comparison.significance import Spread, combined
 
 
 def crossed_ratio_difference(
@@ -19,35 +30,41 @@ def crossed_ratio_difference(
     baseline_numerators: np.ndarray,
     baseline_denominators: np.ndarray,
     *,
-    seed: int = 0,
-    num_resamples: int = NUM_RESAMPLES,
+    clusters: Sequence[object] | None = None,
+    are_neighbours: bool = False,
     level: float = 0.95,
 ) -> Estimate:
     """Mean over replicates of the difference of two ratios of sums. All (num_replicates, num_documents).
 
-    The interval is the percentile one; None with a single replicate or document.
+    `clusters`: of the documents; `are_neighbours`: they are cut out of one text, in order. No interval with a single
+    replicate or document.
     """
     parts = [
         np.asarray(part, dtype=np.float64)
         for part in (numerators, denominators, baseline_numerators, baseline_denominators)
     ]
     num_replicates, num_documents = parts[0].shape
-    value = float(_mean_difference(*(part.sum(axis=1) for part in parts)))
+    ours, size, theirs, their_size = parts
+    ratio, their_ratio = ours.sum(axis=1) / size.sum(axis=1), theirs.sum(axis=1) / their_size.sum(axis=1)
+    differences = ratio - their_ratio  # (R,)
+    value = float(differences.mean())
     if num_replicates < 2 or num_documents < 2:
         return Estimate(value, None, None, num_replicates)
-    rng = np.random.default_rng(seed)
-    # How often each is drawn says all, and turns a resample into two products.
-    of_documents = rng.multinomial(num_documents, np.full(num_documents, 1 / num_documents), size=num_resamples)
-    of_replicates = rng.multinomial(num_replicates, np.full(num_replicates, 1 / num_replicates), size=num_resamples)
-    sums = [of_documents @ part.T for part in parts]  # (num_resamples, num_replicates)
-    differences = sums[0] / sums[1] - sums[2] / sums[3]
-    resampled = (differences * of_replicates).sum(axis=1) / num_replicates
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-    interval = Interval(float(low), float(high), level, "percentile")
-    return Estimate(value, interval, float(resampled.std(ddof=1)), num_replicates)
-
-
-def _mean_difference(
-    numerators: np.ndarray, denominators: np.ndarray, baseline_numerators: np.ndarray, baseline_denominators: np.ndarray
-) -> np.floating:
-    return (numerators / denominators - baseline_numerators / baseline_denominators).mean()
+    # What each document adds to the error of the mean difference: (R, n) -> (n,), of sum zero.
+    influence = (
+        (ours - ratio[:, None] * size) / size.sum(axis=1, keepdims=True)
+        - (theirs - their_ratio[:, None] * their_size) / their_size.sum(axis=1, keepdims=True)
+    ).mean(axis=0)
+    influence = by_cluster(influence[:, None], clusters)[:, 0]
+    num_units = len(influence)
+    freedom, factor = num_units - 1.0, 1.0
+    if are_neighbours:
+        dependence = of_neighbours(influence)
+        freedom, factor = dependence.freedom, dependence.error_factor
+    of_documents = Spread(factor * float(np.sqrt(num_units / (num_units - 1) * influence @ influence)), freedom)
+    of_replicates = Spread(float(differences.std(ddof=1)) / num_replicates**0.5, num_replicates - 1.0)
+    spread = combined([of_documents, of_replicates])
+    half = spread.standard_error * float(stdtrit(spread.freedom, (1 + level) / 2))
+    return Estimate(
+        value, Interval(value - half, value + half, level, "student"), spread.standard_error, num_replicates
+    )

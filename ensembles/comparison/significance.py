@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import bdtr, stdtr
 
 MAX_EXACT_SIGNS = 16  # differences other than zero up to which all 2^n sign patterns are looked at
 
@@ -24,12 +26,10 @@ def mcnemar(model_is_right: np.ndarray, baseline_is_right: np.ndarray) -> McNema
 
     Both (num_items,) of bool. Without any such item p is 1.
     """
-    from scipy.stats import binomtest  # here, because scipy.stats takes most of a second to import
-
     model, baseline = np.asarray(model_is_right, dtype=bool), np.asarray(baseline_is_right, dtype=bool)
     only_model, only_baseline = int((model & ~baseline).sum()), int((baseline & ~model).sum())
     divided = only_model + only_baseline
-    p_value = float(binomtest(only_model, divided, 0.5).pvalue) if divided else 1.0
+    p_value = min(1.0, 2 * float(bdtr(min(only_model, only_baseline), divided, 0.5))) if divided else 1.0
     return McNemar(only_model, only_baseline, p_value)
 
 
@@ -55,6 +55,45 @@ def sign_flip(differences: np.ndarray, *, seed: int = 0, num_flips: int = 10_000
         signs = 2 * rng.integers(2, size=(min(1000, num_flips - start), len(differences)), dtype=np.int8) - 1
         hits += int((np.abs(signs @ differences) >= observed - tolerance).sum())
     return (1 + hits) / (1 + num_flips)
+
+
+def smallest_mcnemar_p(num_items: int) -> float:
+    """What `mcnemar` says if all items divide the models the same way: with fewer items no p can be smaller."""
+    return min(1.0, 2.0 ** (1 - num_items))
+
+
+def smallest_sign_flip_p(num_items: int, *, num_flips: int = 10_000) -> float:
+    """The same for `sign_flip`: 2 of 2^n patterns, or one more than none of the drawn ones."""
+    return min(1.0, 2.0 ** (1 - num_items)) if num_items <= MAX_EXACT_SIGNS else 1 / (1 + num_flips)
+
+
+def student_t(value: float, standard_error: float, freedom: float) -> float:
+    """Two-sided p-value of "the true figure is 0", for a figure that is about normal.
+
+    However few the items, p can be as small as the figure is far from 0: it is not bounded by 2^-n as that of sign
+    patterns is. 1 if nothing differs.
+    """
+    if standard_error <= 0:
+        return 1.0 if value == 0 else 0.0
+    return float(2 * stdtr(freedom, -abs(value) / standard_error))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The standard error of a figure, and the degrees of freedom of its tails."""
+
+    standard_error: float
+    freedom: float
+
+
+def combined(parts: Sequence[Spread]) -> Spread:
+    """Of a sum of independent figures; degrees of freedom after Welch and Satterthwaite (1946)."""
+    variances = [part.standard_error**2 for part in parts]
+    total = sum(variances)
+    if total <= 0:
+        return Spread(0.0, max(part.freedom for part in parts))
+    weight = sum(variance**2 / part.freedom for variance, part in zip(variances, parts, strict=True))
+    return Spread(math.sqrt(total), total**2 / weight)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

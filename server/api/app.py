@@ -29,6 +29,7 @@ from ensemble_server.server.api.auth import OPEN_PATHS, RequireKey, configured_k
 from ensemble_server.server.api.context import Context
 from ensemble_server.server.api.errors import install_error_handlers
 from ensemble_server.server.api.health import PACKAGE
+from ensemble_server.server.api.page import install_page
 from ensemble_server.server.api.request_log import RequestLog
 from ensemble_server.server.batch.uploads.service import BatchService
 from ensemble_server.server.requests.errors import ErrorResponse
@@ -56,6 +57,7 @@ def create_app(hosting: Hosting, *, metrics: Metrics) -> FastAPI:
         title="ensemble-server",
         version=version(PACKAGE),
         summary="Several language models behind one OpenAI-compatible API",
+        docs_url=None,  # our own, which works without internet
         redoc_url=None,
         redirect_slashes=False,
     )
@@ -69,6 +71,7 @@ def create_app(hosting: Hosting, *, metrics: Metrics) -> FastAPI:
     )
     app.state.context = context
     app.state.admission, app.state.batches = context.admission, context.batches
+    install_page(app, has_page=config.web)
     install_error_handlers(app)
 
     # The last added is the outermost.

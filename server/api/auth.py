@@ -18,7 +18,8 @@ from ensemble_server.server.config.blocks import ServerConfig
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/live", "/ready", "/version", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset({"/health", "/live", "/ready", "/version", "/", "/docs", "/openapi.json"})
+OPEN_PREFIXES = ("/ui/", "/docs/")  # files of the page, the same for everybody
 
 
 def configured_keys(config: ServerConfig) -> list[str]:
@@ -44,7 +45,7 @@ class RequireKey:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] == "OPTIONS" or scope["path"] in OPEN_PATHS:
+        if scope["type"] != "http" or scope["method"] == "OPTIONS" or _is_open(scope["path"]):
             await self._app(scope, receive, send)
             return
         key = sent_key(Headers(scope=scope))
@@ -60,6 +61,10 @@ class RequireKey:
         digest = hashlib.sha256(key.encode("latin-1")).digest()  # the bytes as they were sent
         matches = [compare_digest(digest, known) for known in self._digests]
         return any(matches)
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_PREFIXES)
 
 
 def owner_of(request: Request) -> str:

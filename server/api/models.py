@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal
+
 from fastapi import APIRouter, Depends
 from starlette.requests import Request
 
 from ensemble_server.ensembles.base import Model
 from ensemble_server.ensembles.method import Method
+from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
 from ensemble_server.server.api.context import check_ready, context_of
 from ensemble_server.server.api.errors import documented
 from ensemble_server.server.api.json_response import JSONResponse
 from ensemble_server.server.requests.models import unknown_model
-from ensemble_server.server.requests.responses import ModelList, ModelObject
+from ensemble_server.server.requests.responses import ModelEnsemble, ModelList, ModelObject
+
+if TYPE_CHECKING:
+    from ensemble_server.server.hosting import House
 
 OWNER = "ensemble-server"
 
@@ -22,7 +28,7 @@ router = APIRouter(tags=["models"], dependencies=[Depends(check_ready)])
 async def list_models(request: Request) -> JSONResponse:
     """The models that clients may name, in the config's order."""
     hosting = context_of(request).hosting
-    shown = [model_object(hosting.models[name], hosting.created) for name in hosting.listed]
+    shown = [model_object(hosting.models[name], hosting) for name in hosting.listed]
     return JSONResponse({"object": "list", "data": shown})
 
 
@@ -36,17 +42,38 @@ async def retrieve_model(model_id: str, request: Request) -> JSONResponse:
     hosting = context_of(request).hosting
     if model_id not in hosting.models:
         raise unknown_model(model_id, hosting.listed)
-    return JSONResponse(model_object(hosting.models[model_id], hosting.created))
+    return JSONResponse(model_object(hosting.models[model_id], hosting))
 
 
-def model_object(model: Model, created: int) -> ModelObject:
+def model_object(model: Model, hosting: House) -> ModelObject:
     shown: ModelObject = {
         "id": model.name,
+        "kind": _kind(model, hosting),
+        "explains_tokens": model.explains_tokens,
         "object": "model",
-        "created": created,
+        "created": hosting.created,
         "owned_by": OWNER,
         "max_model_len": model.max_model_len,
     }
     if isinstance(model, Method):
-        shown["ensemble"] = {"method": model.config.method, "members": list(model.members)}
+        shown["ensemble"] = _ensemble(model)
+    return shown
+
+
+def _kind(model: Model, hosting: House) -> Literal["hosted", "remote", "ensemble"]:
+    """A model that is no ensemble and that nobody here can read a prompt for is elsewhere."""
+    if isinstance(model, Method):
+        return "ensemble"
+    return "remote" if hosting.surface(model.name) is None else "hosted"
+
+
+def _ensemble(model: Method) -> ModelEnsemble:
+    shown: ModelEnsemble = {
+        "method": model.config.method,
+        "members": list(model.members),
+        "weights": dict(model.config.members),
+        "overrides": list(model.overridable),
+    }
+    if isinstance(model, ProbabilityAverage):
+        shown |= {"pool": model.config.pool, "share": model.config.share}
     return shown

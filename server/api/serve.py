@@ -23,6 +23,7 @@ from ensemble_server.ensembles.errors import ConfigError
 from ensemble_server.server.api.admission import RETRY_SOON, Admission
 from ensemble_server.server.api.errors import error_response
 from ensemble_server.server.api.json_response import JSONResponse
+from ensemble_server.server.api.local_only import local_only
 from ensemble_server.server.api.logs import configure_logging
 from ensemble_server.server.metrics import Metrics
 
@@ -146,7 +147,7 @@ async def listening(app: ASGIApp, config: ServerConfig) -> AsyncIterator[int]:
             f"server: cannot listen on {config.host}:{config.port} ({exc.strerror or exc}); choose another host or port"
         ) from exc
     settings = uvicorn.Config(
-        app,
+        local_only(app, listener.getsockname()[0], config),
         lifespan="off",
         access_log=False,
         log_config=None,

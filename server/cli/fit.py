@@ -151,7 +151,13 @@ def report_lines(name: str, entry: ProbabilityAverage.Config, judged: JudgedFit)
     interval = "too few documents for an interval"
     if difference.interval is not None:
         interval = f"95% interval {difference.interval.low:+.4f} to {difference.interval.high:+.4f}"
-    said = verdict(difference.interval, margin=MARGIN_BITS_PER_BYTE, higher_is_better=False)
+    said = verdict(
+        difference.interval,
+        margin=MARGIN_BITS_PER_BYTE,
+        higher_is_better=False,
+        adjusted_p_value=judged.difference.p_value,
+        smallest_p_value=judged.difference.smallest_p_value,
+    )
     yield f"  difference     {difference.value:+.4f} ({interval}): {said}"
 
 

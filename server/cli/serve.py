@@ -48,9 +48,13 @@ def _welcome(config: Config, port: int) -> str:
     body = {"model": config.main_model, "messages": [{"role": "user", "content": "Who are you?"}], "stream": True}
     headers = f"-H 'Content-Type: application/json' {_key_header(config.server)}"
     return (
-        f"Ready: {address}/v1 serves {', '.join(config.listed)}. Try:\n\n"
+        f"Ready: {address}/v1 serves {', '.join(config.listed)}.\n{_page(config.server, address)}Try:\n\n"
         f"curl -N {address}/v1/chat/completions {headers}-d {shlex.quote(json.dumps(body))}\n"
     )
+
+
+def _page(server: ServerConfig, address: str) -> str:
+    return f"Open {address}/\n" if server.web else ""
 
 
 def _reachable(host: str) -> str:

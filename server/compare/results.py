@@ -30,16 +30,18 @@ class Part(BaseModel):
 class Difference(Part):
     """An arm against the baseline on the same items. `p_holm`: Holm-adjusted over the arms of this measure.
 
-    `detectable`: the smallest true difference that this many items would show four times in five. `effect_size`: see
-    `ensembles.comparison.effect_size`; None if it is not finite. `wins`, `ties`, `losses` count items on which the arm
-    is better, equal, worse; for right or wrong answers they are all that McNemar's test uses.
+    `detectable`: the smallest true difference that this test on this many items, corrected for all arms, shows four
+    times in five; None if it can show none. `effect_size`: see `ensembles.comparison.effect_size`; None if it is not
+    finite. `wins`, `ties`, `losses` count items on which the arm is better, equal, worse; for right or wrong answers
+    they are all that McNemar's test uses. `lag`: correlation of the differences of neighbouring documents of one text;
+    `num_units`: items, or clusters of them, before that counts.
     """
 
     difference: float
     ci: Interval | None
     p: float
     p_holm: float
-    test: Literal["mcnemar", "sign_flip"]
+    test: Literal["mcnemar", "sign_flip", "student_t"]
     verdict: Verdict
     effect_size: float | None = None
     effect_size_name: Literal["cohens_h", "cohens_d_z"] = "cohens_d_z"
@@ -47,6 +49,8 @@ class Difference(Part):
     wins: int = 0
     ties: int = 0
     losses: int = 0
+    lag: float | None = None
+    num_units: int | None = None
 
 
 class Figure(Part):
@@ -87,11 +91,13 @@ class TaskResult(Part):
 
 
 class Timing(Part):
-    """Median over interleaved rounds; `ci`: bootstrap of the median."""
+    """Median over interleaved rounds. `ci`: interval of the median, None below 6 rounds (at 95%): there is none then,
+    only `range`, from the lowest to the highest round."""
 
     median: float
     ci: Interval | None
     values: tuple[float, ...]
+    range: Interval | None = None
 
 
 class Cost(Part):
@@ -100,10 +106,13 @@ class Cost(Part):
     `tokens_per_s`: answer tokens of all streams together, by number of requests at once ("1", "16"). `ttft_s`: time to
     the first token, alone. `weights_bytes`: of everything that must be loaded for this arm. `kv_bytes`: KV cache of one
     sequence of `kv_tokens` tokens, all members. `forward_tokens_per_answer_token`: forwards of one token through one
-    member, prompt included, per token of the answer. `spend`: in the config's currency, of all rounds.
+    member, prompt included, per token of the answer. `spend`: in the config's currency, of all rounds. What is not
+    known (the memory of a remote model, forwards that an endpoint does not tell) is None. `speed_ratio`: of
+    `tokens_per_s` to the baseline's, paired by round.
     """
 
     tokens_per_s: Mapping[str, Timing] = Field(default_factory=dict)
+    speed_ratio: Mapping[str, Timing] = Field(default_factory=dict)
     ttft_s: Timing | None = None
     weights_bytes: int | None = None
     kv_bytes: int | None = None
@@ -159,10 +168,12 @@ class ArmResult(Part):
 
 
 class NullCheck(Part):
-    """The baseline against itself: where nothing differs, how often does the test claim that something does?
+    """The baseline against itself: where nothing differs, does the test claim that something does?
 
-    `num_significant` of `num_trials` comparisons fell below alpha. For texts the two sides are random halves of the
-    documents; for tasks that sample, two runs with other seeds. `has_passed`: not more than chance explains.
+    `num_significant` of `num_trials` comparisons fell below alpha. For texts the other side is the same model with
+    windows that begin elsewhere; for tasks that sample, a second run with other seeds. A third check asks whether
+    blocks of neighbouring documents vary more than single ones are taken to. `has_passed`: not more than chance
+    explains.
     """
 
     measure: str
@@ -219,7 +230,11 @@ class MeasureIdentity(Part):
 
 
 class Results(Part):
-    """The whole file. `texts` and `tasks` name the measures in the plan's order, with what proves them equal."""
+    """The whole file. `texts` and `tasks` name the measures in the plan's order, with what proves them equal.
+
+    `mean_over`: the measures that `mean_text` and `mean_tasks` count alike: those that every arm has which has any;
+    `left_out`: measures ("text NAME", "task NAME") that they leave out, with the reason.
+    """
 
     version: Literal[1] = 1
     title: str = ""
@@ -230,6 +245,8 @@ class Results(Part):
     null_checks: tuple[NullCheck, ...] = ()
     flips: tuple[Flip, ...] = ()
     notes: tuple[str, ...] = ()
+    mean_over: Mapping[Literal["text", "task"], tuple[str, ...]] = Field(default_factory=dict)
+    left_out: Mapping[str, str] = Field(default_factory=dict)
     statistics: StatisticsUsed
     provenance: Mapping[str, Any] = Field(default_factory=dict)
 

@@ -12,11 +12,12 @@ layers and width are sums over members, since each has its own KV cache.
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ensemble_server.ensembles.base import Mixture
+from ensemble_server.ensembles.base import Mixture, PoolName
 from ensemble_server.ensembles.probability_averaging import mixture_of
 
 
@@ -25,8 +26,8 @@ class EnsembleConfig(PreTrainedConfig):
 
     model_type = "ensemble"
 
-    members: list[dict[str, Any]] | None = None
-    pool: str = "arithmetic"
+    members: list[dict[str, Any]] = field(default_factory=list)
+    pool: PoolName = "arithmetic"
     share: float = 0.0
     vocab_size: int = 0
     hidden_size: int = 0

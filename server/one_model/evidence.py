@@ -33,7 +33,7 @@ class EvidenceLayer(DynamicLayer):
         token_ids: (B, T), the tokens just read. is_judged: (B, T), whether the token is evidence (padding is none, and
         neither is a text's first token). logprobs: (B, K, T, V), what the members said after each of them.
         """
-        before = self.values[:, :, -1:] if self.get_seq_length() else logprobs[:, :, :0]
+        before = logprobs[:, :, :0] if self.values is None else self.values[:, :, -1:]
         said = torch.cat([before, logprobs[:, :, :-1]], dim=2)  # about the last of these tokens, and those before it
         targets = token_ids[:, -said.shape[2] :] if said.shape[2] else token_ids[:, :0]
         gains = said.gather(-1, targets[:, None, :, None].expand(-1, said.shape[1], -1, 1))[..., 0].double().cpu()
@@ -45,7 +45,7 @@ class EvidenceLayer(DynamicLayer):
 
     def _path(self, row: int, gains: np.ndarray, is_judged: np.ndarray) -> np.ndarray:
         """(T + 1 or T, K): the weights so far, and after each token."""
-        weights = self.keys[row, 0, -1].numpy() if self.get_seq_length() else self._prior
+        weights = self._prior if self.keys is None else self.keys[row, 0, -1].numpy()
         path = [weights]
         for gain, counts in zip(gains.T, is_judged, strict=True):
             if counts:
@@ -55,7 +55,7 @@ class EvidenceLayer(DynamicLayer):
 
     def _keep(self, weights: torch.Tensor, logprobs: torch.Tensor) -> None:
         kept = logprobs[:, :, -NUM_KEPT:]
-        if not self.is_initialized:
+        if self.keys is None or self.values is None:
             self.dtype, self.device = logprobs.dtype, logprobs.device
             self.keys, self.values = weights[:, None], kept.clone()
             self.is_initialized = True

@@ -49,7 +49,7 @@ def export(config: Config, name: str, folder: Path, *, copy: bool = False) -> No
         raise ConfigError(f"{folder} is not an empty folder; choose another, or remove it first")
     entries = {member: _hosted(config, name, member) for member in ensemble.members}
     checkpoints = {
-        member: resolve_checkpoint(_weights_of(config, entry).path, relative_to=config.source.parent)
+        member: resolve_checkpoint(_path_of(config, entry), relative_to=config.source.parent)
         for member, entry in entries.items()
     }
     _check_vocabularies(checkpoints)
@@ -83,7 +83,15 @@ def _hosted(config: Config, name: str, member: str) -> HostedModel:
 
 def _weights_of(config: Config, entry: HostedModel) -> HostedModel:
     """The entry with the weights that `entry` stands on."""
-    return config.models[entry.base] if entry.path is None else entry
+    root = entry if entry.base is None else config.models[entry.base]
+    assert isinstance(root, HostedModel), "a base is hosted: the config was checked"
+    return root
+
+
+def _path_of(config: Config, entry: HostedModel) -> str:
+    path = _weights_of(config, entry).path
+    assert path is not None, "what has no base has a path: the config was checked"
+    return path
 
 
 def _view(config: Config, entry: HostedModel) -> str | None:
@@ -92,7 +100,7 @@ def _view(config: Config, entry: HostedModel) -> str | None:
 
 def _reference(config: Config, entry: HostedModel, checkpoint: Path, folder: Path, *, copy: bool) -> dict[str, Any]:
     """Where the member's weights are, and their dtype, as `configuration.py` says."""
-    path = _weights_of(config, entry).path
+    path = _path_of(config, entry)
     adapter = None if entry.adapter is None else Path(entry.adapter)
     if copy:
         path = _copied(checkpoint, folder / "weights")
@@ -173,6 +181,14 @@ def _write_config(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     first = shapes[0]
     heads = first.num_attention_heads
+    undeclared: dict[str, Any] = {  # keys that transformers takes and its class does not name
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "auto_map": {
+            "AutoConfig": f"{Path(REMOTE_CODE).stem}.EnsembleConfig",
+            "AutoModelForCausalLM": f"{Path(REMOTE_CODE).stem}.EnsembleForCausalLM",
+        },
+    }
     written = EnsembleConfig(
         members=members,
         pool=ensemble.pool,
@@ -185,14 +201,9 @@ def _write_config(
         num_key_value_heads=getattr(first, "num_key_value_heads", None) or heads,
         head_dim=getattr(first, "head_dim", None) or first.hidden_size // heads,
         max_position_embeddings=min(shape.max_position_embeddings for shape in shapes),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
         dtype=_dtype(members, shapes),
         architectures=["EnsembleForCausalLM"],
-        auto_map={
-            "AutoConfig": f"{Path(REMOTE_CODE).stem}.EnsembleConfig",
-            "AutoModelForCausalLM": f"{Path(REMOTE_CODE).stem}.EnsembleForCausalLM",
-        },
+        **undeclared,
     )
     written.save_pretrained(folder)
     (folder / REMOTE_CODE).write_text(_REMOTE_CODE_TEXT, encoding="utf-8")

@@ -112,7 +112,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         weights = torch.from_numpy(self._weights).expand(*logprobs.shape[1:3], -1)
         if follows_evidence:
             judged = _is_judged(attention_mask, input_ids, length_before)
-            weights = cache.layers[-1].follow(input_ids, judged, logprobs.transpose(0, 1))
+            weights = _evidence_of(cache).follow(input_ids, judged, logprobs.transpose(0, 1))
         if follows_evidence and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logprobs, weights = logprobs[:, :, keep], weights[:, keep]
@@ -123,12 +123,12 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self) -> nn.Module:
         """Of the first member: tools look at it for the device. Inputs are token ids, since members embed them each."""
-        return self.backbones[0].get_input_embeddings()
+        return self._backbone_of(0).get_input_embeddings()
 
     def _member_logprobs(self, index: int, input_ids: torch.LongTensor, **settings: Any) -> torch.Tensor:
         """(B, T, V) float32, normalised over the ensemble's vocabulary: columns of padding are cut before."""
         member = self._members[index]
-        backbone = self.backbones[self._paths.index(member["path"])]
+        backbone = self._backbone_of(index)
         with _selected(backbone, member["name"] if member["adapter"] is not None else None):
             logits = backbone(input_ids=input_ids.to(backbone.device), **settings).logits
         return torch.log_softmax(logits[..., : self.config.vocab_size].float(), dim=-1).to(input_ids.device)
@@ -144,7 +144,11 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return Cache(layers=layers)
 
     def _config_of(self, index: int) -> Any:
-        return self.backbones[self._paths.index(self._members[index]["path"])].config
+        return self._backbone_of(index).config
+
+    def _backbone_of(self, index: int) -> Any:
+        """Member `index`'s weights. Any: PEFT's and transformers' classes declare little of what both have."""
+        return self.backbones[self._paths.index(self._members[index]["path"])]
 
     def _cache_of(self, index: int, cache: Cache | None) -> Cache | None:
         """Member `index`'s part of the cache: the same layers, seen as a cache of their own."""
@@ -165,6 +169,12 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
                 model_kwargs["past_key_values"].activate_past_recording()
 
 
+def _evidence_of(cache: Cache | None) -> EvidenceLayer:
+    layer = cache.layers[-1] if cache is not None else None
+    assert isinstance(layer, EvidenceLayer), "a posterior pool's cache ends with its evidence"
+    return layer
+
+
 def _backbone(name: str, checkpoint: Path, settings: Mapping[str, Any]) -> PreTrainedModel:
     """The model of `checkpoint`, quantised if that is. name: of its first member."""
     try:
@@ -178,12 +188,12 @@ def _with_adapter(backbone: PreTrainedModel | PeftModel, folder: Path, name: str
     from peft import PeftModel
 
     if isinstance(backbone, PeftModel):
-        backbone.load_adapter(folder, adapter_name=name)
+        backbone.load_adapter(str(folder), adapter_name=name)
         return backbone
-    return PeftModel.from_pretrained(backbone, folder, adapter_name=name)
+    return PeftModel.from_pretrained(backbone, str(folder), adapter_name=name)
 
 
-def _selected(backbone: PreTrainedModel | PeftModel, adapter: str | None) -> AbstractContextManager[None]:
+def _selected(backbone: Any, adapter: str | None) -> AbstractContextManager[None]:
     """Within the returned context `backbone` is its `adapter`, or the bare base for None."""
     if not hasattr(backbone, "peft_config"):
         return nullcontext()

@@ -59,6 +59,7 @@ def chat_request(
         prompt_logprobs=body.prompt_logprobs,
         overrides=extension.overrides,
         explain=extension.explain,
+        explain_top=extension.explain_top,
         tools=tools.rendered if tools else (),
         truncate_prompt_tokens=prompt_tokens_kept(body, hosting.models[model_name]),
         deadline_s=terms.deadline_s,

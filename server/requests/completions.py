@@ -60,6 +60,7 @@ def completion_requests(
             prompt_logprobs=body.logprobs if is_scored else body.prompt_logprobs,
             overrides=extension.overrides,
             explain=extension.explain,
+            explain_top=extension.explain_top,
             truncate_prompt_tokens=kept,
             deadline_s=terms.deadline_s,
             priority=terms.priority,

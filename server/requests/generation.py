@@ -25,6 +25,7 @@ from ensemble_server.ensembles.base import (
 )
 from ensemble_server.ensembles.errors import RequestError
 from ensemble_server.server.engines.shared.side_by_side import side_by_side
+from ensemble_server.server.requests.messages import is_integer
 from ensemble_server.server.requests.protocol import ChatBody, CompletionBody, GenerationBody
 from ensemble_server.server.requests.responses import EnsembleObject, MemberUsageObject, UsageObject
 from ensemble_server.server.requests.terms import Terms
@@ -33,23 +34,43 @@ if TYPE_CHECKING:
     from ensemble_server.server.hosting import Hosting
     from ensemble_server.server.weights.view import Surface
 
+MAX_EXPLAIN_TOP = 20
+
 # --- what is asked -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Extension:
-    """The request's `ensemble` object: whether to explain, and what the method is asked to change."""
+    """The request's `ensemble` object: whether to explain, with how many of each member's own best tokens, and what
+    the method is asked to change."""
 
     explain: bool
+    explain_top: int
     overrides: dict[str, Any]
 
 
 def extension_of(body: GenerationBody) -> Extension:
     overrides = dict(body.ensemble or {})
     explain = overrides.pop("explain", None)
+    if isinstance(explain, dict):
+        return Extension(True, _explain_top(explain), overrides)
     if explain is not None and not isinstance(explain, bool):
-        raise RequestError("ensemble.explain must be true or false", param="ensemble.explain")
-    return Extension(bool(explain), overrides)
+        raise RequestError('ensemble.explain must be true, false or {"top": number}', param="ensemble.explain")
+    return Extension(bool(explain), 0, overrides)
+
+
+def _explain_top(explain: dict[str, Any]) -> int:
+    """How many tokens `explain: {"top": N}` asks of each member."""
+    if strangers := set(explain) - {"top"}:
+        name = min(strangers)[:40]
+        raise RequestError(f"unknown key 'ensemble.explain.{name}' (known: top)", param="ensemble.explain")
+    top = explain.get("top", 0)
+    if not is_integer(top) or not 0 <= top <= MAX_EXPLAIN_TOP:
+        raise RequestError(
+            f"ensemble.explain.top must be a whole number from 0 to {MAX_EXPLAIN_TOP}, got {repr(top)[:40]}",
+            param="ensemble.explain.top",
+        )
+    return int(top)
 
 
 def check_stream_options(body: GenerationBody) -> None:

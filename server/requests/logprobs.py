@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ensemble_server.ensembles.base import PromptScored, TokenLogprob
+from ensemble_server.ensembles.base import MemberToken, PromptScored, TokenLogprob
 from ensemble_server.server.requests.responses import (
     AlternativeObject,
     ChatLogprobs,
     CompletionLogprobs,
+    MemberTokenObject,
     PromptLogprob,
     TokenLogprobObject,
 )
@@ -31,14 +32,25 @@ def token_object(token: TokenLogprob) -> TokenLogprobObject:
         "top_logprobs": [_alternative(alternative) for alternative in token.top],
     }
     if token.members is not None:
-        listed["members"] = {
-            name: {"logprob": finite(view.logprob), "weight": view.weight} for name, view in token.members.items()
-        }
+        listed["token_id"] = token.token_id
+        listed["top_logprobs"] = [_with_id(alternative) for alternative in token.top]
+        listed["members"] = {name: _member_view(view) for name, view in token.members.items()}
     if token.entropy is not None:
         listed["entropy"] = token.entropy
     if token.disagreement is not None:
         listed["disagreement"] = token.disagreement
     return listed
+
+
+def _member_view(view: MemberToken) -> MemberTokenObject:
+    shown: MemberTokenObject = {"logprob": finite(view.logprob), "weight": view.weight}
+    if view.top:
+        shown["top"] = [_with_id(token) for token in view.top]
+    return shown
+
+
+def _with_id(token: TokenLogprob) -> AlternativeObject:
+    return {**_alternative(token), "token_id": token.token_id}
 
 
 def _alternative(token: TokenLogprob) -> AlternativeObject:

@@ -36,15 +36,21 @@ class EnsembleObject(TypedDict):
     trace: NotRequired[Any]
 
 
-class MemberTokenObject(TypedDict):
-    logprob: float
-    weight: float
-
-
 class AlternativeObject(TypedDict):
+    """`token_id` is there if `explain` was asked for."""
+
     token: str
     logprob: float
     bytes: list[int]
+    token_id: NotRequired[int]
+
+
+class MemberTokenObject(TypedDict):
+    """`top`: the member's own most likely tokens, if `explain: {"top": N}` was asked for."""
+
+    logprob: float
+    weight: float
+    top: NotRequired[list[AlternativeObject]]
 
 
 class TokenLogprobObject(AlternativeObject):
@@ -146,14 +152,24 @@ class Completion(TypedDict):
 
 
 class ModelEnsemble(TypedDict):
+    """What the config says: a weight per member and, where the method has them, how they are pooled. `overrides`: the
+    keys of a request's `ensemble` object that the method honours, besides `explain`."""
+
     method: str
     members: list[str]
+    weights: dict[str, float]
+    pool: NotRequired[str]
+    share: NotRequired[float]
+    overrides: list[str]
 
 
 class ModelObject(TypedDict):
-    """`ensemble` is there for models made of others. `max_model_len`: tokens; null if only the remote end knows."""
+    """`ensemble` is there for models made of others. `max_model_len`: tokens; null if only the remote end knows.
+    `explains_tokens`: whether a request with `explain` gets a view of every token."""
 
     id: str
+    kind: Literal["hosted", "remote", "ensemble"]
+    explains_tokens: bool
     object: Literal["model"]
     created: int
     owned_by: str

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
 
 from ensemble_server.ensembles.comparison import bootstrap
+from ensemble_server.ensembles.comparison.dependence import independent, of_neighbours
 from ensemble_server.ensembles.comparison.intervals import Estimate
 from ensemble_server.ensembles.comparison.paired import (
+    Columns,
     Comparison,
-    compare_bits_per_byte,
+    compare_ratios,
     compare_right_wrong,
     compare_scores,
+    mean_of_tasks,
+    spread_of,
+    stretch,
 )
-from ensemble_server.ensembles.comparison.power import minimal_detectable_effect
-from ensemble_server.ensembles.comparison.significance import holm, sign_flip
+from ensemble_server.ensembles.comparison.significance import combined, holm
 from ensemble_server.ensembles.comparison.verdict import verdict
 from ensemble_server.server.compare.planning.blocks import PlanFile
 from ensemble_server.server.compare.results import Difference, Interval
@@ -34,6 +39,8 @@ class Rules:
     alpha: float
     margin_bpb: float
     margin_score: float
+    clusters: Mapping[str, Sequence[str]] = field(default_factory=dict)  # measure -> the cluster of each of its items
+    neighbours: frozenset[str] = frozenset()  # measures whose items stand next to each other in one text
 
     @property
     def level(self) -> float:
@@ -46,16 +53,27 @@ class Rules:
 
 @dataclass(frozen=True)
 class Unadjusted:
-    """A comparison before Holm's correction. `margin`: the smallest difference that matters."""
+    """A comparison before Holm's correction. `margin`: the smallest difference that matters. `is_answered`: both have
+    an answer to some item."""
 
     comparison: Comparison
     margin: float
     higher_is_better: bool
+    is_answered: bool = True
 
 
-def rules_of(file: PlanFile) -> Rules:
+def rules_of(file: PlanFile, clusters: Mapping[str, Sequence[str]]) -> Rules:
+    """`clusters`: measure -> the cluster of each of its items, where the plan names one."""
     chosen = file.statistics
-    return Rules(chosen.seed, chosen.resamples, chosen.alpha, chosen.margin_bpb, chosen.margin_score)
+    return Rules(
+        chosen.seed,
+        chosen.resamples,
+        chosen.alpha,
+        chosen.margin_bpb,
+        chosen.margin_score,
+        clusters,
+        frozenset(f"text {name}" for name, source in file.text.items() if source.is_one_text),
+    )
 
 
 # --- columns -----------------------------------------------------------------------------------------------------
@@ -63,6 +81,10 @@ def rules_of(file: PlanFile) -> Rules:
 
 def has_figures(record: ArmRecord, text: str) -> bool:
     return text in record.text and record.text[text].skipped is None
+
+
+def has_scores(record: ArmRecord, task: str) -> bool:
+    return task in record.tasks and record.tasks[task].skipped is None
 
 
 def text_columns(record: TextRecord) -> tuple[np.ndarray, np.ndarray]:
@@ -89,109 +111,149 @@ def same_texts(ours: TextRecord, theirs: TextRecord) -> bool:
 # --- comparisons with the baseline -------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Counted:
+    """What a comparison looks at: all measures, and those of them whose mean is taken."""
+
+    texts: Sequence[str]
+    tasks: Sequence[str]
+    mean_texts: Sequence[str]
+    mean_tasks: Sequence[str]
+
+
 def comparisons(
-    record: ArmRecord,
-    baseline: ArmRecord,
-    texts: Sequence[str],
-    plain_texts: Sequence[str],
-    tasks: Sequence[str],
-    rules: Rules,
-) -> list[tuple[str, Unadjusted]]:
-    found: list[tuple[str, Unadjusted]] = []
-    pairs = {}
-    for text in texts:
-        if has_figures(record, text) and has_figures(baseline, text):
-            ours, theirs = record.text[text], baseline.text[text]
-            if not same_texts(ours, theirs):
-                continue
-            pairs[text] = (*text_columns(ours), *text_columns(theirs))
-            compared = _compare_text(*pairs[text], rules)
-            found.append((f"text {text}", Unadjusted(compared, rules.margin_bpb, higher_is_better=False)))
-    if len(plain_texts) > 1 and all(text in pairs for text in plain_texts):
-        columns = [_scored(*pairs[text]) for text in plain_texts]
-        compared = _compare_means(columns, rules, higher_is_better=False)
-        found.append(("mean text", Unadjusted(compared, rules.margin_bpb, higher_is_better=False)))
-    task_columns = []
-    for task in tasks:
-        ours, theirs = record.tasks.get(task), baseline.tasks.get(task)
-        if ours is None or theirs is None or ours.skipped or theirs.skipped or not same_items(ours, theirs):
-            continue
-        compared = compare_task(ours, theirs, rules)
-        found.append((f"task {task}", Unadjusted(compared, rules.margin_score, ours.higher_is_better)))
-        ones = np.ones(len(ours.items))
-        task_columns.append((scores_of(ours), ones, scores_of(theirs), ones))
-    if len(tasks) > 1 and len(task_columns) == len(tasks):
-        compared = _compare_means(task_columns, rules, higher_is_better=True)
-        found.append(("mean task", Unadjusted(compared, rules.margin_score, higher_is_better=True)))
-    return found
+    record: ArmRecord, baseline: ArmRecord, counted: Counted, rules: Rules
+) -> Iterator[tuple[str, Unadjusted]]:
+    """Of each measure that both have on the same items, and of the means over those that count."""
+    texts = {
+        name: scored_columns(record.text[name], baseline.text[name])
+        for name in counted.texts
+        if has_figures(record, name) and has_figures(baseline, name)
+        if same_texts(record.text[name], baseline.text[name])
+    }
+    of_texts = {name: compare_texts([name], texts, rules) for name in texts}
+    for name, compared in of_texts.items():
+        yield f"text {name}", Unadjusted(compared, rules.margin_bpb, higher_is_better=False)
+    if counted.mean_texts and all(name in texts for name in counted.mean_texts):
+        means = list(counted.mean_texts)
+        compared = of_texts[means[0]] if len(means) == 1 else compare_texts(means, texts, rules)
+        yield "mean text", Unadjusted(compared, rules.margin_bpb, higher_is_better=False)
+
+    tasks = {
+        name: (record.tasks[name], baseline.tasks[name])
+        for name in counted.tasks
+        if has_scores(record, name) and has_scores(baseline, name)
+        if same_items(record.tasks[name], baseline.tasks[name])
+    }
+    of_tasks = {name: compare_task(name, *pair, rules) for name, pair in tasks.items()}
+    answered = {name: all(map(is_answered, pair)) for name, pair in tasks.items()}
+    for name, compared in of_tasks.items():
+        yield (
+            f"task {name}",
+            Unadjusted(compared, rules.margin_score, tasks[name][0].higher_is_better, answered[name]),
+        )
+    if counted.mean_tasks and all(name in tasks for name in counted.mean_tasks):
+        means = list(counted.mean_tasks)
+        compared = of_tasks[means[0]] if len(means) == 1 else compare_tasks(means, of_tasks, tasks, rules)
+        has_answers = any(answered[name] for name in means)
+        yield "mean task", Unadjusted(compared, rules.margin_score, higher_is_better=True, is_answered=has_answers)
 
 
-Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+def scored_columns(ours: TextRecord, theirs: TextRecord) -> Columns:
+    """Bits and bytes of both; ones that count for nothing stand where a model scored no token of a document."""
+    return (*text_columns(ours), *text_columns(theirs))
 
 
-def _scored(bits: np.ndarray, num_bytes: np.ndarray, their_bits: np.ndarray, their_bytes: np.ndarray) -> Columns:
-    """Without documents of which a model scored no token (shorter than one)."""
-    kept = (num_bytes > 0) & (their_bytes > 0)
-    return bits[kept], num_bytes[kept], their_bits[kept], their_bytes[kept]
+def compare_texts(names: Sequence[str], columns: Mapping[str, Columns], rules: Rules) -> Comparison:
+    """The mean over these texts, each counted alike; of one text its own difference."""
+    kept, clusters = [], []
+    num_ties = 0
+    for name in names:
+        is_scored = (columns[name][1] > 0) & (columns[name][3] > 0)  # else shorter than a token
+        bits, num_bytes, their_bits, their_bytes = (column[is_scored] for column in columns[name])
+        kept.append((bits, num_bytes, their_bits, their_bytes))
+        groups = rules.clusters.get(f"text {name}")
+        clusters.append(None if groups is None else list(compress(groups, is_scored)))
+        num_ties += int((~is_scored).sum())
+    found = compare_ratios(
+        kept,
+        clusters=clusters,
+        are_neighbours=[f"text {name}" in rules.neighbours for name in names],
+        higher_is_better=False,
+        **rules.sampling,
+    )
+    return replace(found, ties=found.ties + num_ties)
 
 
-def _compare_text(
-    bits: np.ndarray, num_bytes: np.ndarray, their_bits: np.ndarray, their_bytes: np.ndarray, rules: Rules
-) -> Comparison:
-    bits, num_bytes, their_bits, their_bytes = _scored(bits, num_bytes, their_bits, their_bytes)
-    nats, their_nats = bits * math.log(2), their_bits * math.log(2)
-    return compare_bits_per_byte(nats, num_bytes, their_nats, their_bytes, **rules.sampling)
-
-
-def compare_task(ours: TaskRecord, theirs: TaskRecord, rules: Rules) -> Comparison:
+def compare_task(name: str, ours: TaskRecord, theirs: TaskRecord, rules: Rules) -> Comparison:
     scores, their_scores = scores_of(ours), scores_of(theirs)
+    clusters = rules.clusters.get(f"task {name}")
     if not ours.higher_is_better:
-        compared = compare_scores(scores, their_scores, **rules.sampling)
+        compared = compare_scores(scores, their_scores, clusters=clusters, **rules.sampling)
         return replace(compared, wins=compared.losses, losses=compared.wins)
     if is_right_or_wrong(scores) and is_right_or_wrong(their_scores):
-        return compare_right_wrong(scores, their_scores, **rules.sampling)
-    return compare_scores(scores, their_scores, **rules.sampling)
+        return compare_right_wrong(scores, their_scores, clusters=clusters, **rules.sampling)
+    return compare_scores(scores, their_scores, clusters=clusters, **rules.sampling)
+
+
+def compare_tasks(
+    names: Sequence[str],
+    compared: Mapping[str, Comparison],
+    tasks: Mapping[str, tuple[TaskRecord, TaskRecord]],
+    rules: Rules,
+) -> Comparison:
+    """The mean over these tasks, each counted alike."""
+    return mean_of_tasks(
+        [compared[name] for name in names],
+        [scores_of(ours) - scores_of(theirs) for ours, theirs in (tasks[name] for name in names)],
+        clusters=[rules.clusters.get(f"task {name}") for name in names],
+        seed=rules.seed,
+        level=rules.level,
+    )
 
 
 def is_right_or_wrong(scores: np.ndarray) -> bool:
     return bool(np.isin(scores, (0.0, 1.0)).all())
 
 
-def _compare_means(domains: Sequence[Columns], rules: Rules, *, higher_is_better: bool) -> Comparison:
-    """The mean over domains of each domain's figure. Wins and losses are items of all domains."""
-    difference = bootstrap.macro_ratio_difference(domains, **rules.sampling)
-    # Linearised, so that all items' shares add up to the difference of the means.
-    shares = np.concatenate(
-        [(ours / size.sum() - theirs / their_size.sum()) / len(domains) for ours, size, theirs, their_size in domains]
-    )
-    per_item = np.concatenate([ours / size - theirs / their_size for ours, size, theirs, their_size in domains])
-    better = per_item > 0 if higher_is_better else per_item < 0
-    num_ties = int((per_item == 0).sum())
-    num_wins = int(better.sum())
-    error = difference.standard_error
-    spread = float(per_item.std(ddof=1)) if len(per_item) > 1 else 0.0
-    return Comparison(
-        difference,
-        "sign_flip",
-        sign_flip(shares, seed=rules.seed),
-        float(per_item.mean()) / spread if spread else 0.0,
-        "cohens_d_z",
-        None if error is None else minimal_detectable_effect(error, level=rules.level),
-        num_wins,
-        len(per_item) - num_wins - num_ties,
-        num_ties,
-    )
+def is_answered(record: TaskRecord) -> bool:
+    """Whether there is an answer to any item; of a likelihood there always is."""
+    return any(item.error is None and any(answer is not None for answer in item.answers) for item in record.items)
+
+
+def figure_of_texts(names: Sequence[str], records: Mapping[str, TextRecord], rules: Rules) -> Estimate:
+    """The mean over texts of their bits per byte, each counted alike, with its interval over documents."""
+    columns, plain, spreads = [], [], []
+    for name in names:
+        bits, num_bytes = text_columns(records[name])
+        pair = bootstrap.by_cluster(np.column_stack([bits, num_bytes]), rules.clusters.get(f"text {name}"))
+        pair = pair[pair[:, 1] > 0]
+        columns.append((pair[:, 0], pair[:, 1]))
+        influence = (pair[:, 0] - pair[:, 0].sum() / pair[:, 1].sum() * pair[:, 1]) / pair[:, 1].sum() / len(names)
+        are_neighbours = f"text {name}" in rules.neighbours and f"text {name}" not in rules.clusters
+        how = of_neighbours(influence) if are_neighbours else independent(len(influence))
+        if len(influence) > 1:
+            plain.append(spread_of(influence, independent(len(influence))))
+            spreads.append(spread_of(influence, how))
+    estimate = bootstrap.macro_ratio(columns, **rules.sampling)
+    if estimate.interval is None:
+        return estimate
+    return estimate.stretched(*stretch(combined(plain), combined(spreads), rules.level))
+
+
+# --- verdicts ----------------------------------------------------------------------------------------------------
 
 
 def adjusted(family: Mapping[str, Unadjusted], rules: Rules) -> dict[str, Difference]:
-    adjusted = holm([unadjusted.comparison.p_value for unadjusted in family.values()])
+    """With Holm's correction over the family: the arms of one measure."""
+    p_values = holm([unadjusted.comparison.p_value for unadjusted in family.values()])
     return {
-        arm: _difference(unadjusted, p_holm, rules)
-        for (arm, unadjusted), p_holm in zip(family.items(), adjusted, strict=True)
+        arm: _difference(unadjusted, p_holm, len(family), rules)
+        for (arm, unadjusted), p_holm in zip(family.items(), p_values, strict=True)
     }
 
 
-def _difference(unadjusted: Unadjusted, p_holm: float, rules: Rules) -> Difference:
+def _difference(unadjusted: Unadjusted, p_holm: float, num_comparisons: int, rules: Rules) -> Difference:
     compared = unadjusted.comparison
     return Difference(
         difference=compared.difference.value,
@@ -204,14 +266,18 @@ def _difference(unadjusted: Unadjusted, p_holm: float, rules: Rules) -> Differen
             margin=unadjusted.margin,
             higher_is_better=unadjusted.higher_is_better,
             adjusted_p_value=p_holm,
+            smallest_p_value=min(1.0, compared.smallest_p_value * num_comparisons),
             alpha=rules.alpha,
+            is_answered=unadjusted.is_answered,
         ),
         effect_size=compared.effect_size if math.isfinite(compared.effect_size) else None,
         effect_size_name=compared.effect_size_name,
-        detectable=compared.minimal_detectable_effect,
+        detectable=compared.detectable(alpha=rules.alpha, num_comparisons=num_comparisons),
         wins=compared.wins,
         ties=compared.ties,
         losses=compared.losses,
+        lag=compared.lag,
+        num_units=compared.difference.num_units,
     )
 
 

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ensemble_server.ensembles.comparison import bootstrap
+from ensemble_server.ensembles.comparison.paired import influence_on_difference
 from ensemble_server.ensembles.comparison.pass_at_k import pass_at_k
 from ensemble_server.ensembles.comparison.proportions import wilson
 from ensemble_server.ensembles.comparison.replicates import crossed_ratio_difference
-from ensemble_server.server.compare.analysis.null_check import null_check_of_task, null_check_of_text
+from ensemble_server.server.compare.analysis.null_check import check_of_neighbours, null_check
 from ensemble_server.server.compare.analysis.pairing import (
+    Counted,
     Rules,
     Unadjusted,
     adjusted,
     compare_task,
+    compare_texts,
     comparisons,
     ends,
+    figure_of_texts,
     has_figures,
+    has_scores,
     is_right_or_wrong,
     rules_of,
     same_items,
     same_texts,
+    scored_columns,
     scores_of,
     text_columns,
 )
@@ -54,22 +60,24 @@ def compute_results(
     arms: Sequence[str],
     records: Records,
     *,
+    clusters: Mapping[str, Sequence[str]] | None = None,
     flips: Sequence[Flip] = (),
     notes: Sequence[str] = (),
     provenance: Mapping[str, Any] | None = None,
 ) -> Results:
-    """`arms`: names in the report's order, those that were made as the comparison ran included."""
-    rules = rules_of(file)
+    """`arms`: names in the report's order, those that were made as the comparison ran included. `clusters`: measure
+    ("text NAME", "task NAME") -> the cluster of each of its items, where the plan names one."""
+    rules = rules_of(file, clusters or {})
     of_arms = {name: records.get(name) for name in arms}
     baseline = of_arms[file.baseline]
-    texts, tasks = list(file.text), _task_names(file)
-    plain_texts = [name for name in texts if not file.text[name].switching] or texts
+    counted, left_out = counted_measures(file, list(of_arms.values()))
+    texts, tasks = counted.texts, counted.tasks
 
     families: dict[str, dict[str, Unadjusted]] = {}  # measure -> arm -> its comparison with the baseline
     for name, record in of_arms.items():
         if record is baseline:
             continue
-        for measure, unadjusted in comparisons(record, baseline, texts, plain_texts, tasks, rules):
+        for measure, unadjusted in comparisons(record, baseline, counted, rules):
             families.setdefault(measure, {})[name] = unadjusted
     differences = {measure: adjusted(family, rules) for measure, family in families.items()}
 
@@ -84,18 +92,18 @@ def compute_results(
             members=tuple(record.members),
             description=record.description,
             text={
-                text: _text_result(record.text[text], rules, difference(f"text {text}", name))
+                text: _text_result(text, record.text[text], rules, difference(f"text {text}", name))
                 for text in texts
                 if has_figures(record, text)
             },
             tasks={
                 task: _task_result(record.tasks[task], file, task, rules, difference(f"task {task}", name))
                 for task in tasks
-                if task in record.tasks and record.tasks[task].skipped is None
+                if has_scores(record, task)
             },
-            mean_text=_mean_text(record, plain_texts, rules, difference("mean text", name)),
-            mean_tasks=_mean_tasks(record, tasks, rules, difference("mean task", name)),
-            cost=summarise_cost(record.cost, seed=rules.seed, level=rules.level),
+            mean_text=_mean_text(record, counted.mean_texts, rules, difference("mean text", name)),
+            mean_tasks=_mean_tasks(record, counted.mean_tasks, rules, difference("mean task", name)),
+            cost=summarise_cost(record.cost, None if record is baseline else baseline.cost, level=rules.level),
             weights=record.preparation and record.preparation.weights,
             share=record.preparation and record.preparation.share,
             chosen=record.preparation and record.preparation.chosen,
@@ -109,7 +117,13 @@ def compute_results(
         arms=results,
         texts={text: identity for text in texts if (identity := _text_identity(text, file, of_arms)) is not None},
         tasks={task: identity for task in tasks if (identity := _task_identity(task, file, of_arms)) is not None},
-        null_checks=tuple(_null_checks(baseline, texts, tasks, rules)),
+        null_checks=tuple(_null_checks(baseline, [*of_arms.values()], texts, tasks, rules)),
+        mean_over={
+            family: tuple(names)
+            for family, names in (("text", counted.mean_texts), ("task", counted.mean_tasks))
+            if names
+        },
+        left_out=left_out,
         flips=tuple(flips),
         notes=tuple(notes),
         statistics=StatisticsUsed(
@@ -130,9 +144,8 @@ def _task_names(file: PlanFile) -> list[str]:
 # --- one arm's figures -------------------------------------------------------------------------------------------
 
 
-def _text_result(record: TextRecord, rules: Rules, difference: Difference | None) -> TextResult:
-    bits, num_bytes = text_columns(record)
-    estimate = bootstrap.ratio(bits, num_bytes, **rules.sampling)
+def _text_result(name: str, record: TextRecord, rules: Rules, difference: Difference | None) -> TextResult:
+    estimate = figure_of_texts([name], {name: record}, rules)
     num_tokens = sum(record.num_tokens)
     return TextResult(
         bpb=estimate.value,
@@ -149,11 +162,11 @@ def _task_result(
     record: TaskRecord, file: PlanFile, name: str, rules: Rules, difference: Difference | None
 ) -> TaskResult:
     scores = scores_of(record)
-    if is_right_or_wrong(scores):
+    if is_right_or_wrong(scores) and f"task {name}" not in rules.clusters:
         share = wilson(int(scores.sum()), len(scores), level=rules.level)
         ci: Interval | None = (share.low, share.high)
     else:
-        ci = ends(bootstrap.mean(scores, **rules.sampling))
+        ci = ends(bootstrap.mean(scores, clusters=rules.clusters.get(f"task {name}"), **rules.sampling))
     ks = next((task.pass_at for task in file.tasks if task.name == name), ())
     return TaskResult(
         metric=record.metric,
@@ -181,19 +194,67 @@ def _pass_at(item: ItemRecord, k: int) -> float:
 
 
 def _mean_text(record: ArmRecord, texts: Sequence[str], rules: Rules, difference: Difference | None) -> Figure | None:
-    if len(texts) < 2 or not all(has_figures(record, text) for text in texts):
+    if not texts or not all(has_figures(record, text) for text in texts):
         return None
-    estimate = bootstrap.macro_ratio([text_columns(record.text[text]) for text in texts], **rules.sampling)
+    estimate = figure_of_texts(texts, record.text, rules)
     return Figure(value=estimate.value, ci=ends(estimate), against_baseline=difference)
 
 
 def _mean_tasks(record: ArmRecord, tasks: Sequence[str], rules: Rules, difference: Difference | None) -> Figure | None:
-    known = [record.tasks[task] for task in tasks if task in record.tasks and record.tasks[task].skipped is None]
-    if len(tasks) < 2 or len(known) < len(tasks):
+    if not tasks or not all(has_scores(record, task) for task in tasks):
         return None
-    columns = [(scores_of(task), np.ones(len(task.items))) for task in known]
-    estimate = bootstrap.macro_ratio(columns, **rules.sampling)
+    columns = []
+    for task in tasks:
+        scores = scores_of(record.tasks[task])
+        columns.append(
+            bootstrap.by_cluster(np.column_stack([scores, np.ones(len(scores))]), rules.clusters.get(f"task {task}"))
+        )
+    estimate = bootstrap.macro_ratio([(pair[:, 0], pair[:, 1]) for pair in columns], **rules.sampling)
     return Figure(value=estimate.value, ci=ends(estimate), against_baseline=difference)
+
+
+def counted_measures(file: PlanFile, records: Sequence[ArmRecord]) -> tuple[Counted, dict[str, str]]:
+    """What means are taken over: texts and tasks that all arms have which have any; and why the others are left out.
+
+    Texts that switch between others are made of them, and have no part in a mean with them.
+    """
+    texts, tasks = list(file.text), _task_names(file)
+    left_out: dict[str, str] = {}
+    mean_texts = [name for name in texts if not file.text[name].switching]
+    if mean_texts and len(mean_texts) < len(texts):
+        left_out |= {f"text {name}": "is made of the other texts" for name in texts if name not in mean_texts}
+    mean_tasks = list(tasks)
+    for name in tasks:
+        if any(has_scores(record, name) and not record.tasks[name].higher_is_better for record in records):
+            mean_tasks.remove(name)
+            left_out[f"task {name}"] = "is better low, the others high"
+    mean_texts = _of_all(mean_texts or texts, "text", records, has_figures, left_out)
+    mean_tasks = _of_all(mean_tasks, "task", records, has_scores, left_out)
+    return Counted(texts, tasks, mean_texts, mean_tasks), left_out
+
+
+def _of_all(
+    measures: Sequence[str],
+    family: str,
+    records: Sequence[ArmRecord],
+    has: Callable[[ArmRecord, str], bool],
+    left_out: dict[str, str],
+) -> list[str]:
+    """The measures that every arm has which has any of them, failed ones apart; notes why others are left out."""
+    taking_part = [
+        record for record in records if record.failure is None and any(has(record, name) for name in measures)
+    ]
+    shared = []
+    for name in measures:
+        lacking = [record for record in taking_part if not has(record, name)]
+        if taking_part and not lacking:
+            shared.append(name)
+        elif lacking:
+            of_measure = lacking[0].text.get(name) if family == "text" else lacking[0].tasks.get(name)
+            reason = (of_measure.skipped if of_measure is not None else None) or "it was not measured"
+            others = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+            left_out[f"{family} {name}"] = f"{lacking[0].name}{others} has no figure: {reason}"
+    return shared
 
 
 def _replicates(
@@ -216,8 +277,17 @@ def _replicates(
             name: values[name] - float(their_bits.sum() / their_size.sum())
             for name, (_, _, their_bits, their_size) in rows.items()
         }
-        stacked = [np.stack(column) for column in zip(*rows.values(), strict=True)]
-        estimate = crossed_ratio_difference(*stacked, **rules.sampling)
+        ours, size, theirs, their_size = (np.stack(column) for column in zip(*rows.values(), strict=True))
+        measure = f"text {text}"
+        estimate = crossed_ratio_difference(
+            ours,
+            size,
+            theirs,
+            their_size,
+            clusters=rules.clusters.get(measure),
+            are_neighbours=measure in rules.neighbours,
+            level=rules.level,
+        )
         spreads[text] = ReplicateSpread(
             values=values,
             differences=differences,
@@ -245,8 +315,9 @@ def _error(record: ArmRecord, baseline: ArmRecord, texts: Sequence[str], tasks: 
             return f"text {text}: its documents are not those of the baseline"
     for task in tasks:
         ours, theirs = record.tasks.get(task), baseline.tasks.get(task)
-        is_known = ours is not None and theirs is not None and not (ours.skipped or theirs.skipped)
-        if is_known and not same_items(ours, theirs):
+        if ours is None or theirs is None or ours.skipped or theirs.skipped:
+            continue
+        if not same_items(ours, theirs):
             return f"task {task}: its items or prompts are not those of the baseline"
     return None
 
@@ -267,25 +338,32 @@ def _text_identity(text: str, file: PlanFile, records: Mapping[str, ArmRecord]) 
 
 
 def _task_identity(task: str, file: PlanFile, records: Mapping[str, ArmRecord]) -> MeasureIdentity | None:
-    is_known: Callable[[ArmRecord], bool] = lambda record: (  # noqa: E731
-        task in record.tasks and record.tasks[task].skipped is None
-    )
-    known = next((record.tasks[task] for record in records.values() if is_known(record)), None)
+    known = next((record.tasks[task] for record in records.values() if has_scores(record, task)), None)
     if known is None:
         return None
     source = next((source.data.rsplit("/", 1)[-1] for source in file.tasks if source.name == task), "lm_eval")
     return MeasureIdentity(num_items=len(known.items), sha256=known.items_sha256, source=source, metric=known.metric)
 
 
-def _null_checks(baseline: ArmRecord, texts: Sequence[str], tasks: Sequence[str], rules: Rules) -> list[NullCheck]:
-    checks = []
+def _null_checks(
+    baseline: ArmRecord, records: Sequence[ArmRecord], texts: Sequence[str], tasks: Sequence[str], rules: Rules
+) -> Iterator[NullCheck]:
     for text in texts:
-        if has_figures(baseline, text):
-            bits, num_bytes = text_columns(baseline.text[text])
-            check = null_check_of_text(text, bits, num_bytes, seed=rules.seed, alpha=rules.alpha)
-            checks += [check] if check is not None else []
+        again = baseline.null_text.get(text)
+        if has_figures(baseline, text) and again is not None and again.skipped is None:
+            compared = compare_texts([text], {text: scored_columns(baseline.text[text], again)}, rules)
+            yield null_check(f"text {text}", "the same model, windows half a window later", compared, alpha=rules.alpha)
+        if f"text {text}" in rules.neighbours:
+            influences = [
+                influence_on_difference(*scored_columns(record.text[text], baseline.text[text]))
+                for record in records
+                if record is not baseline and has_figures(record, text) and has_figures(baseline, text)
+                if same_texts(record.text[text], baseline.text[text])
+            ]
+            if (check := check_of_neighbours(f"text {text}", influences, alpha=rules.alpha)) is not None:
+                yield check
     for task in tasks:
         ours, again = baseline.tasks.get(task), baseline.null_tasks.get(task)
         if ours is not None and again is not None and same_items(ours, again):
-            checks.append(null_check_of_task(task, compare_task(ours, again, rules), alpha=rules.alpha))
-    return checks
+            compared = compare_task(task, ours, again, rules)
+            yield null_check(f"task {task}", "a second run with other seeds", compared, alpha=rules.alpha)

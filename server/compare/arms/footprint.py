@@ -19,10 +19,14 @@ USABLE_MEMORY = 0.8  # of what is free: activations and the rest of the process 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Memory that models take. `weights`: loaded checkpoint or adapter -> bytes; `kv_bytes`: per token, all members."""
+    """Memory that models take. `weights`: loaded checkpoint or adapter -> bytes; `kv_bytes`: per token, all members.
+
+    `is_whole`: no part of it runs elsewhere, where nobody knows what it takes.
+    """
 
     weights: Mapping[str, int]
     kv_bytes_per_token: int
+    is_whole: bool = True
 
     @property
     def weights_bytes(self) -> int:
@@ -46,7 +50,7 @@ def footprint(config: Config, name: str) -> Footprint:
         if part in in_use:
             bytes_per_number = max(1, round(stored.bytes_as(root.dtype) / stored.num_parameters))
             kv_bytes += read_shape(folder).kv_bytes(1, bytes_per_number)
-    return Footprint(weights, kv_bytes)
+    return Footprint(weights, kv_bytes, all(isinstance(config.models[leaf], HostedModel) for leaf in in_use))
 
 
 def leaves(config: Config, name: str) -> set[str]:

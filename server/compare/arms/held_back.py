@@ -98,7 +98,14 @@ async def fit_and_judge(
         before,
         after,
         {member: held_back[f"alone: {member}"] for member in fit.model.members},
-        compare_bits_per_byte(after.nats, after.num_bytes, before.nats, before.num_bytes, seed=seed),
+        compare_bits_per_byte(
+            after.nats,
+            after.num_bytes,
+            before.nats,
+            before.num_bytes,
+            are_neighbours=all(documents.is_continuous for documents in texts),
+            seed=seed,
+        ),
         sum(int(half.sum()) for half in is_fitted),
         num_held_back,
     )

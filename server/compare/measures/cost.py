@@ -1,13 +1,14 @@
 """What an arm costs: answer tokens per second, time to the first token, forwards, memory, remote spend.
 
-All arms are measured in turns (A, B, C, A, B, C, ...), so that a machine that gets slower or busier does so for all of
-them. The first round is short, warms up and is dropped. Every request has a prompt of its own, so that no arm profits
-from what another one (or it itself) has read before.
+All arms are measured in turns, in a new order in each round, so that a machine that gets slower or busier does so for
+all of them, and none always follows the same other one. The first round is short, warms up and is dropped. Every
+request has a prompt of its own, so that no arm profits from what another one (or it itself) has read before.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ensemble_server.ensembles.base import Delta, Done, GenerationRequest, Model, Sampling, Usage
-from ensemble_server.ensembles.comparison import bootstrap
+from ensemble_server.ensembles.comparison.rounds import of_rounds, ratios
 from ensemble_server.ensembles.errors import EnsembleError
 from ensemble_server.server.compare.planning.blocks import CostSettings
 from ensemble_server.server.compare.results import Cost, Timing
@@ -83,12 +84,13 @@ async def measure_cost(
     measured = {name: Measured() for name in models}
     prompts = Prompts(text, settings.prompt_tokens)
     num_rounds = settings.repeats + 1
+    order = random.Random(0)
     for number in range(num_rounds):
         is_warm_up = number == 0
         max_tokens = min(settings.max_tokens, WARM_UP_TOKENS) if is_warm_up else settings.max_tokens
         for concurrency in settings.concurrency:
-            for name, model in models.items():
-                figures = measured[name]
+            for name in order.sample(list(models), len(models)):
+                model, figures = models[name], measured[name]
                 if figures.error is None:
                     requests = [_request(prompts.next(), max_tokens, seed, is_chat) for seed in range(concurrency)]
                     try:
@@ -164,14 +166,18 @@ async def _timed(model: Model, request: GenerationRequest) -> _Answer:
     return answer
 
 
-def as_record(figures: Measured, *, inputs: str, weights_bytes: int, kv_bytes: int, kv_tokens: int) -> CostRecord:
+def as_record(
+    figures: Measured, *, inputs: str, weights_bytes: int | None, kv_bytes: int | None, kv_tokens: int
+) -> CostRecord:
+    """What is not known stays None: memory of remote models, and forwards that no engine counted or endpoint told."""
     per_token = figures.answer_tokens or None
+    forwards = figures.forward_tokens or None
     return CostRecord(
         inputs=inputs,
         tokens_per_s=figures.tokens_per_s,
         ttft_s=figures.ttft_s,
         seconds_per_answer_token=per_token and figures.seconds / per_token,
-        forward_tokens_per_answer_token=per_token and figures.forward_tokens / per_token,
+        forward_tokens_per_answer_token=per_token and forwards and forwards / per_token,
         weights_bytes=weights_bytes,
         kv_bytes=kv_bytes,
         kv_tokens=kv_tokens,
@@ -180,25 +186,28 @@ def as_record(figures: Measured, *, inputs: str, weights_bytes: int, kv_bytes: i
     )
 
 
-def summarise(record: CostRecord | None, *, seed: int, level: float) -> Cost:
-    """Medians with intervals."""
+def summarise(record: CostRecord | None, baseline: CostRecord | None, *, level: float) -> Cost:
+    """Medians of the rounds; `baseline`: whose rounds ratios are taken to, None for the baseline itself."""
     if record is None:
         return Cost()
-
-    def timing(values: Sequence[float]) -> Timing | None:
-        if not values:
-            return None
-        estimate = bootstrap.quantile(np.array(values), 0.5, seed=seed, level=level)
-        interval = estimate.interval
-        return Timing(median=estimate.value, ci=interval and (interval.low, interval.high), values=tuple(values))
-
-    speeds = {concurrency: timing(values) for concurrency, values in record.tokens_per_s.items()}
+    theirs = {} if baseline is None else baseline.tokens_per_s
     return Cost(
-        tokens_per_s={concurrency: speed for concurrency, speed in speeds.items() if speed is not None},
-        ttft_s=timing(record.ttft_s),
+        tokens_per_s={streams: _timing(values, level) for streams, values in record.tokens_per_s.items() if values},
+        speed_ratio={
+            streams: _timing(found, level)
+            for streams, values in record.tokens_per_s.items()
+            if (found := ratios(values, theirs.get(streams, ())))
+        },
+        ttft_s=_timing(record.ttft_s, level) if record.ttft_s else None,
         weights_bytes=record.weights_bytes,
         kv_bytes=record.kv_bytes,
         kv_tokens=record.kv_tokens,
         forward_tokens_per_answer_token=record.forward_tokens_per_answer_token,
         spend=record.spend,
     )
+
+
+def _timing(values: Sequence[float], level: float) -> Timing:
+    found = of_rounds(values, level=level)
+    interval = found.interval and (found.interval.low, found.interval.high)
+    return Timing(median=found.median, ci=interval, values=tuple(values), range=(found.lowest, found.highest))

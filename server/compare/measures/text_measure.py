@@ -77,12 +77,14 @@ async def measure_text(
     *,
     window: int = WINDOW,
     stride: int | None = None,
+    shift: int = 0,
     priority: int = 1,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, TextScores | NotScored]:
     """Score `documents` under the models `arms` (arm -> name of a model of `hosting`), in their order.
 
-    Mixtures over hosted members of one vocabulary share one pass of their members. `stride` defaults to window - 1.
+    Mixtures over hosted members of one vocabulary share one pass of their members. `stride` defaults to window - 1;
+    `shift`: so many tokens later all windows begin.
     `on_progress` hears how many windows are done, and how many there are in all. A model that cannot score text is
     `NotScored`, with the reason; errors of the engine are raised, and `ConfigError` for a window that is impossible.
     """
@@ -104,7 +106,7 @@ async def measure_text(
 
     async def windows_of(arm: str) -> list[Window]:
         surface = hosting.surface(arms[arm])
-        return await asyncio.to_thread(cut_windows, surface, documents, window=window, stride=stride)
+        return await asyncio.to_thread(cut_windows, surface, documents, window=window, stride=stride, shift=shift)
 
     plans: list[tuple[Mapping[str, Mixture] | str, list[Window]]] = []
     for group in _groups(mixtures):

@@ -34,8 +34,11 @@ class Window:
     num_bytes: np.ndarray
 
 
-def cut_windows(surface: Surface, documents: Documents, *, window: int, stride: int | None = None) -> list[Window]:
-    """The windows of all streams of `documents`; see the module's docstring.
+def cut_windows(
+    surface: Surface, documents: Documents, *, window: int, stride: int | None = None, shift: int = 0
+) -> list[Window]:
+    """The windows of all streams of `documents`; see the module's docstring. `shift`: so many tokens, fewer than the
+    stride, later than there all windows begin but the first, which is as much shorter.
 
     Raises `ConfigError` if window and stride do not fit, `UnsupportedError` if the tokenizer cannot say where in the
     text its tokens begin.
@@ -55,8 +58,11 @@ def cut_windows(surface: Surface, documents: Documents, *, window: int, stride: 
         owners = np.asarray(stream)[np.searchsorted(borders, starts[:-1], side="right")] if token_ids else starts
         num_bytes = np.diff(starts)
         scored = 0 if prefix else 1  # tokens before this one are done
-        for begin in range(0, len(token_ids), stride):
-            end = min(begin + length, len(token_ids))
+        spans = [(begin, begin + length) for begin in range(shift, len(token_ids), stride)]
+        if shift:
+            spans.insert(0, (0, shift + length - stride))
+        for begin, end in spans:
+            end = min(end, len(token_ids))
             if scored < end:
                 new = slice(scored, end)
                 ids = (*prefix, *token_ids[begin:end])

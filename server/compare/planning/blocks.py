@@ -95,6 +95,11 @@ class TextSource(Block):
             raise ValueError("`switching` needs at least two texts, and takes no `tail`")
         return self
 
+    @property
+    def is_one_text(self) -> bool:
+        """Whether its documents are neighbours in one text; lines of a `.jsonl` have nothing to do with each other."""
+        return self.path is None or not self.path.endswith(".jsonl")
+
 
 Text = Annotated[TextSource, _as_map("path")]
 

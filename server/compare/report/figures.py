@@ -31,7 +31,13 @@ COLOURS = {  # Okabe and Ito's, which colour-blind readers can tell apart
     "cost_matched": "#cc79a7",
 }
 MARKERS = {"member": "o", "remote": "X", "ensemble": "D", "merge": "s", "cost_matched": "^"}
-VERDICT_COLOURS = {"better": "#009e73", "worse": "#d55e00", "no difference shown": "#8a8a8a", "inconclusive": "#8a8a8a"}
+VERDICT_COLOURS = {
+    "better": "#009e73",
+    "worse": "#d55e00",
+    "better by less than the margin": "#009e73",
+    "worse by less than the margin": "#d55e00",
+}
+OPEN = "#8a8a8a"  # every other verdict
 STYLE = {
     "svg.hashsalt": "report",
     "svg.fonttype": "none",  # letters stay letters: they can be read out, searched and take the page's font
@@ -97,8 +103,9 @@ def milliseconds_per_token(arm: ArmResult) -> tuple[float, Interval | None] | No
     if timing is None or timing.median <= 0:
         return None
     bounds = None
-    if timing.ci is not None and timing.ci[0] > 0:
-        bounds = (1000 / timing.ci[1], 1000 / timing.ci[0])
+    known = timing.ci or timing.range
+    if known is not None and known[0] > 0:
+        bounds = (1000 / known[1], 1000 / known[0])
     return 1000 / timing.median, bounds
 
 
@@ -111,7 +118,10 @@ def _quality_against_cost(results: Results, family: Family) -> Figure | None:
     if len(points) < 2:
         return None
     sign = -1 if family.higher_is_better else 1
-    front = pareto_front({name: (cost, sign * quality.value) for name, (cost, _, quality) in points.items()})
+    front = pareto_front(
+        {name: (cost, sign * quality.value) for name, (cost, _, quality) in points.items()},
+        {name: bounds for name, (_, bounds, _) in points.items() if bounds is not None},
+    )
 
     canvas = _canvas(8, 4.6)
     axes = canvas.subplots()
@@ -227,15 +237,15 @@ def _differences(results: Results, family: Family, measure: str, place: int) -> 
     canvas = _canvas(4.2, 0.9 + 0.27 * len(found))
     axes = canvas.subplots()
     for row, difference in enumerate(found.values()):
-        is_open = difference.verdict in ("inconclusive", "no difference shown")
-        colour = VERDICT_COLOURS[difference.verdict]
+        is_open = difference.verdict not in ("better", "worse")
+        colour = VERDICT_COLOURS.get(difference.verdict, OPEN)
         axes.barh(
             row,
             difference.difference,
             height=0.62,
             facecolor="none" if is_open else colour,
             edgecolor=colour,
-            linestyle="--" if difference.verdict == "inconclusive" else "-",
+            linestyle="--" if difference.verdict in ("inconclusive", "too few items", "nothing was answered") else "-",
         )
         if difference.ci is not None:
             axes.plot(difference.ci, [row, row], color=INK, linewidth=1.2)

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from ensemble_server.ensembles.comparison.verdict import Verdict
 from ensemble_server.server.compare.results import ArmKind, Difference, Interval
 
-SIGNS: dict[Verdict, str] = {"better": "▲", "worse": "▼", "no difference shown": "=", "inconclusive": "?"}
+SIGNS: dict[Verdict, str] = {
+    "better": "▲",
+    "worse": "▼",
+    "better by less than the margin": "△",
+    "worse by less than the margin": "▽",
+    "no difference shown": "=",
+    "inconclusive": "?",
+    "too few items": "…",
+    "nothing was answered": "∅",
+}
 KINDS: dict[ArmKind, str] = {
     "member": "single model",
     "remote": "remote model",
@@ -53,8 +62,14 @@ def difference(found: Difference, baseline: str, unit: str) -> str:
     match found.verdict:
         case "better" | "worse":
             return f"{found.verdict} than {baseline}: {gap}"
+        case "better by less than the margin" | "worse by less than the margin":
+            return f"{found.verdict.split()[0]} than {baseline} by less than the margin: {gap}"
         case "no difference shown":
             return f"no difference from {baseline} shown: {gap}"
+        case "too few items":
+            return f"too few items for any verdict against {baseline}: {gap}"
+        case "nothing was answered":
+            return f"nothing was answered, so nothing is said against {baseline}"
     could = "" if found.detectable is None else f"; a difference of {number(found.detectable)} would have shown"
     return f"inconclusive against {baseline}: {gap}{could}"
 

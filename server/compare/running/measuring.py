@@ -62,6 +62,9 @@ async def _measure_loaded(
     for cluster in clusters(config, arms):
         for name in work.texts:
             await _measure_text(work, hosting, name, [arm for arm in cluster if name in work.pending_texts(arm)])
+            for arm in cluster:
+                if name in work.pending_null_texts(arm):
+                    await _measure_text(work, hosting, name, [arm], is_null_check=True)
     for arm in arms:
         await _measure_tasks(work, hosting, arm)
     for arm in arms:
@@ -72,11 +75,14 @@ async def _measure_loaded(
         await _measure_cost(work, config, hosting, alive, counter)
 
 
-async def _measure_text(work: Work, hosting: Hosting, name: str, arms: Sequence[ArmModel]) -> None:
+async def _measure_text(
+    work: Work, hosting: Hosting, name: str, arms: Sequence[ArmModel], *, is_null_check: bool = False
+) -> None:
     arms = [arm for arm in arms if work.record(arm).failure is None]
     if not arms:
         return
-    work.listener.stage(f"text {name}: {', '.join(arm.arm for arm in arms)}")
+    listed = ", ".join(arm.arm for arm in arms)
+    work.listener.stage(f"text {name}: {listed}" + (" (null check)" if is_null_check else ""))
     documents = work.texts[name]
     try:
         scores = await measure_text(
@@ -85,6 +91,7 @@ async def _measure_text(work: Work, hosting: Hosting, name: str, arms: Sequence[
             documents,
             window=work.plan.file.window,
             stride=work.plan.file.stride,
+            shift=work.null_shift if is_null_check else 0,
             on_progress=work.listener.progress,
         )
     except EngineDeadError as exc:
@@ -99,7 +106,9 @@ async def _measure_text(work: Work, hosting: Hosting, name: str, arms: Sequence[
         return
     for arm in arms:
         record = work.record(arm)
-        record.text[name] = _text_record(scores[arm.arm], work.text_inputs(arm, name), sha256_of(documents))
+        inputs = (work.null_text_inputs if is_null_check else work.text_inputs)(arm, name)
+        place = record.null_text if is_null_check else record.text
+        place[name] = _text_record(scores[arm.arm], inputs, sha256_of(documents))
         work.records.save(record)
 
 
@@ -241,8 +250,8 @@ async def _measure_cost(
         record.cost = as_record(
             measured[arm.arm],
             inputs=work.cost_inputs(arm),
-            weights_bytes=memory.weights_bytes,
-            kv_bytes=memory.kv_bytes_per_token * settings.kv_tokens,
+            weights_bytes=memory.weights_bytes if memory.is_whole else None,
+            kv_bytes=memory.kv_bytes_per_token * settings.kv_tokens if memory.is_whole else None,
             kv_tokens=settings.kv_tokens,
         )
         work.records.save(record)

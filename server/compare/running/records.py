@@ -111,6 +111,7 @@ class ArmRecord(Stored):
     preparation: Preparation | None = None
     text: dict[str, TextRecord] = Field(default_factory=dict)
     tasks: dict[str, TaskRecord] = Field(default_factory=dict)
+    null_text: dict[str, TextRecord] = Field(default_factory=dict)
     null_tasks: dict[str, TaskRecord] = Field(default_factory=dict)
     cost: CostRecord | None = None
     views: dict[str, View] = Field(default_factory=dict)

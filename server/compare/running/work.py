@@ -62,6 +62,14 @@ class Work:
         items = sha256_of(self.texts[name])
         return self._inputs(arm, text=items, window=[self.plan.file.window, self.plan.file.stride])
 
+    @property
+    def null_shift(self) -> int:
+        """Tokens by which the null check's windows begin later: half of the way to the next one."""
+        return (self.plan.file.stride or self.plan.file.window - 1) // 2
+
+    def null_text_inputs(self, arm: ArmModel, name: str) -> str:
+        return inputs_hash({"text": self.text_inputs(arm, name), "shift": self.null_shift})
+
     def task_inputs(self, arm: ArmModel, name: str, *, seed: int) -> str:
         return self._inputs(arm, task=task_sha256(self.tasks[name]), seed=seed)
 
@@ -100,6 +108,19 @@ class Work:
             for name, task in self.tasks.items()
             if task.temperature > 0
             and (name not in known or known[name].inputs != self.task_inputs(arm, name, seed=self.null_seed))
+        ]
+
+    def pending_null_texts(self, arm: ArmModel) -> list[str]:
+        """Texts that the baseline reads once more, its windows beginning elsewhere, if it is loaded anyway: another
+        baseline stays a matter of subtraction."""
+        if arm.arm != self.plan.file.baseline or arm.replicate is not None:
+            return []
+        known = self.record(arm).null_text
+        return [
+            name
+            for name, documents in self.texts.items()
+            if documents.is_continuous  # one that stands alone is mostly shorter than a window
+            and (name not in known or known[name].inputs != self.null_text_inputs(arm, name))
         ]
 
     def is_harness_pending(self, arm: ArmModel) -> bool:
@@ -165,6 +186,8 @@ def _forget_stale(work: Work, arm: ArmModel) -> None:
         record.text.pop(name, None)
     for name in work.pending_tasks(arm):
         record.tasks.pop(name, None)
+    for name in work.pending_null_texts(arm):
+        record.null_text.pop(name, None)
     for name in work.pending_null_tasks(arm):
         record.null_tasks.pop(name, None)
     if work.is_cost_pending(arm):

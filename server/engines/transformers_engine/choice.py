@@ -100,7 +100,11 @@ class LiveChoice:
         if not self._request.explain:
             return token
         names = [member.name for member in self.members]
-        return explained(token, pooled, names, member_logprobs, self.weights)
+        tops = [
+            describe(self._surface, row, token_id, self._request.explain_top, previous=self.last_token).top
+            for row in member_logprobs
+        ]
+        return explained(token, pooled, names, member_logprobs, self.weights, tops)
 
 
 def generator(seed: int | None, index: int) -> torch.Generator:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 
 from ensemble_server.ensembles.base import Delta, GenerationRequest, Mixture, PromptScored
@@ -126,5 +129,16 @@ class Generation(Job):
 
     def _finish(self) -> None:
         num_read = {member.name: len(ids) for member, ids in zip(self.members, self.token_ids, strict=True)}
-        self.outbox.append(usage.done(self._method, num_read, self._num_generated))
+        done = usage.done(self._method, num_read, self._num_generated)
+        self.outbox.append(replace(done, trace=self._trace()))
         self.is_finished = True
+
+    def _trace(self) -> dict[str, Any] | None:
+        """Of a posterior pool, if it was asked to explain: whom the config trusts, and whom the prompt speaks for."""
+        if not self.request.explain or self.mixture.pool != "posterior" or len(self.members) == 1:
+            return None
+
+        def by_name(weights: np.ndarray) -> dict[str, float]:
+            return dict(zip((member.name for member in self.members), map(float, weights), strict=True))
+
+        return {"weights": {"prior": by_name(self.prompt.prior), "after_prompt": by_name(self.prompt.weights)}}

@@ -28,11 +28,13 @@ def explained(
     member_names: Sequence[str],
     member_logprobs: Sequence[torch.Tensor],
     weights: np.ndarray,
+    tops: Sequence[tuple[TokenLogprob, ...]],
 ) -> TokenLogprob:
-    """`token` with each member's view. pooled: (V,); member_logprobs: per member (V,); weights: (K,) as they were."""
+    """`token` with each member's view. pooled: (V,); member_logprobs: per member (V,); weights: (K,) as they were;
+    tops: per member its own most likely tokens."""
     members = {
-        name: MemberToken(float(row[token.token_id]), float(weight))
-        for name, row, weight in zip(member_names, member_logprobs, weights, strict=True)
+        name: MemberToken(float(row[token.token_id]), float(weight), top)
+        for name, row, weight, top in zip(member_names, member_logprobs, weights, tops, strict=True)
     }
     stacked = torch.stack([row.to(pooled.device) for row in member_logprobs])
     spread = jensen_shannon(stacked, torch.as_tensor(weights, dtype=torch.float32, device=pooled.device))

@@ -59,7 +59,7 @@ class VllmChoice:
         deltas = []
         for place, token_id in enumerate(output.token_ids):
             if not self.is_finished:
-                known = None if self._num_top is None else output.logprobs[place]
+                known = None if output.logprobs is None or self._num_top is None else output.logprobs[place]
                 deltas.append(self._text.add(token_id, None if known is None else self._report(token_id, known)))
         if output.finish_reason is not None and not self.is_finished:
             deltas.append(self._text.end("length" if output.finish_reason == "length" else "stop"))

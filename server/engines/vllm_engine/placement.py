@@ -100,7 +100,7 @@ class Groups:
 def _mere_bases(hosted: Mapping[str, HostedModel], models: Mapping[str, ModelEntry]) -> set[str]:
     """Models that only lend their weights to adapters."""
     named = {name for entry in models.values() if isinstance(entry, MethodConfig) for name in entry.references()}
-    bases = {entry.base for entry in hosted.values() if entry.adapter is not None}
+    bases = {entry.base for entry in hosted.values() if entry.adapter is not None and entry.base is not None}
     return {name for name in bases - named if not hosted[name].listed}
 
 

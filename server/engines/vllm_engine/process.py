@@ -129,6 +129,7 @@ class VllmProcess:
         while True:
             await self._until_it_dies()
             llm, self._llm = self._llm, None
+            assert llm is not None, "only `_close` takes it away otherwise, and ends this task first"
             lived_s = time.monotonic() - started
             num_failed = 1 if lived_s > STABLE_S else num_failed + 1
             logger.error("vLLM for %s died after %.0f s; its own log has the cause", self.label, lived_s)
@@ -137,7 +138,7 @@ class VllmProcess:
             started = time.monotonic()
 
     async def _until_it_dies(self) -> None:
-        while not self._llm.errored:
+        while self._llm is not None and not self._llm.errored:
             self._suspected.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(WATCH_S):

@@ -10,6 +10,7 @@ from ensemble_server.server.engines.engine import StepStats
 
 if TYPE_CHECKING:
     from vllm.v1.metrics.loggers import StatLoggerFactory
+    from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 
 class StepClock:
@@ -42,8 +43,8 @@ def stat_logger(members: Sequence[str], clock: StepClock, on_step: Callable[[Ste
 
         def record(
             self,
-            scheduler_stats: object,
-            iteration_stats: object,
+            scheduler_stats: SchedulerStats | None,
+            iteration_stats: IterationStats | None,
             mm_cache_stats: object = None,
             engine_idx: int = 0,
         ) -> None:

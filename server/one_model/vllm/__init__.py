@@ -26,7 +26,7 @@ ARCHITECTURE = "EnsembleForCausalLM"
 def register() -> None:
     """Called by vLLM in each of its processes, some of them several times. Imports no model code."""
     from transformers import AutoConfig
-    from vllm import ModelRegistry
+    from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from ensemble_server.server.one_model.configuration import EnsembleConfig

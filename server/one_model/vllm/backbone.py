@@ -24,9 +24,12 @@ class Backbone(Protocol):
 
     def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """input_ids, positions: (T,). -> (members, T, hidden_size): the hidden states that the heads read."""
+        ...
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """(members, N, hidden_size) -> (members, N, padded vocabulary); None where vLLM gathers logits elsewhere."""
+        ...
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """The names of the parameters that were filled, as they are called below this module."""
+        ...

@@ -127,6 +127,8 @@ class EvidencePages(nn.Module, AttentionLayerBase):
 class Evidence(nn.Module):
     """Follows the evidence of every token that is read, and puts the weights that it gives into the rows."""
 
+    _prior: torch.Tensor  # (K,) float64
+
     def __init__(
         self,
         directory: Directory,

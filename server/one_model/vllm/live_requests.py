@@ -22,6 +22,7 @@ class LiveRequests(Protocol):
     @property
     def kinds(self) -> frozenset[int]:
         """The kinds (`rows.py`) that occur among the rows of the current forward."""
+        ...
 
     def columns(self) -> torch.Tensor | None:
         """(R, K + 2) of the R requests of the current forward, in its order; None if all want the directory's."""

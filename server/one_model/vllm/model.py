@@ -32,6 +32,9 @@ class EnsembleForCausalLM(nn.Module):
     interfaces that offer them are missing here.
     """
 
+    _default_columns: torch.Tensor  # (1, K + 2) float32
+    _requests: LiveRequests | None
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         hf_config = vllm_config.model_config.hf_config
@@ -51,7 +54,7 @@ class EnsembleForCausalLM(nn.Module):
         self.register_buffer("_default_columns", _one_row(self.directory), persistent=False)
         by_member = {index: backbone for backbone in backbones.values() for index in backbone.members}
         self._widths = [by_member[index].hidden_size for index in range(len(hf_config.members))]
-        self._requests: LiveRequests | None = None
+        self._requests = None
         self._default_kinds = frozenset({kind_of(self.directory.default)})
         self.evidence = None
         if self.directory.keeps_evidence:

@@ -19,6 +19,7 @@ from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.server.weights.adapters import refuse_beyond_plain_lora
 
 if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
     from transformers import PreTrainedConfig
 
 
@@ -41,13 +42,13 @@ def read_adapter(name: str, folder: Path, base: PreTrainedConfig) -> dict[str, L
     from transformers import AutoModelForCausalLM
 
     try:
-        config = PeftConfig.from_pretrained(folder)
+        config = PeftConfig.from_pretrained(str(folder))
         refuse_beyond_plain_lora(name, config)
         config.inference_mode = True
         with torch.device("meta"):
             wrapped = PeftModel(AutoModelForCausalLM.from_config(base), config, low_cpu_mem_usage=True)
         with torch.device("cpu"):
-            weights = load_peft_weights(folder, device="cpu")
+            weights = load_peft_weights(str(folder), device="cpu")
     except ModelLoadError:
         raise
     except Exception as exc:
@@ -74,7 +75,7 @@ def _keys(path: str) -> tuple[str, str]:
     return f"base_model.model.{path}.lora_A.weight", f"base_model.model.{path}.lora_B.weight"
 
 
-def _low_rank(name: str, path: str, layer: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> LowRank:
+def _low_rank(name: str, path: str, layer: LoraLayer, weights: Mapping[str, torch.Tensor]) -> LowRank:
     """layer: PEFT's, whose shapes and scaling count; its weights are empty."""
     if layer.lora_embedding_A:
         raise ModelLoadError(
@@ -82,9 +83,10 @@ def _low_rank(name: str, path: str, layer: torch.nn.Module, weights: Mapping[str
             "members of one base can differ in its linear layers only, so merge the adapter into a model of its own"
         )
     [adapter] = layer.lora_A
-    a, b = (weights.get(key) for key in _keys(path))
     shapes = [tuple(part[adapter].weight.shape) for part in (layer.lora_A, layer.lora_B)]
-    for key, weight, shape in zip(_keys(path), (a, b), shapes, strict=True):
+    found: list[torch.Tensor] = []
+    for key, shape in zip(_keys(path), shapes, strict=True):
+        weight = weights.get(key)
         if weight is None:
             raise ModelLoadError(f"adapter of member {name!r} lacks {key}, which its config promises; save it again")
         if tuple(weight.shape) != shape:
@@ -96,4 +98,6 @@ def _low_rank(name: str, path: str, layer: torch.nn.Module, weights: Mapping[str
             raise ModelLoadError(
                 f"adapter of member {name!r}: {key} is not finite; the file is damaged or training diverged"
             )
+        found.append(weight)
+    a, b = found
     return LowRank(a.float(), b.float() * layer.scaling[adapter])

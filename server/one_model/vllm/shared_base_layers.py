@@ -80,8 +80,8 @@ class SideBySide(nn.Module):
         self, query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None, **settings: Any
     ) -> torch.Tensor:
         """query: (T * K, width), key, value: (T * K, kv width) or None where a layer reads another's. -> like query"""
-        query, key, value = (None if rows is None else self._by_token(rows) for rows in (query, key, value))
-        attended = self.attention(query, key, value, **settings)
+        key, value = (None if rows is None else self._by_token(rows) for rows in (key, value))
+        attended = self.attention(self._by_token(query), key, value, **settings)
         return attended.view(attended.shape[0] * self.num_members, -1)
 
     def _by_token(self, rows: torch.Tensor) -> torch.Tensor:
@@ -127,7 +127,7 @@ class LowRankRows(LinearMethodBase):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         self.method.process_weights_after_loading(layer)
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x: (T * K, in) -> (T * K, out)"""
         y = self.method.apply(layer, x, bias)
         low = torch.bmm(self._of_members(x), layer.changes.a)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ensemble_server.ensembles.comparison.effect_size import cohens_d_z, cohens_h, discordant_odds
-from ensemble_server.ensembles.comparison.power import minimal_detectable_effect
+from ensemble_server.ensembles.comparison.power import OfMean
 
 
 def test_cohens_h_by_hand():
@@ -29,7 +29,7 @@ def test_odds_of_divided_items_are_finite():
 def test_the_detectable_effect_is_found_as_often_as_it_says():
     """2000 simulated comparisons of 100 items whose true difference is the detectable one: 80% are significant."""
     rng = np.random.default_rng(0)
-    effect = minimal_detectable_effect(1 / math.sqrt(100))
+    effect = OfMean(1 / math.sqrt(100), 1e9).detectable(alpha=0.05)
     assert effect == pytest.approx(2.8016 / 10, abs=1e-4)
     found = np.abs(rng.normal(effect, 0.1, size=2000)) > 1.96 * 0.1
     assert found.mean() == pytest.approx(0.8, abs=0.03)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ensemble_server.ensembles.comparison.paired import compare_bits_per_byte, compare_right_wrong, compare_scores
+from ensemble_server.ensembles.comparison.proportions import tango
 from ensemble_server.ensembles.comparison.significance import McNemar
 
 
@@ -17,7 +18,8 @@ def test_right_and_wrong_by_hand():
     assert (found.wins, found.losses, found.ties) == (5, 1, 4)
     assert found.odds == pytest.approx(5.5 / 1.5)
     assert found.effect_size == pytest.approx(2 * math.asin(math.sqrt(0.8)) - 2 * math.asin(math.sqrt(0.4)))
-    assert found.minimal_detectable_effect == pytest.approx(2.8016 * found.difference.standard_error, rel=1e-4)
+    assert found.difference.interval == tango(5, 1, 10)
+    assert found.detectable() is not None and found.detectable(num_comparisons=100) is None
 
 
 def test_right_and_wrong_takes_nothing_in_between():
@@ -48,6 +50,13 @@ def test_turning_the_pair_turns_the_sign():
     assert forth.difference.value == pytest.approx(-back.difference.value)
     assert forth.p_value == pytest.approx(back.p_value)
     assert (forth.wins, forth.losses) == (back.losses, back.wins)
+
+
+def test_what_real_figures_can_show_follows_from_their_standard_error():
+    rng = np.random.default_rng(0)
+    found = compare_scores(rng.normal(size=2000), rng.normal(size=2000))
+    assert found.detectable() == pytest.approx(2.8016 * found.difference.standard_error, rel=3e-3)
+    assert found.detectable(num_comparisons=20) > 1.3 * found.detectable()
 
 
 def test_bits_per_byte_weigh_documents_by_bytes_and_fewer_are_wins():

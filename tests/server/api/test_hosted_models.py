@@ -86,6 +86,35 @@ async def test_a_prompt_alone_is_scored_like_a_prompt_with_an_answer(house, mode
     assert alone["usage"]["completion_tokens"] == 0
 
 
+async def test_each_member_shows_its_own_best_tokens(house, engine):
+    if engine == "vllm":
+        pytest.skip("vLLM gives the mixture's log-probabilities, not each member's")
+    asked = {"max_tokens": 3, "ignore_eos": True, "temperature": 0}
+    answer = await house.chat(model="mix", logprobs=True, top_logprobs=2, ensemble={"explain": {"top": 4}}, **asked)
+    first = answer["choices"][0]["logprobs"]["content"][0]
+    for name, view in first["members"].items():
+        alone = await house.chat(model=name, logprobs=True, top_logprobs=4, **asked)
+        own = alone["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        assert [token["token"] for token in view["top"]] == [token["token"] for token in own]
+        assert [token["logprob"] for token in view["top"]] == pytest.approx(
+            [token["logprob"] for token in own], abs=1e-3
+        )
+    ids = [token["token_id"] for token in first["top_logprobs"]]
+    assert first["token_id"] == ids[0]
+    assert house.hosting.surface("mix").decode(ids) == "".join(token["token"] for token in first["top_logprobs"])
+
+
+async def test_a_posterior_shows_whom_the_prompt_speaks_for(house, engine):
+    if engine == "vllm":
+        pytest.skip("vLLM gives the mixture's log-probabilities, not each member's")
+    answer = await house.chat(model="adaptive", max_tokens=1, ignore_eos=True, ensemble={"explain": True})
+    weights = answer["ensemble"]["trace"]["weights"]
+    assert weights["prior"] == pytest.approx({"llama": 0.25, "red": 0.5, "deep": 0.25})
+    first = answer["choices"][0]["logprobs"]["content"][0]["members"]
+    assert weights["after_prompt"] == {name: view["weight"] for name, view in first.items()}
+    assert weights["after_prompt"] != weights["prior"]
+
+
 async def test_explained_tokens_pool_to_the_logprob_that_is_shown(house, engine):
     if engine == "vllm":
         pytest.skip("vLLM does not show each member's view; test_features_are_where_the_table_says has its refusal")

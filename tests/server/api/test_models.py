@@ -8,6 +8,7 @@ from ensemble_server.ensembles.method import Method, MethodConfig, Services
 from ensemble_server.server.engines.scripted_engine import Script, ScriptedModel
 from ensemble_server.server.requests import responses
 from tests.server.api.conftest import CHAT, HELLO, asgi_client
+from tests.server.api.houses import open_house
 
 LIST = TypeAdapter(responses.ModelList)
 
@@ -47,7 +48,8 @@ async def test_listed_models_are_shown_in_the_configs_order_with_their_context(h
 
 async def test_an_ensemble_shows_its_method_and_members(host):
     response = await get(host(mix=ensemble("mix", "base", "code")), "/v1/models/mix")
-    assert response.json()["ensemble"] == {"method": "mix", "members": ["base", "code"]}
+    shown = response.json()["ensemble"]
+    assert (shown["method"], shown["members"]) == ("mix", ["base", "code"])
     assert response.json()["max_model_len"] == 100
 
 
@@ -97,3 +99,28 @@ async def test_a_hidden_model_answers_who_knows_its_name(host):
     async with asgi_client(hosting) as client:
         response = await client.post("/v1/chat/completions", json=CHAT | {"model": "part"})
     assert response.json()["choices"][0]["message"]["content"] == "part"
+
+
+async def test_a_probability_average_shows_what_it_is_made_of_and_what_a_request_may_change(tmp_path, tiny):
+    models = {
+        "base": {"path": str(tiny["llama"])},
+        "red": {"base": "base", "adapter": str(tiny["red"])},
+        "mix": {"method": "probability_average", "members": {"base": 1, "red": 3}, "pool": "posterior", "share": 0.1},
+        "crowd": {"method": "crowd_vote", "members": ["base", "mix"]},
+        "away": {"url": "http://127.0.0.1:9/v1", "model": "far"},
+    }
+    async with open_house("transformers", models, tmp_path) as house:
+        shown = {model["id"]: model for model in (await house.client.get("/v1/models")).json()["data"]}
+    LIST.validate_python({"object": "list", "data": list(shown.values())})
+    kinds = {name: model["kind"] for name, model in shown.items()}
+    assert kinds == {"base": "hosted", "red": "hosted", "mix": "ensemble", "crowd": "ensemble", "away": "remote"}
+    assert shown["mix"]["ensemble"] == {
+        "method": "probability_average",
+        "members": ["base", "red"],
+        "weights": {"base": 1, "red": 3},
+        "pool": "posterior",
+        "share": 0.1,
+        "overrides": ["weights", "pool", "share"],
+    }
+    assert "samples" in shown["crowd"]["ensemble"]["overrides"]
+    assert "pool" not in shown["crowd"]["ensemble"]

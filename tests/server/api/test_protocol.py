@@ -36,7 +36,19 @@ async def chat(hosting, **parameters):
         ("logprobs", [True, False], [1, "true"]),
         ("min_tokens", [0, 1], [-1]),
         ("stream", [False], ["yes", 1]),
-        ("ensemble", [{}, {"explain": True}], [[], "x", {"explain": "yes"}, {"explain": 1}]),
+        (
+            "ensemble",
+            [{}, {"explain": True}, {"explain": {}}, {"explain": {"top": 20}}],
+            [
+                [],
+                "x",
+                {"explain": "yes"},
+                {"explain": 1},
+                {"explain": {"top": 21}},
+                {"explain": {"tops": 1}},
+                {"explain": {"top": True}},
+            ],
+        ),
         ("truncate_prompt_tokens", [1, -1], [0, -2]),
     ],
 )

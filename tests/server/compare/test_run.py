@@ -169,8 +169,10 @@ def test_the_mean_leaves_out_the_text_that_switches(done):
 
 def test_the_null_checks_run_on_texts_and_on_sampled_tasks(done):
     measures = {check.measure: check for check in done[0].null_checks}
-    assert set(measures) == {"text verse", "task drawn"}, "the other texts have too few documents"
-    assert measures["text verse"].num_trials == 200 and measures["text verse"].has_passed
+    assert set(measures) == {"text verse", "text mixed", "text code", "task drawn"}
+    shifted = measures["text verse"]
+    assert "half a window later" in shifted.method and shifted.num_trials == 1
+    assert 0 < shifted.largest_difference < 0.5, "other context, so other figures, and nearly the same ones"
 
 
 def test_the_best_member_gets_the_samples_that_the_ensembles_cost_buys(done):

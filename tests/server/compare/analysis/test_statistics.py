@@ -160,9 +160,20 @@ def test_pass_at_k_is_the_mean_over_items(file, records):
 
 def test_costs_are_medians_of_the_rounds(file, records):
     records.get("base").cost = CostRecord(inputs="", tokens_per_s={"1": [10.0, 30.0, 20.0]}, ttft_s=[0.2, 0.1, 0.4])
+    records.get("good").cost = CostRecord(inputs="", tokens_per_s={"1": [5.0, 15.0, 8.0]})
     cost = compute_results(file, ARMS, records).arms["base"].cost
     assert (cost.tokens_per_s["1"].median, cost.ttft_s.median) == (20.0, 0.2)
-    assert cost.tokens_per_s["1"].ci[0] <= 20.0 <= cost.tokens_per_s["1"].ci[1]
+    assert (cost.tokens_per_s["1"].ci, cost.tokens_per_s["1"].range) == (None, (10.0, 30.0)), "3 rounds: no interval"
+    ratio = compute_results(file, ARMS, records).arms["good"].cost.speed_ratio["1"]
+    assert ratio.values == pytest.approx((0.5, 0.5, 0.4)) and not cost.speed_ratio
+    records.get("base").cost = CostRecord(inputs="", tokens_per_s={"1": [10.0, 30.0, 20.0, 15.0, 25.0, 21.0]})
+    assert compute_results(file, ARMS, records).arms["base"].cost.tokens_per_s["1"].ci == (10.0, 30.0)
+
+
+def test_what_nobody_knows_is_not_zero(file, records):
+    records.get("base").cost = CostRecord(inputs="", tokens_per_s={"1": [10.0]})
+    cost = compute_results(file, ARMS, records).arms["base"].cost
+    assert (cost.weights_bytes, cost.kv_bytes, cost.forward_tokens_per_answer_token) == (None, None, None)
 
 
 def test_where_low_is_better_a_lower_score_wins(file, records):

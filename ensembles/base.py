@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]  # one chat message in OpenAI's form: {"role": ..., "content": ...}
 PoolName = Literal["arithmetic", "geometric", "posterior"]
+AveragedOver = Literal["tokens", "bytes"]  # what members' distributions are over when they are pooled
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 
@@ -93,12 +94,16 @@ class GenerationRequest:
 class Mixture:
     """Which members run, with which weights, and how their distributions are pooled. Weights of zero are left out.
 
-    `share` (posterior only) is the fixed share that flows back to the prior at every token; 0 is plain Bayes.
+    `share` (posterior only) is the fixed share that flows back to the prior at every token (or byte); 0 is plain Bayes.
+    `vocabulary`: "auto" pools over tokens where all members have the same, else over bytes; "bytes" always does that.
+    `heals`: whether members that are pooled over bytes begin before the last word of a raw prompt.
     """
 
     weights: Mapping[str, float]
     pool: PoolName = "arithmetic"
     share: float = 0.0
+    vocabulary: Literal["auto", "bytes"] = "auto"
+    heals: bool = True
 
 
 # --- what is yielded ---------------------------------------------------------------------------------------------
@@ -194,6 +199,7 @@ class Done:
     """Ends every successful generation.
 
     `turnout`: how many of `members` answered. `trace`: method-specific, JSON-ready, only if `explain` was asked for.
+    `vocabulary`: what distributions of members were averaged over; None where none were.
     """
 
     usage: Usage
@@ -201,6 +207,7 @@ class Done:
     members: tuple[str, ...]
     turnout: int
     trace: Mapping[str, Any] | None = None
+    vocabulary: AveragedOver | None = None
 
 
 Event = PromptScored | Delta | Done
@@ -244,7 +251,11 @@ class MixtureHost(Protocol):
     """Holds loaded members and runs mixtures of them: an engine."""
 
     def check(self, mixture: Mixture) -> None:
-        """Raise `ModelLoadError` if these members cannot be pooled (unknown, or of different vocabularies)."""
+        """Raise `ModelLoadError` if these members cannot be pooled (unknown, or of vocabularies that this host cannot
+        bring together)."""
+
+    def averages_over(self, mixture: Mixture) -> AveragedOver:
+        """What the distributions of these members are over. Raises `ModelLoadError` as `check` does."""
 
     def max_model_len(self, mixture: Mixture) -> int: ...
 

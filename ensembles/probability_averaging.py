@@ -2,9 +2,11 @@
 
     log p(token) = pool over members k of log p_k(token), with weights w_k
 
-When it helps: members that know different things and share a vocabulary (fine-tunes of one base). Cost: one forward of
-each member per token; members that are adapters of one base share theirs. Needs: members on one host, one vocabulary.
-The pools and their formulas are in `ensembles.pooling`. A request may override `weights`, `pool` and `share`.
+When it helps: members that know different things (fine-tunes of one base, models of different families). Cost: one
+forward of each member per token; members that are adapters of one base share theirs. Needs: members on one host.
+Members of different vocabularies are averaged over text, byte by byte: p(byte) in place of p(token), each member's own
+tokens summed out (`ensembles.spelling`). The pools and their formulas are in `ensembles.pooling`. A request may
+override `weights`, `pool` and `share`, and with `heal: false` that such members begin before a raw prompt's last word.
 
 Reference: Stone, "The opinion pool", 1961 (arithmetic); Hinton, "Products of experts", 1999 (geometric);
 Herbster & Warmuth, "Tracking the best expert", 1998 (posterior with fixed share).
@@ -13,7 +15,8 @@ Herbster & Warmuth, "Tracking the best expert", 1998 (posterior with fixed share
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -38,7 +41,11 @@ class ProbabilityAverage(Method):
             default=0.0,
             ge=0,
             lt=1,
-            description="posterior only: the part of the weights that returns to the prior at each token",
+            description="posterior only: the part of the weights that returns to the prior at each token (or byte)",
+        )
+        vocabulary: Literal["auto", "bytes"] = Field(
+            "auto",
+            description="what is averaged: auto (tokens if all members have the same, else bytes) | bytes",
         )
 
         @model_validator(mode="after")
@@ -67,8 +74,9 @@ class ProbabilityAverage(Method):
         if len(hosts) != 1:
             raise ModelLoadError(f"model {name!r}: its members are not on one host")
         self.host = hosts.pop()
-        self.mixture = mixture_of(config.members, config.pool, config.share)
-        self.host.check(Mixture(dict.fromkeys(self.members, 1.0)))  # a request may call in members of weight zero
+        self.mixture = replace(mixture_of(config.members, config.pool, config.share), vocabulary=config.vocabulary)
+        everyone = Mixture(dict.fromkeys(self.members, 1.0), vocabulary=config.vocabulary)
+        self.host.check(everyone)  # a request may call in members of weight zero
         self.max_model_len = self.host.max_model_len(self.mixture)
 
     @property
@@ -104,7 +112,7 @@ def overridden(mixture: Mixture, members: Sequence[str], overrides: Mapping[str,
 
     `members`: all that may be named. Raises `RequestError` naming the field.
     """
-    check_overrides(overrides, OVERRIDABLE, members)
+    check_overrides(overrides, (*OVERRIDABLE, "heal"), members)
     weights = overrides.get("weights", mixture.weights)
     pool = overrides.get("pool", mixture.pool)
     if pool not in POOLS:
@@ -116,6 +124,10 @@ def overridden(mixture: Mixture, members: Sequence[str], overrides: Mapping[str,
         raise RequestError(f"share belongs to the posterior pool, not to {pool!r}", param="ensemble.share")
     try:
         # in the config's order: the first member's view of text is the ensemble's, however a client sorts its weights
-        return mixture_of({name: weights[name] for name in members if name in weights}, pool, float(share))
+        wanted = mixture_of({name: weights[name] for name in members if name in weights}, pool, float(share))
     except ValueError as exc:
         raise RequestError(str(exc), param="ensemble.weights") from exc
+    heals = overrides.get("heal", mixture.heals)
+    if not isinstance(heals, bool):
+        raise RequestError(f"ensemble.heal must be true or false, got {heals!r}", param="ensemble.heal")
+    return replace(wanted, vocabulary=mixture.vocabulary, heals=heals)

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ensemble_server.ensembles.base import AveragedOver
 from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.ensembles.method import MethodConfig
 from ensemble_server.server.config.blocks import Config, HostedModel, ModelEntry, RemoteModel
@@ -42,6 +43,7 @@ class Item:
     settings: dict[str, Any]
     size: Size | None = None
     vocabulary: int | None = None  # tokens, of a hosted member
+    averaged_over: AveragedOver | None = None  # of a probability average
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ def _item(name: str, model: ModelEntry, config: Config, rehearsal: Rehearsal) ->
             size = _size(name, model, config, rehearsal)
         except ModelLoadError:
             size = None
-    return Item(name, kind, model.listed, made_of, settings, size, view and view.vocab_size)
+    over = rehearsal.averaged_over.get(name)
+    return Item(name, kind, model.listed, made_of, settings, size, view and view.vocab_size, over)
 
 
 def _size(name: str, model: HostedModel, config: Config, rehearsal: Rehearsal) -> Size:

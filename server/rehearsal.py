@@ -7,12 +7,13 @@ an engine makes of its members is made. What remains for the loading are the wei
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from ensemble_server.ensembles.base import Event, GenerationRequest, Mixture, Model
+from ensemble_server.ensembles.base import AveragedOver, Event, GenerationRequest, Mixture, Model
 from ensemble_server.ensembles.errors import ConfigError, ModelLoadError
 from ensemble_server.ensembles.method import MethodConfig, Services
+from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
 from ensemble_server.server.composition import SingleMember, compose
 from ensemble_server.server.config.blocks import Config, HostedModel, RemoteModel, VllmEngineConfig
 from ensemble_server.server.engines.remote.remote import RemoteChat
@@ -21,15 +22,18 @@ from ensemble_server.server.weights.devices import resolve_device
 from ensemble_server.server.weights.embeddings import SentenceEmbedder, check_embedder
 from ensemble_server.server.weights.member_views import MemberFiles, MemberView, read_member_files
 from ensemble_server.server.weights.reranking import CrossEncoderReranker, check_cross_encoder
-from ensemble_server.server.weights.vocabularies import family_of
+from ensemble_server.server.weights.spelled_vocabulary import averaged_over
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """`files`: of the hosted models. `problems`: one sentence, naming it, for each model that cannot be served."""
+    """`files`: of the hosted models. `problems`: one sentence, naming it, for each model that cannot be served.
+    `averaged_over`: what each probability average is over.
+    """
 
     files: MemberFiles
     problems: tuple[str, ...]
+    averaged_over: Mapping[str, AveragedOver] = field(default_factory=dict)
 
     def check(self, config: Config) -> None:
         """Raise `ModelLoadError` with all problems."""
@@ -57,16 +61,25 @@ def rehearse(config: Config, *, may_download: bool = True) -> Rehearsal:
                 resolve_device(model.device)
         except ConfigError as exc:
             failures.setdefault(name, exc)
-    failures |= _refused_ensembles(config, parts)
-    return Rehearsal(files, tuple(_naming(name, failures[name]) for name in config.models if name in failures))
+    refused, ensembles = _rehearsed_ensembles(config, parts)
+    failures |= refused
+    over = {
+        name: host.averages_over(model.mixture)
+        for name, model in ensembles.items()
+        if isinstance(model, ProbabilityAverage)
+    }
+    return Rehearsal(files, tuple(_naming(name, failures[name]) for name in config.models if name in failures), over)
 
 
 def _naming(name: str, error: ConfigError) -> str:
     return str(error) if repr(name) in str(error) else f"model {name!r}: {error}"
 
 
-def _refused_ensembles(config: Config, parts: Mapping[str, Model]) -> dict[str, ModelLoadError]:
-    """Ensembles whose parts are all there, and that their methods refuse, also for an embedding model that is not."""
+def _rehearsed_ensembles(
+    config: Config, parts: Mapping[str, Model]
+) -> tuple[dict[str, ModelLoadError], dict[str, Model]]:
+    """Ensembles whose parts are all there: those that their methods refuse, also for an embedding model that is not
+    there, and all models that can be."""
     folder = config.source.parent
 
     def reranker(path: str) -> CrossEncoderReranker:
@@ -81,12 +94,12 @@ def _refused_ensembles(config: Config, parts: Mapping[str, Model]) -> dict[str, 
     embedder = None if missing else SentenceEmbedder(config.embedding.path)
     methods = {name: entry for name, entry in config.models.items() if isinstance(entry, MethodConfig)}
     refused: dict[str, ModelLoadError] = {}
-    compose(methods, parts, Services(embedder, reranker, config.server.max_calls), failures=refused)
+    models = compose(methods, parts, Services(embedder, reranker, config.server.max_calls), failures=refused)
     if missing is not None:
         for name, error in refused.items():
             if "embedding model" in str(error):
                 refused[name] = ModelLoadError(f"{error} ({missing})")
-    return refused
+    return refused, models
 
 
 class _Unloaded:
@@ -99,9 +112,13 @@ class _Unloaded:
     def check(self, mixture: Mixture) -> None:
         views = [self._views[name] for name in mixture.weights]
         if self._is_one_model:
-            check_one_model(views)
+            check_one_model(mixture, views)
         else:
-            family_of(views)
+            averaged_over(mixture, views)
+
+    def averages_over(self, mixture: Mixture) -> AveragedOver:
+        views = [self._views[name] for name in mixture.weights]
+        return "tokens" if self._is_one_model else averaged_over(mixture, views)
 
     def max_model_len(self, mixture: Mixture) -> int:
         return min(self._views[name].max_model_len for name in mixture.weights)

@@ -173,8 +173,17 @@ class Lattice:
         if not self._woken:
             self._settle()
 
-    def row(self) -> np.ndarray:
-        """(257,) float64: log-probabilities of what comes next, normalised; all -inf if nobody awake knows."""
+    def wake_likely(self, log_share: float) -> None:
+        """Look at closings at the end of the text that have more than this share of all weight: for a text that cannot
+        go on as those that are awake expect."""
+        self._wake([one for one in self._new if one.logprob > self.log_total + log_share])
+
+    def row(self, *, spreads: bool = False) -> np.ndarray:
+        """(257,) float64: log-probabilities of what comes next, normalised; all -inf if nobody awake knows.
+
+        What only sleepers could give has none. Where an impossible byte would be a veto, or with a negative weight a
+        certainty, `spreads` gives the share of what sleeps at the end of the text to all bytes alike.
+        """
         assert not self._woken, "distributions are wanted before a row can be told"
         mass = np.zeros(ROW)
         best = max((one.log_weight for one in self._awake), default=-math.inf)
@@ -185,8 +194,12 @@ class Lattice:
             mass[one.node.bytes] += weight * one.masses
             if one.node.depth == 0:
                 mass[END] += weight * math.exp(one.distribution.log_end)
+        mass /= mass.sum()
+        if spreads and self._new:
+            asleep = math.exp(_log_sum(one.logprob for one in self._new) - self.log_total)
+            mass = (1 - asleep) * mass + asleep / ROW
         with np.errstate(divide="ignore"):
-            return np.log(mass) - math.log(mass.sum())
+            return np.log(mass)
 
     def log_end(self) -> float:
         """The evidence of END: log P(text, END) less log P(text). What sleeps at the end of the text does not count."""

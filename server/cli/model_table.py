@@ -47,6 +47,7 @@ def as_json(inventory: Inventory) -> str:
             "kv_cache_bytes": item.size and item.size.kv_bytes,
             "context": item.size and item.size.context,
             "vocabulary": item.vocabulary,
+            "averaged_over": item.averaged_over,
         }
         for item in inventory.items
     ]
@@ -72,14 +73,14 @@ def _table(inventory: Inventory) -> Table:
             if size
             else []
         )
-        cells = [_name(item), item.kind, item.made_of, _settings(item.settings), *numbers]
+        cells = [_name(item), _kind(item), item.made_of, _settings(item.settings), *numbers]
         table.add_row(*(Text(cell) for cell in cells))
     return table
 
 
 def _print_paragraph(console: Console, item: Item) -> None:
     console.print()
-    console.print(Text.assemble((_name(item), "bold"), f"  {item.kind}"))
+    console.print(Text.assemble((_name(item), "bold"), f"  {_kind(item)}"))
     lines = [item.made_of, _settings(item.settings)]
     if (size := item.size) is not None:
         lines.append(
@@ -92,6 +93,11 @@ def _print_paragraph(console: Console, item: Item) -> None:
 
 def _name(item: Item) -> str:
     return item.name if item.is_listed else f"{item.name} (hidden)"
+
+
+def _kind(item: Item) -> str:
+    """What is averaged is told where it is not the tokens that all members share."""
+    return f"{item.kind} over bytes" if item.averaged_over == "bytes" else item.kind
 
 
 def _settings(settings: Mapping[str, Any]) -> str:

@@ -262,6 +262,8 @@ class Generations:
             "turnout": min(one.turnout for one in done),
             "usage": {name: _member_usage(used) for name, used in self.total.members.items()},
         }
+        if done[0].vocabulary is not None:
+            shown["vocabulary"] = done[0].vocabulary
         traces = [one.trace for one in done]
         if any(trace is not None for trace in traces):
             shown["trace"] = traces[0] if len(traces) == 1 else traces

@@ -27,12 +27,16 @@ class MemberUsageObject(TypedDict):
 
 
 class EnsembleObject(TypedDict):
-    """Who answered. `turnout`: how many of `members` did. `trace` is there if `explain` was asked for."""
+    """Who answered. `turnout`: how many of `members` did. `trace` is there if `explain` was asked for.
+
+    `vocabulary`: what the members' distributions were averaged over, `tokens` or `bytes`, where they were.
+    """
 
     method: str
     members: list[str]
     turnout: int
     usage: dict[str, MemberUsageObject]
+    vocabulary: NotRequired[Literal["tokens", "bytes"]]
     trace: NotRequired[Any]
 
 

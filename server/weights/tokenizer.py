@@ -21,6 +21,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ModelLoadError(f"{folder} has no tokenizer that loads ({type(exc).__name__}: {exc})") from exc
 
 
+# Writing systems of two and three bytes per character: what tokens of words or of whole characters make of them shows
+# whether a vocabulary spells any text.
+MULTILINGUAL = "The 2nd café: Größe, Ελλάδα, Привет, שלום, العربية, हिन्दी, ไทย, 你好, 日本語, 한국어.\n\tx = f(y);  end"
+
+
 class Vocabulary:
     """The tokens of a tokenizer, as ids, as text and as bytes."""
 
@@ -78,6 +83,22 @@ class Vocabulary:
         before = self.tokenizer.decode([previous])
         return self.tokenizer.decode([previous, token_id])[len(before) :].encode()
 
+    def token_bytes(self) -> list[bytes]:
+        """What each id adds to a text, b"" for those that stand for none (special tokens, ids that no token has).
+
+        Raises `ModelLoadError` if the tokens are not bytes: a text in many scripts does not survive being encoded.
+        """
+        texts = [b"" if i in self.special_ids else self.bytes_of(i) for i in range(self.vocab_size)]
+        sample = MULTILINGUAL.encode()
+        spelled = b"".join(texts[i] for i in self.encode(MULTILINGUAL, add_special_tokens=False))
+        # A vocabulary of words may mark where a text begins with a space (SentencePiece's dummy prefix).
+        if self._decoder_kind == "other" or spelled.removeprefix(b" ") != sample:
+            raise ModelLoadError(
+                "its tokens are not bytes (WordPiece, WordLevel, or a vocabulary that lower-cases, normalises or knows "
+                f"only some characters): a text in many scripts comes back as {spelled[:60].decode(errors='replace')!r}"
+            )
+        return texts
+
     @cached_property
     def _added(self) -> Mapping[int, str]:
         return {index: token.content for index, token in self.tokenizer.added_tokens_decoder.items()}
@@ -107,9 +128,12 @@ class TextStream:
     def add(self, token_id: int) -> str:
         if token_id in self._skipped:
             return ""
-        piece = self._decoder.decode(self._vocabulary.bytes_of(token_id, self._previous))
+        piece = self.add_bytes(self._vocabulary.bytes_of(token_id, self._previous))
         self._previous = token_id
         return piece
+
+    def add_bytes(self, data: bytes) -> str:
+        return self._decoder.decode(data)
 
     def flush(self) -> str:
         """What is left when no more tokens come: the replacement character if a character stayed incomplete."""

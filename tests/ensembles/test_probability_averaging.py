@@ -108,6 +108,16 @@ async def test_a_request_may_change_weights_pool_and_share() -> None:
     assert mix.mixture == Mixture({"base": 1.0, "code": 1.0})
 
 
+async def test_bytes_may_be_asked_for_in_the_config_and_stay_whatever_a_request_changes() -> None:
+    host = RecordingHost()
+    mix = average(host, members=["base", "code"], vocabulary="bytes")
+    assert {mixture.vocabulary for mixture in host.checked} == {"bytes"}
+    await collect(mix, request(weights={"base": 1}, heal=False))
+    assert host.ran[0][0] == Mixture({"base": 1.0}, vocabulary="bytes", heals=False)
+    with pytest.raises(RequestError, match=r"ensemble\.heal must be true or false"):
+        await collect(mix, request(heal="no"))
+
+
 def test_members_that_only_give_text_are_refused_by_name() -> None:
     host = RecordingHost()
     config = ProbabilityAverage.Config(method="probability_average", members={"base": 1, "remote": 1})
@@ -202,7 +212,7 @@ def test_members_keep_the_order_of_the_config() -> None:
             "ensemble.wieghts",
             "unknown key 'ensemble.wieghts'; did you mean 'weights'? (known: weights",
         ),
-        ({"zzz": 1}, "ensemble.zzz", "unknown key 'ensemble.zzz' (known: weights, pool, share)"),
+        ({"zzz": 1}, "ensemble.zzz", "unknown key 'ensemble.zzz' (known: weights, pool, share, heal)"),
         ({"weights": [1, 2]}, "ensemble.weights", "must map member names to numbers"),
         ({"weights": {"base": "1"}}, "ensemble.weights.base", "must be a number"),
         ({"weights": {"base": True}}, "ensemble.weights.base", "must be a number"),

@@ -25,6 +25,7 @@ from ensemble_server.server.engines.engine import StepStats
 from ensemble_server.server.engines.transformers_engine import members
 from ensemble_server.server.hosting import Hosting
 from tests.conftest import make_model
+from tests.server.engines.transformers_engine.vocabularies import word_piece
 
 EngineThreads = Callable[[], set[threading.Thread]]
 REMOTE = {"url": "http://127.0.0.1:9/v1"}
@@ -213,8 +214,9 @@ async def test_what_does_not_fit_is_refused_when_opened_and_leaves_nothing_runni
 ) -> None:
     models: dict[str, Any] = {"base": {"path": str(tiny["llama"])}, "far": REMOTE}
     if broken == "vocabulary":
-        models["other"] = {"path": str(make_model(tmp_path / "other", extra=("<tool>",)))}
-        models["mix"], problem = average("base", "other"), "'base' and 'other' have different vocabularies"
+        word_piece(make_model(tmp_path / "other"))
+        models["other"] = {"path": str(tmp_path / "other")}
+        models["mix"], problem = average("base", "other"), "member 'other' cannot be averaged over text"
     elif broken == "folder":
         models["other"], problem = {"path": str(tmp_path / "gone")}, "model 'other': "
     else:

@@ -44,6 +44,13 @@ class ChoiceText:
         self._stream = TextStream(vocabulary, skip_special_tokens=sampling.skip_special_tokens)
         self._stops = StopStrings(sampling.stop, include=sampling.include_stop_str_in_output)
 
+    def add_piece(self, token_id: int | None, data: bytes, report: TokenLogprob | None = None) -> Delta:
+        """What bytes show that are known by themselves, and the token that they are (None: they are no whole one)."""
+        self.num_generated += 1
+        self.last_token = token_id
+        ids = () if token_id is None else (token_id,)
+        return self._shown(self._stream.add_bytes(data), ids, report, is_complete=False)
+
     def add(self, token_id: int, report: TokenLogprob | None = None, *, is_complete: bool = False) -> Delta:
         """What the next token shows. `report`: what the client gets to know of it, if anything. `is_complete`: by the
         grammar, nothing may follow it.
@@ -54,7 +61,18 @@ class ChoiceText:
         if token_id in self._stop_token_ids:
             return self._last("stop", token_id)
         self.last_token = token_id
-        shown = Delta(self.index, self._stream.add(token_id), (token_id,), () if report is None else (report,))
+        return self._shown(self._stream.add(token_id), (token_id,), report, is_complete=is_complete)
+
+    def end(self, finish_reason: FinishReason, stop_reason: str | int | None = None) -> Delta:
+        """No token comes any more: the choice ends with what it has."""
+        return self._last(finish_reason, stop_reason)
+
+    def expire(self) -> Delta:
+        """The request's deadline has passed."""
+        return self.end("length", "deadline")
+
+    def _shown(self, text: str, token_ids: tuple[int, ...], report: TokenLogprob | None, *, is_complete: bool) -> Delta:
+        shown = Delta(self.index, text, token_ids, () if report is None else (report,))
         if self.num_generated >= self._min_tokens:
             text, stop = self._stops.add(shown.text)
             shown = replace(shown, text=text)
@@ -66,14 +84,6 @@ class ChoiceText:
         if self.num_generated >= self._max_new_tokens:
             return self._last("length", None, shown)
         return shown
-
-    def end(self, finish_reason: FinishReason, stop_reason: str | int | None = None) -> Delta:
-        """No token comes any more: the choice ends with what it has."""
-        return self._last(finish_reason, stop_reason)
-
-    def expire(self) -> Delta:
-        """The request's deadline has passed."""
-        return self.end("length", "deadline")
 
     def _last(self, finish_reason: FinishReason, stop_reason: str | int | None, shown: Delta | None = None) -> Delta:
         """With what was held back. A stop string that only the very end completes cuts it, too."""

@@ -7,7 +7,7 @@ once per tokenizer, off the event loop and off the engine's thread; each choice 
 from __future__ import annotations
 
 import threading
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -95,6 +95,26 @@ def compiled(
     if problem := size_problem_of(grammar):
         raise _refusal(grammar, problem)
     return CompiledGrammar(grammar, prepared(tokenizer, vocab_size, eos_ids), vocab_size)
+
+
+@lru_cache(maxsize=16)
+def compiled_by_bytes(grammar: Grammar) -> CompiledGrammar:
+    """`compiled` for text that is written by bytes, whatever the vocabularies: see `byte_row`."""
+    if problem := size_problem_of(grammar):
+        raise _refusal(grammar, problem)
+    tokenizer = _byte_tokenizer()
+    return CompiledGrammar(grammar, tokenizer, tokenizer.vocab_size)
+
+
+def byte_row(allowed: torch.Tensor) -> np.ndarray:
+    """(257,) bool: what a mask of `compiled_by_bytes` allows of the 256 bytes, and whether the text may end."""
+    bits = allowed.numpy()
+    return np.append(bits[:256], bits[_byte_tokenizer().eos_token])
+
+
+@cache
+def _byte_tokenizer() -> LLTokenizer:
+    return LLTokenizer("byte")
 
 
 def prepared(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_ids: frozenset[int]) -> LLTokenizer:

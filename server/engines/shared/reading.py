@@ -39,7 +39,7 @@ class RequestReader:
 
     def __init__(self, *, always_writes: bool) -> None:
         self._always_writes = always_writes
-        self._tokenizing = threading.Lock()  # fast tokenizers must not be reconfigured by two threads at once
+        self.tokenizing = threading.Lock()  # fast tokenizers must not be reconfigured by two threads at once
 
     def read(self, request: GenerationRequest, members: Sequence[Reader], *, max_model_len: int) -> Reading:
         """Blocks while it tokenizes. Raises `RequestError` for an empty prompt, ids that no token has and stop strings
@@ -47,7 +47,7 @@ class RequestReader:
         prompt that members read differently.
         """
         check_stops(request.sampling.stop)
-        with self._tokenizing:
+        with self.tokenizing:
             prompts = _prompts(request, members)
         if request.truncate_prompt_tokens is not None:
             prompts = [token_ids[-request.truncate_prompt_tokens :] for token_ids in prompts]

@@ -13,4 +13,4 @@ def done(method: str, num_read: Mapping[str, int], num_generated: int) -> Done:
     """
     members = {name: MemberUsage(length, num_generated) for name, length in num_read.items()}
     usage = Usage(next(iter(num_read.values())), num_generated, members)
-    return Done(usage, method, tuple(members), len(members))
+    return Done(usage, method, tuple(members), len(members), vocabulary="tokens" if len(members) > 1 else None)

@@ -13,6 +13,7 @@ from ensemble_server.ensembles.base import Delta, FinishReason, GenerationReques
 from ensemble_server.ensembles.pooling import posterior, sampling
 from ensemble_server.server.engines.shared.choice_text import ChoiceText, ends_of_text
 from ensemble_server.server.engines.shared.grammar import GrammarMask
+from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prompt import Prompt
@@ -56,6 +57,13 @@ class LiveChoice:
     @property
     def finish_reason(self) -> FinishReason | None:
         return self._text.finish_reason
+
+    def next_spans(self) -> list[tuple[Member, Span]]:
+        """Its last token, for every member to read."""
+        return [
+            (member, Span(cache, tuple(member.surface.own_ids((self.last_token,))), 1, member.adapter))
+            for member, cache in zip(self.members, self.caches, strict=True)
+        ]
 
     def advance(self, pooled: torch.Tensor, member_logprobs: Sequence[torch.Tensor]) -> Delta:
         """Choose the next token from `pooled` (V,), learn from it, and return what the client sees of it.

@@ -21,13 +21,14 @@ from contextlib import suppress
 import numpy as np
 import torch
 
-from ensemble_server.ensembles.base import Done, Event, GenerationRequest, Mixture, PoolName
+from ensemble_server.ensembles.base import AveragedOver, Done, Event, GenerationRequest, Mixture, PoolName
 from ensemble_server.ensembles.errors import (
     ContextLengthError,
     EngineDeadError,
     EnsembleError,
     MemberError,
     ModelLoadError,
+    RequestError,
     UnsupportedError,
 )
 from ensemble_server.ensembles.pooling import pool
@@ -37,6 +38,9 @@ from ensemble_server.server.engines.shared.reading import RequestReader
 from ensemble_server.server.engines.shared.token_checks import check_ids
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.backbone import Backbone
+from ensemble_server.server.engines.transformers_engine.byte_choice import ByteChoice
+from ensemble_server.server.engines.transformers_engine.byte_generation import ByteGeneration
+from ensemble_server.server.engines.transformers_engine.byte_request import byte_views, check_request
 from ensemble_server.server.engines.transformers_engine.choice import LiveChoice
 from ensemble_server.server.engines.transformers_engine.family import as_family, check_shared_ids, known_rows
 from ensemble_server.server.engines.transformers_engine.generation import Generation
@@ -45,6 +49,7 @@ from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import PrefixCache
 from ensemble_server.server.engines.transformers_engine.scheduler import Scheduler, Work
 from ensemble_server.server.engines.transformers_engine.visit import Visit, Visitor
+from ensemble_server.server.weights.spelled_vocabulary import averaged_over
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +75,7 @@ class TransformersEngine:
     ) -> None:
         self._members = members
         self._families: dict[tuple[str, ...], Sequence[Member]] = {}
+        self._averaged_over: dict[tuple[tuple[str, ...], str], AveragedOver] = {}
         self._scheduler = Scheduler(max_batch=max_batch, prefill_chunk=prefill_chunk, max_queue=max_queue)
         self._prefixes = PrefixCache(prefix_cache_bytes)
         self._num_threads = num_threads
@@ -118,7 +124,13 @@ class TransformersEngine:
     def check(self, mixture: Mixture) -> None:
         if strangers := set(mixture.weights) - set(self._members):
             raise ModelLoadError(f"no hosted member is called {min(strangers)!r}")
-        self._mixed(mixture)
+        self.averages_over(mixture)
+
+    def averages_over(self, mixture: Mixture) -> AveragedOver:
+        key = (tuple(mixture.weights), mixture.vocabulary)
+        if key not in self._averaged_over:
+            self._averaged_over[key] = averaged_over(mixture, [self._members[name] for name in mixture.weights])
+        return self._averaged_over[key]
 
     def max_model_len(self, mixture: Mixture) -> int:
         return min(self._members[name].max_model_len for name in mixture.weights)
@@ -155,13 +167,13 @@ class TransformersEngine:
         meanwhile."""
         mixture = Mixture(dict.fromkeys(members, 1.0))
         self.check(mixture)
+        asked = self._mixed(mixture)
         limit = self.max_model_len(mixture)
         if len(token_ids) > limit:
             raise ContextLengthError(
                 f"the text has {len(token_ids)} tokens; the context of {', '.join(members)} holds {limit}; "
                 "read it in windows"
             )
-        asked = self._mixed(mixture)
         check_ids(token_ids, asked[0].vocab_size, "token_ids")
         check_shared_ids(token_ids, asked)
         if self._failure is not None:
@@ -186,6 +198,13 @@ class TransformersEngine:
         self, mixture: Mixture, request: GenerationRequest, method: str, loop: asyncio.AbstractEventLoop
     ) -> Generation:
         """Read the request in every member's terms and check that it can be served. Runs in a worker thread."""
+        if self.averages_over(mixture) == "bytes":
+            members = [self._members[name] for name in mixture.weights]
+            return self._prepare_bytes(mixture, members, request, method, loop)
+        if not mixture.heals:
+            raise RequestError(
+                "heal is for members that are averaged over text; these are averaged over tokens", param="ensemble.heal"
+            )
         members = self._mixed(mixture)
         reading = self._reader.read(request, members, max_model_len=self.max_model_len(mixture))
         structure, first, compiled = request.sampling.grammar, members[0], None
@@ -199,6 +218,31 @@ class TransformersEngine:
             reading,
             method=method,
             grammar=compiled,
+            prefixes=self._prefixes,
+            loop=loop,
+        )
+
+    def _prepare_bytes(
+        self,
+        mixture: Mixture,
+        members: Sequence[Member],
+        request: GenerationRequest,
+        method: str,
+        loop: asyncio.AbstractEventLoop,
+    ) -> ByteGeneration:
+        """`_prepare` for members that are averaged over text."""
+        check_request(request)
+        views = byte_views(members, request, heals=mixture.heals, tokenizing=self._reader.tokenizing)
+        room = _room(members, [view.token_ids for view in views], request)
+        structure, wanted = request.sampling.grammar, request.sampling.max_tokens
+        return ByteGeneration(
+            request,
+            mixture,
+            members,
+            views,
+            method=method,
+            max_new_tokens=room if wanted is None else min(wanted, room),
+            grammar=None if structure is None else grammar.compiled_by_bytes(structure),
             prefixes=self._prefixes,
             loop=loop,
         )
@@ -257,26 +301,28 @@ class TransformersEngine:
         try:
             while job.num_started < job.num_choices and (self._scheduler.has_place_for(job) or not job.live):
                 choice = job.start_choice()
-                self._choose([(job, choice, job.prompt.last_logprobs)])
+                if isinstance(choice, ByteChoice):
+                    self._spell(job, choice, [])
+                else:
+                    self._choose([(job, choice, job.prompt.last_logprobs)])
         except Exception as exc:
             self._fail_job(job, exc)
 
-    def _forward(self, work: Sequence[Work]) -> list[list[torch.Tensor | None]]:
+    def _forward(self, work: Sequence[Work]) -> list[list[torch.Tensor]]:
         """Every backbone runs once, on all its rows; devices run at the same time. -> as `work[i].spans`."""
         rows: dict[torch.device, dict[Backbone, list[tuple[int, int, Span]]]] = {}
         for i, item in enumerate(work):
-            for k, (member, span) in enumerate(zip(item.job.members, item.spans, strict=True)):
-                if span is not None:
-                    of_device = rows.setdefault(member.backbone.device, {})
-                    of_device.setdefault(member.backbone, []).append((i, k, span))
+            for k, (member, span) in enumerate(item.spans):
+                of_device = rows.setdefault(member.backbone.device, {})
+                of_device.setdefault(member.backbone, []).append((i, k, span))
 
-        results: list[list[torch.Tensor | None]] = [[None] * len(item.spans) for item in work]
+        results = [[torch.empty(0)] * len(item.spans) for item in work]
 
         def run_device(device: torch.device) -> None:
             for backbone, placed in rows[device].items():
                 logprobs = backbone.forward([span for _, _, span in placed])
                 for (i, k, _), result in zip(placed, logprobs, strict=True):
-                    results[i][k] = work[i].job.members[k].widened(result)
+                    results[i][k] = work[i].spans[k][0].widened(result)
 
         if self._devices is None or len(rows) == 1:
             for device in rows:
@@ -285,10 +331,13 @@ class TransformersEngine:
             list(self._devices.map(run_device, rows))
         return results
 
-    def _advance(self, work: Sequence[Work], results: Sequence[Sequence[torch.Tensor | None]]) -> None:
+    def _advance(self, work: Sequence[Work], results: Sequence[Sequence[torch.Tensor]]) -> None:
         """Finish prompts, then give every live choice its next token."""
         ready = []
         for item, logprobs in zip(work, results, strict=True):
+            if isinstance(item.choice, ByteChoice):
+                self._spell(item.job, item.choice, logprobs)
+                continue
             if item.choice is not None:
                 ready.append((item.job, item.choice, [rows[0] for rows in logprobs]))
                 continue
@@ -298,6 +347,15 @@ class TransformersEngine:
                 self._fail_job(item.job, exc)
             self._start_choices(item.job)
         self._choose(ready)
+
+    def _spell(self, job: Generation, choice: ByteChoice, rows: Sequence[torch.Tensor]) -> None:
+        """A choice that is written by bytes goes as far as it can with the rows that it wanted."""
+        try:
+            delta = choice.take(rows) if rows else choice.go_on()
+            if delta is not None:
+                job.emit(choice, delta)
+        except Exception as exc:
+            self._fail_job(job, exc)
 
     @torch.inference_mode()
     def _choose(self, ready: Sequence[tuple[Generation, LiveChoice, Sequence[torch.Tensor]]]) -> None:
@@ -343,10 +401,9 @@ class TransformersEngine:
     def _stats(self, work: Sequence[Work], duration_s: float) -> StepStats:
         num_rows, num_tokens = Counter(), Counter()
         for item in work:
-            for member, span in zip(item.job.members, item.spans, strict=True):
-                if span is not None:
-                    num_rows[member.name] += 1
-                    num_tokens[member.name] += len(span.token_ids)
+            for member, span in item.spans:
+                num_rows[member.name] += 1
+                num_tokens[member.name] += len(span.token_ids)
         return StepStats(
             duration_s,
             num_running=len(self._scheduler.running),
@@ -356,6 +413,20 @@ class TransformersEngine:
             num_cached_tokens=self._prefixes.drain_hits(),
             prefix_cache_bytes=self._prefixes.num_bytes,
         )
+
+
+def _room(members: Sequence[Member], prompts: Sequence[Sequence[int]], request: GenerationRequest) -> int:
+    """How many tokens fit behind the prompt, whoever reads it. Raises `ContextLengthError` if none does."""
+    views = zip(members, prompts, strict=True)
+    member, ids = min(views, key=lambda view: view[0].max_model_len - len(view[1]))
+    room, length = member.max_model_len - len(ids), len(ids)
+    if room < 0 or (room == 0 and request.sampling.max_tokens != 0):
+        raise ContextLengthError(
+            f"the prompt has {length} tokens as {member.name!r} reads it; its context holds {member.max_model_len}, "
+            "prompt and answer together",
+            param="messages" if request.messages is not None else "prompt",
+        )
+    return room
 
 
 def _check_finite(job: Generation, logprobs: Sequence[torch.Tensor], pooled: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ensemble_server.ensembles.base import Delta, GenerationRequest, Mixture, PromptScored
+from ensemble_server.ensembles.base import Delta, Done, GenerationRequest, Mixture, PromptScored
 from ensemble_server.server.engines.shared import usage
 from ensemble_server.server.engines.shared.grammar import CompiledGrammar
 from ensemble_server.server.engines.shared.reading import Reading
@@ -56,6 +56,7 @@ class Generation(Job):
         self._prefixes = prefixes
         self._eos_ids = frozenset().union(*(member.eos_ids for member in members))
         self._num_generated = 0
+        self._reads: list[bool] = []  # which members read a chunk of the prompt in this step
 
     @property
     def num_choices(self) -> int:
@@ -73,14 +74,22 @@ class Generation(Job):
     def begin(self) -> None:
         self.prompt = Prompt(self.members, self.token_ids, self.mixture, self.request.prompt_logprobs, self._prefixes)
 
-    def next_spans(self, budget: int, being_read: dict[BlockKey, bool]) -> list[Span | None]:
-        return self.prompt.next_spans(budget, being_read)
+    def next_spans(self, budget: int, being_read: dict[BlockKey, bool]) -> list[tuple[Member, Span]]:
+        spans = self.prompt.next_spans(budget, being_read)
+        self._reads = [span is not None for span in spans]
+        return [(member, span) for member, span in zip(self.members, spans, strict=True) if span is not None]
 
-    def take(self, logprobs: Sequence[torch.Tensor | None]) -> None:
-        """Once the prompt is read: say so, and end here if nothing is to be generated."""
-        self.prompt.take(logprobs)
-        if self.is_reading:
-            return
+    def take(self, rows: Sequence[torch.Tensor]) -> None:
+        self._take_prompt(rows)
+        if not self.is_reading:
+            self._begin_answering()
+
+    def _take_prompt(self, rows: Sequence[torch.Tensor]) -> None:
+        results = iter(rows)
+        self.prompt.take([next(results) if reads else None for reads in self._reads])
+
+    def _begin_answering(self) -> None:
+        """The prompt is read: say so, and end here if nothing is to be generated."""
         self.outbox.append(PromptScored(tuple(self.token_ids[0]), tuple(self.prompt.scored)))
         for index in range(self.request.n if not self._max_new_tokens else 0):
             self.outbox.append(Delta(index, finish_reason="length"))
@@ -111,6 +120,7 @@ class Generation(Job):
             return
         self._num_generated += choice.num_generated
         self.live.remove(choice)
+        self._ended(choice)
         if not self.live and self.num_started == self.num_choices:
             self._finish()
 
@@ -128,10 +138,15 @@ class Generation(Job):
             self._finish()
 
     def _finish(self) -> None:
-        num_read = {member.name: len(ids) for member, ids in zip(self.members, self.token_ids, strict=True)}
-        done = usage.done(self._method, num_read, self._num_generated)
-        self.outbox.append(replace(done, trace=self._trace()))
+        self.outbox.append(self._done())
         self.is_finished = True
+
+    def _ended(self, choice: LiveChoice) -> None:
+        """`choice` is over: for kinds that count what it took."""
+
+    def _done(self) -> Done:
+        num_read = {member.name: len(ids) for member, ids in zip(self.members, self.token_ids, strict=True)}
+        return replace(usage.done(self._method, num_read, self._num_generated), trace=self._trace())
 
     def _trace(self) -> dict[str, Any] | None:
         """Of a posterior pool, if it was asked to explain: whom the config trusts, and whom the prompt speaks for."""
@@ -141,4 +156,9 @@ class Generation(Job):
         def by_name(weights: np.ndarray) -> dict[str, float]:
             return dict(zip((member.name for member in self.members), map(float, weights), strict=True))
 
-        return {"weights": {"prior": by_name(self.prompt.prior), "after_prompt": by_name(self.prompt.weights)}}
+        return {"weights": {"prior": by_name(self.prompt.prior), "after_prompt": by_name(self.weights_after_prompt)}}
+
+    @property
+    def weights_after_prompt(self) -> np.ndarray:
+        """(K,), of the first token that is drawn."""
+        return self.prompt.weights

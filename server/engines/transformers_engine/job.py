@@ -61,13 +61,13 @@ class Job(ABC):
         """It has been admitted."""
 
     @abstractmethod
-    def next_spans(self, budget: int, being_read: dict[BlockKey, bool]) -> list[Span | None]:
-        """What its members read next: a chunk each, together about `budget` tokens, or None where one has read all, or
-        waits for what another job is going to read. `being_read`: see `prompt.Prompt.next_spans`."""
+    def next_spans(self, budget: int, being_read: dict[BlockKey, bool]) -> list[tuple[Member, Span]]:
+        """What its members read next, together about `budget` tokens: nothing where one has read all, or waits for what
+        another job is going to read. `being_read`: see `prompt.Prompt.next_spans`."""
 
     @abstractmethod
-    def take(self, logprobs: Sequence[torch.Tensor | None]) -> None:
-        """Results of the spans just forwarded, per member: (num_keep, V), or None where there was no span."""
+    def take(self, rows: Sequence[torch.Tensor]) -> None:
+        """Results of the spans just forwarded, in their order: (num_keep, V) each."""
 
     def expire(self) -> None:
         """Its deadline has passed."""

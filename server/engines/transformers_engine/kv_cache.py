@@ -26,6 +26,11 @@ class Segment:
     length: int
     layers: LayerSlices
 
+    def beginning(self, num_tokens: int) -> Segment:
+        """The first `num_tokens` of it, in the same memory."""
+        views = {layer: (keys[:, :num_tokens], values[:, :num_tokens]) for layer, (keys, values) in self.layers.items()}
+        return Segment(num_tokens, views)
+
 
 class RowCache:
     """`length`: tokens whose keys are in every layer, shared ones (`num_shared`) included."""
@@ -78,6 +83,32 @@ class RowCache:
             own = {layer: (keys[:, :num_own], values[:, :num_own]) for layer, (keys, values) in self._layers.items()}
             self.shared, self.num_shared, self._layers = (*self.shared, Segment(num_own, own)), self.length, {}
         return RowCache(self.shared)
+
+    def truncate(self, num_tokens: int) -> None:
+        """Forget all but the first `num_tokens`; others that share segments keep theirs."""
+        assert num_tokens <= self.length, f"only {self.length} tokens are known, not {num_tokens}"
+        if num_tokens < self.num_shared:
+            self._layers = {}
+            kept, left = [], num_tokens
+            for segment in self.shared:
+                if left <= 0:
+                    break
+                kept.append(segment if segment.length <= left else segment.beginning(left))
+                left -= segment.length
+            self.shared, self.num_shared = tuple(kept), num_tokens
+        self.length = num_tokens
+
+    def copy_to(self, num_tokens: int) -> RowCache:
+        """Another row that continues after the first `num_tokens`, with memory of its own for what is not shared."""
+        twin = RowCache(self.shared)
+        if num_tokens < self.num_shared:
+            twin.truncate(num_tokens)
+            return twin
+        num_own = num_tokens - self.num_shared
+        for layer, (keys, values) in self._layers.items() if num_own else ():
+            twin.extend(layer, keys[:, :num_own], values[:, :num_own])
+        twin.commit(num_own)
+        return twin
 
     def append(self, pieces: Sequence[LayerSlices], end: int) -> None:
         """Continue with what another row has read. `pieces`, one behind the other, hold the tokens from the first on;

@@ -28,6 +28,7 @@ from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.choice import LiveChoice
 from ensemble_server.server.engines.transformers_engine.generation import Generation
 from ensemble_server.server.engines.transformers_engine.job import Job
+from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.pace import Pace
 from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey
 
@@ -36,15 +37,15 @@ PATIENCE = 8  # steps
 
 @dataclass(frozen=True)
 class Work:
-    """What one step does for a choice, or for what a job reads (`choice` None): one span per member."""
+    """What one step does for a choice, or for what a job reads (`choice` None): rows of its members."""
 
     job: Job
     choice: LiveChoice | None
-    spans: Sequence[Span | None]
+    spans: Sequence[tuple[Member, Span]]
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(span.token_ids) for span in self.spans if span is not None)
+        return sum(len(span.token_ids) for _, span in self.spans)
 
 
 class Lane:
@@ -203,10 +204,7 @@ def _planned(
         for choice in job.live if isinstance(job, Generation) else ():
             if len(work) >= max_rows or num_left < (len(job.members) if work else 1):
                 break
-            spans = [
-                Span(cache, tuple(member.surface.own_ids((choice.last_token,))), 1, member.adapter)
-                for member, cache in zip(job.members, choice.caches, strict=True)
-            ]
+            spans = choice.next_spans()
             work.append(Work(job, choice, spans))
             num_left -= len(spans)
         if job.is_reading and len(work) < max_rows and min(num_left, num_readable) >= 1:

@@ -53,26 +53,26 @@ class Visit(Job):
     def begin(self) -> None:
         self._caches = [RowCache() for _ in self.members]
 
-    def next_spans(self, budget: int, being_read: dict[BlockKey, bool]) -> list[Span | None]:
+    def next_spans(self, budget: int, being_read: dict[BlockKey, bool]) -> list[tuple[Member, Span]]:
         num_tokens = min(SCORED_CHUNK, max(1, budget // len(self.members)))
         chunk = self._token_ids[self._num_read : -1][:num_tokens]
         return [
-            Span(cache, chunk, len(chunk), member.adapter)
+            (member, Span(cache, chunk, len(chunk), member.adapter))
             for member, cache in zip(self.members, self._caches, strict=True)
         ]
 
     @torch.inference_mode()
-    def take(self, logprobs: Sequence[torch.Tensor | None]) -> None:
+    def take(self, rows: Sequence[torch.Tensor]) -> None:
         """Show the chunk. What the visitor raises is this job's error, as it is."""
-        for member, rows in zip(self.members, logprobs, strict=True):
-            if rows.isnan().any():
+        for member, own in zip(self.members, rows, strict=True):
+            if own.isnan().any():
                 raise MemberError(member.name, "its output is not a number (NaN); its weights may be damaged")
-        device = logprobs[0].device
-        num_new = len(logprobs[0])
+        device = rows[0].device
+        num_new = len(rows[0])
         end = self._num_read + 1
         targets = torch.tensor(self._token_ids[end - num_new : end], dtype=torch.long, device=device)
         try:
-            self._visit(torch.stack([rows.to(device) for rows in logprobs]), targets)
+            self._visit(torch.stack([own.to(device) for own in rows]), targets)
         except Exception as exc:
             self.fail(exc)
             return

@@ -13,7 +13,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import Self
 
-from ensemble_server.ensembles.base import Event, GenerationRequest, Mixture
+from ensemble_server.ensembles.base import AveragedOver, Event, GenerationRequest, Mixture
 from ensemble_server.ensembles.errors import (
     EngineDeadError,
     MemberError,
@@ -91,7 +91,11 @@ class VllmEngine:
     def check(self, mixture: Mixture) -> None:
         if strangers := set(mixture.weights) - set(self.views):
             raise ModelLoadError(f"no hosted member is called {min(strangers)!r}")
-        check_one_model([self.views[name] for name in mixture.weights])
+        check_one_model(mixture, [self.views[name] for name in mixture.weights])
+
+    def averages_over(self, mixture: Mixture) -> AveragedOver:
+        self.check(mixture)
+        return "tokens"
 
     def max_model_len(self, mixture: Mixture) -> int:
         return min(self.views[name].max_model_len for name in mixture.weights)

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ensemble_server.ensembles.base import Mixture
 from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.server.weights.member_views import MemberView
 from ensemble_server.server.weights.vocabularies import check_shared_vocabulary
 
 
-def check_one_model(views: Sequence[MemberView]) -> None:
-    """Raise `ModelLoadError` unless these members can be one model there."""
-    check_shared_vocabulary(views)
+def check_one_model(mixture: Mixture, views: Sequence[MemberView]) -> None:
+    """Raise `ModelLoadError` unless these members of a mixture can be one model there."""
+    if mixture.vocabulary == "bytes":
+        raise ModelLoadError(
+            "vocabulary: bytes: vLLM averages over tokens only; use engine.kind transformers to average over text"
+        )
+    try:
+        check_shared_vocabulary(views)
+    except ModelLoadError as exc:
+        raise ModelLoadError(f"{exc}; engine.kind transformers averages such members over text") from exc
     first, *others = views
     for other in others:
         for key in ("system_prompt", "chat_template"):

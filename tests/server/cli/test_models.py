@@ -14,8 +14,8 @@ from ensemble_server.server.cli.model_table import print_table
 from ensemble_server.server.config.loading import load_config
 from ensemble_server.server.inventory import take_inventory
 from ensemble_server.server.rehearsal import rehearse
-from tests.conftest import make_tokenizer
 from tests.server.cli.conftest import Run
+from tests.server.engines.transformers_engine.vocabularies import word_piece
 
 
 @pytest.fixture
@@ -105,14 +105,13 @@ def test_every_model_that_cannot_be_served_is_named_at_once(
     ensemble: Callable[..., Run], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
-    for name, extra in (("other", ("<a>", "<b>")), ("swapped", ("<b>", "<a>"))):
-        make_tokenizer(shutil.copytree(checkpoint, checkpoint.parent / name), extra=extra)
+    word_piece(shutil.copytree(checkpoint, checkpoint.parent / "words"))
     said = refused(
         ensemble,
         checkpoint.parent,
         "  a: {path: tiny}\n"
-        "  b: {path: other}\n"
-        "  c: {path: swapped}\n"
+        "  b: {path: tiny}\n"
+        "  c: {path: words}\n"
         "  gone: {path: ./gone}\n"
         "  far: {path: tiny, device: 'cuda:77'}\n"
         "  away: {url: 'http://127.0.0.1:1/v1', api_key_env: NO_SUCH_KEY}\n"
@@ -127,7 +126,13 @@ def test_every_model_that_cannot_be_served_is_named_at_once(
     )
     named = [line.split("'")[1] for line in said.splitlines()]
     assert named == ["gone", "far", "away", "two", "mixed", "nest", "judged", "crossed"]  # and none for another's sake
-    for part in ("cuda:77", "NO_SUCH_KEY", "not next-token distributions", "different vocabularies", "average itself"):
+    for part in (
+        "cuda:77",
+        "NO_SUCH_KEY",
+        "not next-token distributions",
+        "cannot be averaged over text",
+        "average itself",
+    ):
         assert part in said
 
 

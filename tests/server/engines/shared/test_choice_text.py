@@ -40,6 +40,15 @@ def test_text_is_that_of_the_tokens_and_characters_stay_whole(surface: Surface) 
     assert (choice.num_generated, choice.last_token, choice.finish_reason) == (len(ids), ids[-1], None)
 
 
+def test_bytes_that_are_known_by_themselves_are_a_piece(surface: Surface) -> None:
+    choice = text_of(surface, stop=("!",))
+    deltas = [choice.add_piece(7, b"fox "), choice.add_piece(None, "😀".encode()[:2])]
+    deltas += [choice.add_piece(8, "😀".encode()[2:]), choice.add_piece(9, b"!?")]
+    shown = joined(deltas)
+    assert (shown.text, shown.token_ids, shown.stop_reason) == ("fox 😀", (7, 8, 9), "!")
+    assert choice.num_generated == 4
+
+
 def test_an_end_of_text_is_counted_but_not_shown(surface: Surface) -> None:
     choice = text_of(surface, skip_special_tokens=False)
     report = TokenLogprob(EOS, "", b"", -1.0)

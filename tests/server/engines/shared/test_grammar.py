@@ -310,3 +310,45 @@ def test_the_demo_models_tokenizer_is_supported() -> None:
         assert token_id in set(mask.allowed().nonzero().flatten().tolist())
         mask.advance(token_id)
     assert mask.is_finished
+
+
+# --- by bytes ---
+
+
+def by_bytes(kind: str, source: str) -> GrammarMask:
+    return grammar.compiled_by_bytes(Grammar(kind, source)).new_mask()
+
+
+def allowed_bytes(mask: GrammarMask) -> list[int]:
+    return grammar.byte_row(mask.allowed()).nonzero()[0].tolist()
+
+
+def test_bytes_follow_a_grammar_whatever_the_vocabulary() -> None:
+    mask = by_bytes("regex", "(é|ab)+")
+    assert allowed_bytes(mask) == [ord("a"), "é".encode()[0]]
+    for byte in "é".encode():
+        mask.advance(byte)
+    assert allowed_bytes(mask) == [ord("a"), "é".encode()[0], 256]  # it may end here
+    assert not mask.is_finished
+
+
+def test_bytes_end_where_nothing_may_follow() -> None:
+    mask = by_bytes("regex", "ab")
+    mask.advance(ord("a"))
+    with pytest.raises(RuntimeError, match="cannot go on"):
+        by_bytes("regex", "ab").advance(ord("b"))
+    mask.advance(ord("b"))
+    assert mask.is_finished
+
+
+def test_a_random_walk_by_bytes_is_valid_json() -> None:
+    rng = random.Random(0)
+    for _ in range(5):
+        mask, text = by_bytes("json_schema", json.dumps(PERSON)), bytearray()
+        while not mask.is_finished and len(text) < 400:
+            byte = rng.choice([one for one in allowed_bytes(mask) if one not in b" \n\t\r"] or allowed_bytes(mask))
+            if byte == 256:
+                break
+            mask.advance(byte)
+            text.append(byte)
+        assert set(json.loads(text.decode(errors="replace"))) == set(PERSON["properties"])

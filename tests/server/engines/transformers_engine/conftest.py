@@ -11,6 +11,7 @@ from ensemble_server.server.engines.transformers_engine.engine import Transforme
 from ensemble_server.server.engines.transformers_engine.members import Member, load_members
 from ensemble_server.server.weights.member_views import read_member_files
 from tests.reference import Reference
+from tests.server.engines.transformers_engine.families import Families
 
 
 @pytest.fixture(scope="session")
@@ -52,4 +53,16 @@ def running(members: dict[str, Member]) -> EngineMaker:
 @pytest.fixture(scope="session")
 def engine(running: EngineMaker) -> Iterator[TransformersEngine]:
     with running() as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def families(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Families:
+    return Families(tmp_path_factory.mktemp("families"), tiny)
+
+
+@pytest.fixture(scope="session")
+def mixed(families: Families) -> Iterator[TransformersEngine]:
+    """An engine over members of different vocabularies."""
+    with families.running() as engine:
         yield engine

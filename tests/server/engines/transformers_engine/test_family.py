@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ensemble_server.ensembles.base import Answer, GenerationRequest, Grammar, Mixture, Sampling, collect
-from ensemble_server.ensembles.errors import ModelLoadError, RequestError
+from ensemble_server.ensembles.errors import RequestError
 from ensemble_server.server.config.blocks import HostedModel
 from ensemble_server.server.engines.transformers_engine.engine import TransformersEngine
 from ensemble_server.server.engines.transformers_engine.members import load_members
@@ -181,9 +181,10 @@ async def test_a_text_to_be_scored_by_all_may_only_have_tokens_of_all(engine: Tr
     assert set(widths) == {322}
 
 
-def test_what_only_looks_alike_is_refused(tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_what_only_looks_alike_is_averaged_over_text(tmp_path: Path, folders: dict[str, Path]) -> None:
     other = make_model(tmp_path / "other", vocab_size=322, extra=("<tool>", "<pad>"))
     models = {"chat": HostedModel(path=str(folders["chat"])), "other": HostedModel(path=str(other))}
     loaded = load_members(models, read_member_files(models, relative_to=Path(), max_context=64))
-    with pytest.raises(ModelLoadError, match="'chat' and 'other' have different vocabularies"):
-        TransformersEngine(loaded).check(Mixture({"chat": 1, "other": 1}))
+    engine = TransformersEngine(loaded)
+    assert engine.averages_over(Mixture({"chat": 1, "other": 1})) == "bytes"
+    assert engine.averages_over(Mixture({"chat": 1})) == "tokens"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from ensemble_server.server.engines.transformers_engine.kv_cache import GROWTH, RowCache
@@ -94,3 +95,43 @@ def test_copies_reach_into_what_is_shared() -> None:
     assert torch.equal(keys, torch.cat([tokens(6)[0][:, 4:], tokens(2, start=50)[0][:, :1]], dim=1))
     keys, _ = fork.copy_of(6, 8)[0]
     assert torch.equal(keys, tokens(2, start=50)[0])
+
+
+def read(cache: RowCache, n: int, start: float = 0.0) -> torch.Tensor:
+    """Let `cache` read n tokens. -> their keys"""
+    keys, values = tokens(n, start=start)
+    cache.extend(0, keys, values)
+    cache.commit(n)
+    return keys
+
+
+def known(cache: RowCache) -> torch.Tensor:
+    """The keys of all tokens of a row."""
+    return cache.copy_of(0, cache.length)[0][0]
+
+
+@pytest.mark.parametrize("num_kept", [0, 2, 3, 4, 6])
+def test_a_row_that_is_rewound_goes_on_as_if_nothing_had_followed(num_kept: int) -> None:
+    cache = RowCache()
+    first = read(cache, 3)
+    twin = cache.fork()  # the first three are shared
+    second = read(cache, 3, start=100)
+    cache.truncate(num_kept)
+    third = read(cache, 2, start=200)
+    kept = torch.cat([first, second], dim=1)[:, :num_kept]
+    assert torch.equal(known(cache), torch.cat([kept, third], dim=1))
+    read(twin, 1, start=300)
+    assert torch.equal(known(twin)[:, :3], first)
+
+
+@pytest.mark.parametrize("num_kept", [1, 3, 4, 6])
+def test_a_copy_of_a_rows_beginning_goes_its_own_way(num_kept: int) -> None:
+    cache = RowCache()
+    first = read(cache, 3)
+    cache.fork()
+    second = read(cache, 3, start=100)
+    whole = torch.cat([first, second], dim=1)
+    copy = cache.copy_to(num_kept)
+    third = read(copy, 2, start=200)
+    assert torch.equal(known(copy), torch.cat([whole[:, :num_kept], third], dim=1))
+    assert torch.equal(known(cache), whole)

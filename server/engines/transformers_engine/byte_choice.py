@@ -1,0 +1,318 @@
+"""One choice of a request whose members have vocabularies of their own: text is drawn byte by byte.
+
+Every member's lattice gives a row of 256 bytes and END; rows are pooled, a byte is drawn, every lattice is fed it.
+Bytes follow one another without a forward until one of the lattices wants one. What the client sees is *pieces*: tokens
+of the surface, as the first member's lattice has settled them, at most a few bytes late.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ensemble_server.ensembles.base import (
+    Delta,
+    FinishReason,
+    GenerationRequest,
+    MemberToken,
+    Mixture,
+    Sampling,
+    TokenLogprob,
+)
+from ensemble_server.ensembles.pooling import pool, posterior, sampling
+from ensemble_server.ensembles.pooling.disagreement import entropy, jensen_shannon
+from ensemble_server.ensembles.spelling import END, ROW, utf8
+from ensemble_server.ensembles.spelling.lattice import EPSILON, History
+from ensemble_server.server.engines.shared.choice_text import ChoiceText, joined
+from ensemble_server.server.engines.shared.grammar import GrammarMask, byte_row
+from ensemble_server.server.engines.transformers_engine.attention import Span
+from ensemble_server.server.engines.transformers_engine.choice import generator
+from ensemble_server.server.engines.transformers_engine.members import Member
+from ensemble_server.server.engines.transformers_engine.speller import Speller
+
+Reread = Callable[[str], list[int]]  # the answer so far -> prompt and answer in one member's tokens
+
+NARROW = 0.5  # of all mass: if masks leave less, what sleeps may matter
+
+
+@dataclass(frozen=True)
+class ByteReport:
+    """What is known of one byte that was drawn. Per member: log-probability and weight."""
+
+    logprob: float
+    members: Sequence[float]
+    weights: Sequence[float]
+    entropy: float = 0.0
+    disagreement: float = 0.0
+
+
+class ByteChoice:
+    """`spellers`: one per member, at the end of the prompt, none of them waiting; the first is the surface's.
+
+    `weights`: (K,), of the first byte; `rereads`: for a member that cannot go on from what it has.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        request: GenerationRequest,
+        mixture: Mixture,
+        spellers: Sequence[Speller],
+        *,
+        weights: np.ndarray,
+        prior: np.ndarray,
+        max_new_tokens: int,
+        grammar: GrammarMask | None,
+        rereads: Sequence[Reread],
+    ) -> None:
+        self.index = index
+        self.members: Sequence[Member] = [speller.member for speller in spellers]
+        self.spellers = spellers
+        self.mixture = mixture
+        self.weights = weights
+        self._prior = prior
+        self._request = request
+        self._sampling: Sampling = request.sampling
+        self._grammar = grammar
+        self._rereads = rereads
+        self._text = bytearray()
+        self._num_shown = 0  # bytes of it that were handed out as pieces
+        self._reports: list[ByteReport] = []  # of the bytes behind `_num_shown`
+        self._state = utf8.START
+        self._is_fed = False  # whether a byte is on its way into the lattices
+        self._has_looked = False  # whether sleepers were woken for what the masks leave at this byte
+        self._shown = ChoiceText(
+            index, self._sampling, self.members[0].surface, max_new_tokens=max_new_tokens, eos_ids=frozenset()
+        )
+        self._deltas: list[Delta] = []  # that were not handed out yet
+        self._num_asked: list[int] = []  # rows of each member in this step
+        self._generator = generator(self._sampling.seed, index)
+
+    @property
+    def num_generated(self) -> int:
+        """Pieces that the client has seen."""
+        return self._shown.num_generated
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self._shown.finish_reason
+
+    # --- what the engine asks for -----------------------------------------------------------------------------------
+
+    def next_spans(self) -> list[tuple[Member, Span]]:
+        """The rows that its lattices want: per member none, mostly one, at most eight."""
+        pairs = []
+        self._num_asked = []
+        for member, speller in zip(self.members, self.spellers, strict=True):
+            spans = speller.next_spans()
+            self._num_asked.append(len(spans))
+            pairs += [(member, span) for span in spans]
+        return pairs
+
+    @torch.inference_mode()
+    def take(self, rows: Sequence[torch.Tensor]) -> Delta | None:
+        """The results of `next_spans`: (1, V) each. Draws bytes until a forward is wanted again, or the choice ends.
+
+        -> what the client sees of it, if anything."""
+        begin = 0
+        for speller, num in zip(self.spellers, self._num_asked, strict=True):
+            speller.take(rows[begin : begin + num])
+            begin += num
+        return self.go_on()
+
+    @torch.inference_mode()
+    def go_on(self) -> Delta | None:
+        """Draw bytes as long as no lattice wants a forward. The first call begins the choice."""
+        while self.finish_reason is None and not self._is_waiting():
+            if self._is_fed:
+                self._learn()
+            elif (symbol := self._draw()) is not None:
+                if symbol == END:
+                    self._finish("stop")
+                else:
+                    self._feed(symbol)
+        if self.finish_reason is None and any(
+            speller.is_waiting and speller.num_read > speller.member.max_model_len for speller in self.spellers
+        ):
+            self._finish("length")
+        return self._delta()
+
+    def expire(self) -> Delta:
+        """The request's deadline has passed: the choice ends with what it has."""
+        self._show_rest()
+        if self.finish_reason is None:
+            self._deltas.append(self._shown.expire())
+        return joined(self._deltas)
+
+    # --- one byte ---------------------------------------------------------------------------------------------------
+
+    def _is_waiting(self) -> bool:
+        return any(speller.is_waiting for speller in self.spellers)
+
+    def _draw(self) -> int | None:
+        """The next byte, or END; None if sleepers are to be looked at before."""
+        rows = [speller.row(spreads=self.mixture.pool == "geometric") for speller in self.spellers]
+        pooled, weights = self._pooled(rows)
+        mask = utf8.ALLOWED[self._state]
+        is_endless = self._sampling.ignore_eos and self._grammar is None
+        if is_endless or self.num_generated < self._sampling.min_tokens:
+            mask = mask & (np.arange(ROW) != END)
+        if self._grammar is not None:
+            mask = mask & byte_row(self._grammar.allowed())
+        if not mask.any():
+            return END
+        logits = pooled.masked_fill(torch.from_numpy(~mask), -math.inf)
+        mass = float(logits.exp().sum())
+        if mass < NARROW and not self._has_looked:
+            self._has_looked = True
+            self._look(mass)
+            return None
+        if mass == 0:  # whatever is allowed then
+            logits = torch.where(torch.from_numpy(mask), 0.0, -math.inf)
+        symbol = sampling.choose(logits, self._sampling, self._generator)
+        if self._is_reported and symbol != END:
+            self._reports.append(self._report(symbol, pooled, rows, weights))
+        return symbol
+
+    def _pooled(self, rows: Sequence[np.ndarray]) -> tuple[torch.Tensor, np.ndarray]:
+        """(257,) float64, and the weights (K,) that were used: zero for members that cannot write the text."""
+        is_lost = np.array([row.max() == -math.inf for row in rows])
+        weights = np.where(is_lost, 0.0, self.weights)
+        if not (weights > 0).any():
+            return torch.full((ROW,), -math.log(ROW), dtype=torch.float64), weights
+        if len(rows) == 1:
+            return torch.from_numpy(rows[0]), weights
+        stacked = torch.from_numpy(np.stack(rows))[:, None]
+        return pool(self.mixture.pool, stacked, torch.from_numpy(weights)[:, None])[0], weights
+
+    def _look(self, mass: float) -> None:
+        """Masks leave little of the row: closings that sleep may hold more of what is left than those awake."""
+        log_share = math.log(EPSILON) + (math.log(mass) if mass else -math.inf)
+        for speller in self.spellers:
+            if speller.lattice is not None:
+                speller.lattice.wake_likely(log_share)
+
+    def _feed(self, byte: int) -> None:
+        self._text.append(byte)
+        self._state = int(utf8.NEXT[self._state, byte])
+        self._is_fed, self._has_looked = True, False
+        if self._grammar is not None:
+            self._grammar.advance(byte)
+        for speller in self.spellers:
+            speller.feed(byte)
+        self._restart_lost()
+
+    def _restart_lost(self) -> None:
+        """Members that cannot go on begin anew, once the text has whole characters that they can read."""
+        if self._state != utf8.START:
+            return
+        for speller, reread in zip(self.spellers, self._rereads, strict=True):
+            if speller.is_lost and not speller.is_waiting:
+                speller.restart(reread(self._text.decode()), len(self._text))
+
+    def _learn(self) -> None:
+        """A byte is in all lattices, and they know what follows: weights move, tokens settle."""
+        self._is_fed = False
+        if any(speller.is_lost for speller in self.spellers):
+            self._restart_lost()
+        if self.mixture.pool == "posterior" and len(self.spellers) > 1:
+            evidence = [speller.evidence for speller in self.spellers]
+            self.weights = posterior.update(self.weights, evidence, self._prior, self.mixture.share)
+        surface = self.spellers[0]
+        if surface.lattice is not None:
+            self._show(surface.lattice.settled())
+        if self.finish_reason is None and self._grammar is not None and self._grammar.is_finished:
+            self._finish("stop")
+
+    # --- pieces -----------------------------------------------------------------------------------------------------
+
+    def _show(self, history: History | None) -> None:
+        """Hand out the tokens of `history` that are not out yet."""
+        begins_at, steps = self.spellers[0].begins_at, []
+        while history is not None and begins_at + history.end > self._num_shown:
+            steps.append(history)
+            history = history.parent
+        for step in reversed(steps):
+            begin = begins_at + (step.parent.end if step.parent is not None else 0)
+            end = min(begins_at + step.end, len(self._text))
+            if begin == self._num_shown:
+                self._piece(step.token_id, end)
+            else:  # another way to spell what is out already has won, or the token began in the prompt
+                self._show_longest(end)
+
+    def _show_rest(self) -> None:
+        surface = self.spellers[0]
+        if surface.lattice is not None:
+            self._show(surface.lattice.heaviest())
+        self._show_longest(len(self._text))
+
+    def _show_longest(self, end: int) -> None:
+        """Hand out the bytes up to `end` as the longest tokens that there are."""
+        while self._num_shown < end:
+            data = bytes(self._text[self._num_shown : end])
+            token_id = self.spellers[0].vocabulary.order.longest(data)
+            length = 1 if token_id is None else len(self.spellers[0].vocabulary.token_bytes[token_id])
+            self._piece(token_id, self._num_shown + length)
+
+    def _piece(self, token_id: int | None, end: int) -> None:
+        """One more token for the client, unless the choice has ended with the one before."""
+        if self.finish_reason is not None:
+            return
+        data = bytes(self._text[self._num_shown : end])
+        self._num_shown = end
+        report = None
+        if self._is_reported:
+            reports, self._reports = self._reports[: len(data)], self._reports[len(data) :]
+            report = self._described(-1 if token_id is None else token_id, data, reports)
+        self._deltas.append(self._shown.add_piece(token_id, data, report))
+
+    def _finish(self, reason: FinishReason) -> None:
+        """The text ends here: hand out what is left of it."""
+        self._show_rest()
+        if self.finish_reason is None:
+            self._deltas.append(self._shown.end(reason))
+
+    def _delta(self) -> Delta | None:
+        deltas, self._deltas = self._deltas, []
+        return joined(deltas) if deltas else None
+
+    # --- reports ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _is_reported(self) -> bool:
+        return self._request.top_logprobs is not None or self._request.explain
+
+    def _report(self, symbol: int, pooled: torch.Tensor, rows: Sequence[np.ndarray], weights: np.ndarray) -> ByteReport:
+        logprob = float(pooled[symbol])
+        members = [float(row[symbol]) for row in rows]
+        if not self._request.explain:
+            return ByteReport(logprob, members, weights.tolist())
+        is_there = np.flatnonzero(weights)
+        spread = jensen_shannon(
+            torch.from_numpy(np.stack([rows[k] for k in is_there])), torch.from_numpy(weights[is_there])
+        )
+        return ByteReport(logprob, members, weights.tolist(), float(entropy(pooled)), spread)
+
+    def _described(self, token_id: int, data: bytes, reports: Sequence[ByteReport]) -> TokenLogprob:
+        logprob = math.fsum(report.logprob for report in reports)
+        text = data.decode(errors="replace")
+        if not self._request.explain:
+            return TokenLogprob(token_id, text, data, logprob)
+        members = {
+            member.name: MemberToken(math.fsum(report.members[k] for report in reports), reports[0].weights[k])
+            for k, member in enumerate(self.members)
+        }
+        return TokenLogprob(
+            token_id,
+            text,
+            data,
+            logprob,
+            (),
+            members,
+            math.fsum(report.entropy for report in reports) / len(reports),
+            math.fsum(report.disagreement for report in reports) / len(reports),
+        )

@@ -1,0 +1,189 @@
+"""One request for text of members whose vocabularies differ, from the queue to its last event."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ensemble_server.ensembles.base import Done, GenerationRequest, Mixture
+from ensemble_server.ensembles.pooling import effective_weights, posterior
+from ensemble_server.server.engines.shared.grammar import CompiledGrammar
+from ensemble_server.server.engines.shared.reading import Reading
+from ensemble_server.server.engines.transformers_engine.attention import Span
+from ensemble_server.server.engines.transformers_engine.byte_choice import ByteChoice, Reread
+from ensemble_server.server.engines.transformers_engine.byte_prompt import BytePrompt, common_end
+from ensemble_server.server.engines.transformers_engine.generation import Generation
+from ensemble_server.server.engines.transformers_engine.members import Member
+from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey, PrefixCache
+from ensemble_server.server.engines.transformers_engine.speller import Speller
+from ensemble_server.server.weights.spelled_vocabulary import SpelledVocabulary
+
+
+@dataclass(frozen=True)
+class ByteView:
+    """A prompt as one member reads it: `token_ids` of all of it, those of the `head` that is read as tokens, and the
+    bytes of the `tail` that its lattice is given."""
+
+    token_ids: list[int]
+    head: list[int]
+    tail: bytes
+    vocabulary: SpelledVocabulary
+    reread: Reread
+
+
+class ByteGeneration(Generation):
+    def __init__(
+        self,
+        request: GenerationRequest,
+        mixture: Mixture,
+        members: Sequence[Member],
+        views: Sequence[ByteView],
+        *,
+        method: str,
+        max_new_tokens: int,
+        grammar: CompiledGrammar | None,
+        prefixes: PrefixCache,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        super().__init__(
+            request,
+            mixture,
+            members,
+            Reading([view.token_ids for view in views], max_new_tokens),
+            method=method,
+            grammar=grammar,
+            prefixes=prefixes,
+            loop=loop,
+        )
+        self._views = views
+        self._prior = effective_weights(list(mixture.weights.values()))
+        self._weights = self._prior  # of the first byte
+        self._spellers: list[Speller] = []  # at the end of the prompt, for choices to continue from
+        self._num_fed = [0] * len(members)  # bytes of each tail
+        self._tail_evidence: list[list[float]] = [[] for _ in members]
+        self._num_asked: list[int] = []  # rows of each member in this step
+        self._is_ready = False
+        self._counts = np.zeros((len(members), 3), dtype=np.int64)  # rows, tokens, restarts of choices that have ended
+
+    @property
+    def is_reading(self) -> bool:
+        return not self._is_ready
+
+    def begin(self) -> None:
+        self.prompt = BytePrompt(self.members, [view.head for view in self._views], self.mixture, self._prefixes)
+
+    def next_spans(self, budget: int, being_read: dict[BlockKey, bool]) -> list[tuple[Member, Span]]:
+        if not self.prompt.is_done:
+            return super().next_spans(budget, being_read)
+        pairs = []
+        self._num_asked = []
+        for member, speller in zip(self.members, self._spellers, strict=True):
+            spans = speller.next_spans()
+            self._num_asked.append(len(spans))
+            pairs += [(member, span) for span in spans]
+        return pairs
+
+    @torch.inference_mode()
+    def take(self, rows: Sequence[torch.Tensor]) -> None:
+        if not self.prompt.is_done:
+            self._take_prompt(rows)
+            if not self.prompt.is_done:
+                return
+            self._spellers = [
+                Speller(
+                    member,
+                    view.vocabulary,
+                    view.head,
+                    cache,
+                    logprobs,
+                    begins_at=-len(view.tail),
+                )
+                for member, view, cache, logprobs in zip(
+                    self.members, self._views, self.prompt.caches, self.prompt.last_logprobs, strict=True
+                )
+            ]
+        else:
+            begin = 0
+            for speller, num in zip(self._spellers, self._num_asked, strict=True):
+                speller.take(rows[begin : begin + num])
+                begin += num
+        self._heal()
+
+    def start_choice(self) -> ByteChoice:
+        """The next choice, on a copy of what was read; the last choice takes that itself."""
+        is_last = self.num_started == self.num_choices - 1
+        choice = ByteChoice(
+            self.num_started,
+            self.request,
+            self.mixture,
+            self._spellers if is_last else [speller.fork() for speller in self._spellers],
+            weights=self._weights,
+            prior=self._prior,
+            max_new_tokens=self._max_new_tokens,
+            grammar=None if self._grammar is None else self._grammar.new_mask(),
+            rereads=[view.reread for view in self._views],
+        )
+        self.num_started += 1
+        self.live.append(choice)
+        return choice
+
+    def _heal(self) -> None:
+        """Give each lattice the end of the prompt, as far as it goes without a forward."""
+        for k, (speller, view) in enumerate(zip(self._spellers, self._views, strict=True)):
+            while not speller.is_waiting:
+                if self._num_fed[k] > len(self._tail_evidence[k]):
+                    self._tail_evidence[k].append(speller.evidence)
+                if self._num_fed[k] == len(view.tail):
+                    break
+                speller.feed(view.tail[self._num_fed[k]])
+                self._num_fed[k] += 1
+                if speller.is_lost and self._num_fed[k] == len(view.tail):
+                    speller.restart(view.reread(""), 0)  # which it cannot write, but may read
+        if any(speller.is_waiting for speller in self._spellers):
+            return
+        self._is_ready = True
+        if self.mixture.pool == "posterior" and len(self.members) > 1:
+            self._weigh()
+        self._begin_answering()
+
+    def _weigh(self) -> None:
+        """Posterior weights after the longest common end of what members have read."""
+        texts, nats = [], []
+        for k, view in enumerate(self._views):
+            text, of_head = self.prompt.evidence_of(k)
+            texts.append(text + view.tail)
+            nats.append(np.concatenate([of_head, self._tail_evidence[k]]))
+        length = common_end(texts)
+        evidence = np.stack([row[len(row) - length :] for row in nats])
+        self._weights = posterior.track(self._prior, evidence, self._prior, self.mixture.share)[:, -1]
+
+    def _ended(self, choice: ByteChoice) -> None:
+        for k, speller in enumerate(choice.spellers):
+            self._counts[k] += (speller.num_rows, speller.num_tokens, speller.num_restarts)
+
+    @property
+    def weights_after_prompt(self) -> np.ndarray:
+        return self._weights
+
+    def _done(self) -> Done:
+        return replace(super()._done(), vocabulary="bytes")
+
+    def _trace(self) -> dict[str, Any] | None:
+        """What members forwarded for the answers, too: rows, tokens in them, rows for each piece that was written."""
+        if not self.request.explain:
+            return None
+        told = {
+            member.name: {
+                "rows": int(rows),
+                "tokens": int(tokens),
+                "rows_per_token": round(float(rows) / max(1, self._num_generated), 3),
+                "restarts": int(restarts),
+            }
+            for member, (rows, tokens, restarts) in zip(self.members, self._counts, strict=True)
+        }
+        return (super()._trace() or {}) | {"members": told}

@@ -1,0 +1,170 @@
+"""One member that writes by bytes: its lattice, and the KV cache under it.
+
+The cache, the *trunk*, holds the history that was forwarded last. Another one rewinds it to what both have in common
+and adds the rest, a token mostly. Where a lattice wants several distributions at once, the others stand on copies of
+the trunk's beginning that are dropped after the step: not on shared segments, which would send the whole batch through
+attention in parts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ensemble_server.ensembles.errors import MemberError
+from ensemble_server.ensembles.spelling import ROW
+from ensemble_server.ensembles.spelling.lattice import EPSILON, History, Lattice
+from ensemble_server.server.engines.transformers_engine.attention import Span
+from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
+from ensemble_server.server.engines.transformers_engine.members import Member
+from ensemble_server.server.weights.spelled_vocabulary import SpelledVocabulary
+
+MAX_ROWS = 8  # of one member in one step
+
+
+class Speller:
+    """`begin`: the tokens that `cache` has read, and that every history follows; `logprobs`: (V,), what comes next.
+
+    `begins_at`: the byte of the choice's text where they end; negative where the lattice is given the end of a prompt.
+    """
+
+    def __init__(
+        self,
+        member: Member,
+        vocabulary: SpelledVocabulary,
+        begin: Sequence[int],
+        cache: RowCache,
+        logprobs: torch.Tensor,
+        *,
+        begins_at: int = 0,
+        epsilon: float = EPSILON,
+    ) -> None:
+        self.member = member
+        self.num_restarts = 0
+        self.num_rows = 0  # forwarded for this choice
+        self.num_tokens = 0
+        self.begins_at = begins_at
+        self.vocabulary = vocabulary
+        self.lattice: Lattice | None = Lattice(vocabulary.order.distributions(logprobs[None])[0], epsilon=epsilon)
+        self._epsilon = epsilon
+        self._begin = list(begin)
+        self._cache = cache
+        self._held: list[History] = []  # what the trunk holds behind `begin`
+        self._restart: list[int] | None = None  # the reading of the whole text that the lattice begins from anew
+        self._asked: list[History] = []
+        self._has_just_begun = False  # anew: it could not write the last byte
+
+    def fork(self) -> Speller:
+        """Another one that continues from here, on what this one has read."""
+        assert not self.is_waiting, "a member that waits for distributions cannot be copied"
+        twin = copy.copy(self)
+        twin.lattice = self.lattice.fork() if self.lattice is not None else None
+        twin._cache = self._cache.fork()
+        twin._held = list(self._held)
+        twin.num_rows = twin.num_tokens = twin.num_restarts = 0
+        return twin
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it wants a forward before the text can go on."""
+        return self._restart is not None or (self.lattice is not None and bool(self.lattice.wanted))
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it cannot write the text, and has not begun anew yet."""
+        return self.lattice is None
+
+    @property
+    def position(self) -> int:
+        """The byte of the choice's text where it stands."""
+        return self.begins_at + (self.lattice.position if self.lattice is not None else 0)
+
+    @property
+    def num_read(self) -> int:
+        """How many tokens the longest history that is wanted has, from the prompt's first on."""
+        if self._restart is not None:
+            return len(self._restart)
+        wanted = self.lattice.wanted if self.lattice is not None else []
+        return len(self._begin) + max((history.length for history in wanted), default=0)
+
+    def feed(self, byte: int) -> None:
+        """The text goes on with `byte`."""
+        self._has_just_begun = False
+        if self.lattice is None:
+            return
+        self.lattice.feed(byte)
+        self._check_alive()
+
+    def restart(self, token_ids: Sequence[int], position: int) -> None:
+        """Begin anew after `token_ids`, this member's own reading of prompt and text up to byte `position`."""
+        self._restart, self.begins_at = list(token_ids), position
+        self.num_restarts += 1
+
+    def row(self, *, spreads: bool) -> np.ndarray:
+        """(257,) float64: log-probabilities of what comes next; all -inf for a member that is lost. `spreads`: see
+        `Lattice.row`."""
+        return np.full(ROW, -np.inf) if self.lattice is None else self.lattice.row(spreads=spreads)
+
+    @property
+    def evidence(self) -> float:
+        """log p of the last byte; -inf if it could not be written."""
+        return -np.inf if self.lattice is None or self._has_just_begun else self.lattice.evidence
+
+    def next_spans(self) -> list[Span]:
+        """What is forwarded for it in the next step: up to `MAX_ROWS` rows."""
+        adapter = self.member.adapter
+        if self._restart is not None:
+            self._begin, self._held, self._cache = self._restart, [], RowCache()
+            return self._counted([Span(self._cache, self._begin, 1, adapter)])
+        if self.lattice is None:
+            return []
+        self._asked = self.lattice.wanted[:MAX_ROWS]
+        paths = [self._path(history) for history in self._asked]
+        spans = []
+        for num_common, path in paths[1:]:
+            cache = self._cache.copy_to(len(self._begin) + num_common)
+            spans.append(Span(cache, [step.token_id for step in path], 1, adapter))
+        for num_common, path in paths[:1]:
+            self._cache.truncate(len(self._begin) + num_common)
+            self._held[num_common:] = path
+            spans.insert(0, Span(self._cache, [step.token_id for step in path], 1, adapter))
+        return self._counted(spans)
+
+    def take(self, rows: Sequence[torch.Tensor]) -> None:
+        """The results of the spans just forwarded, in their order: (1, V) each. Raises `MemberError` for NaN."""
+        if not rows:
+            return
+        logprobs = torch.stack([row[0] for row in rows])
+        if logprobs[:, 0].isnan().any():
+            raise MemberError(self.member.name, "its output is not a number (NaN); its weights may be damaged")
+        distributions = self.vocabulary.order.distributions(logprobs)
+        if self._restart is not None:
+            self._restart, self._has_just_begun = None, True
+            self.lattice = Lattice(distributions[0], epsilon=self._epsilon)
+            return
+        assert self.lattice is not None, "only a lattice asks for rows"
+        for history, distribution in zip(self._asked, distributions, strict=True):
+            self.lattice.give(history, distribution)
+        self._check_alive()
+
+    def _counted(self, spans: list[Span]) -> list[Span]:
+        self.num_rows += len(spans)
+        self.num_tokens += sum(len(span.token_ids) for span in spans)
+        return spans
+
+    def _check_alive(self) -> None:
+        if self.lattice is not None and self.lattice.is_dead:
+            self.begins_at += self.lattice.position
+            self.lattice = None
+
+    def _path(self, history: History) -> tuple[int, list[History]]:
+        """How much of the trunk leads to `history`, and the steps behind that, at least the last."""
+        path = [history]
+        step = history.parent
+        while step is not None and not (step.length <= len(self._held) and self._held[step.length - 1] is step):
+            path.append(step)
+            step = step.parent
+        return (0 if step is None else step.length), path[::-1]

@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 COMMANDS: dict[str, str] = {
+    "init": "ensemble_server.server.cli.init:init",
     "serve": "ensemble_server.server.cli.serve:serve",
     "chat": "ensemble_server.server.cli.chat:chat",
     "models": "ensemble_server.server.cli.models:models",

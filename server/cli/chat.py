@@ -24,8 +24,12 @@ Show: TypeAlias = Callable[[str, bool], None]  # a piece of text, and whether it
 
 
 def chat(
-    target: Annotated[
-        str, typer.Argument(metavar="CONFIG|URL", help="A YAML file, loaded in this process, or a server's address.")
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG|URL|MODEL...",
+            help="A YAML file, or models, loaded in this process; or a server's address.",
+        ),
     ],
     model: Annotated[str | None, typer.Option("--model", "-m", help="Whom to talk to; default: the main one.")] = None,
     system: Annotated[str | None, typer.Option("--system", "-s", help="A system prompt for the conversation.")] = None,
@@ -49,7 +53,7 @@ def chat(
     with asyncio.Runner() as runner:
         stack = AsyncExitStack()
         try:
-            spoken_to = runner.run(stack.enter_async_context(partner(target, model, api_key_env)))
+            spoken_to = runner.run(stack.enter_async_context(partner(targets, model, api_key_env)))
             conversation = Conversation(spoken_to, system, sampling)
             if message is not None:
                 runner.run(conversation.ask(message, _write_text))

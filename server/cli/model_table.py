@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ensemble_server.server.inventory import Inventory, Item
+from ensemble_server.server.weights.footprint import as_bytes, as_count
 
 TABLE_WIDTH = 110  # columns; in less, paths would be folded into stripes of a few letters
 
@@ -108,16 +109,3 @@ def _settings(settings: Mapping[str, Any]) -> str:
 def _shortened(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= 40 else line[:39] + "…"
-
-
-def as_count(number: int) -> str:
-    """134515008 -> "134.5 M" """
-    for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if number >= unit:
-            return f"{number / unit:.1f}{name}"
-    return str(number)
-
-
-def as_bytes(number: int) -> str:
-    """538060032 -> "538.1 MB" """
-    return f"{as_count(number)}B" if number >= 1000 else f"{number} B"

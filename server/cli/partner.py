@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import httpx
 import typer
@@ -13,19 +13,21 @@ import typer
 from ensemble_server.ensembles.base import Model
 from ensemble_server.ensembles.errors import ConfigError, EnsembleError, UnknownModelError
 from ensemble_server.server.config.blocks import RemoteModel
-from ensemble_server.server.config.loading import load_config
 from ensemble_server.server.config.problems import nearest
 from ensemble_server.server.engines.remote.remote import RemoteChat
+from ensemble_server.server.proposal.targets import config_of
 
 
 @asynccontextmanager
-async def partner(target: str, name: str | None, api_key_env: str | None) -> AsyncIterator[Model]:
-    """The model called `name` (default: the main one) behind `target`. Raises `EnsembleError` if there is none."""
-    if target.startswith(("http://", "https://")):
-        async with _served(target, name, api_key_env) as model:
+async def partner(targets: Sequence[str], name: str | None, api_key_env: str | None) -> AsyncIterator[Model]:
+    """The model called `name` (default: the main one) behind the targets: a config, the address of one server, or
+    models. Raises `EnsembleError` if there is none.
+    """
+    if len(targets) == 1 and targets[0].startswith(("http://", "https://")):
+        async with _served(targets[0], name, api_key_env) as model:
             yield model
         return
-    config = load_config(Path(target))
+    config = await asyncio.to_thread(config_of, targets, api_key_env=api_key_env)
     wanted = _chosen(name, config.main_model, list(config.models))
     typer.echo(f"Loading {', '.join(config.models)} ...", err=True)
     from ensemble_server.server.hosting import Hosting  # loads torch

@@ -15,8 +15,12 @@ if TYPE_CHECKING:
 
 
 def serve(
-    config: Annotated[
-        Path | None, typer.Argument(exists=True, dir_okay=False, help="The YAML file.", metavar="CONFIG")
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CONFIG|MODEL...",
+            help="A YAML file; or, without one, model folders, .gguf files, adapters, hub ids and servers' addresses.",
+        ),
     ] = None,
     demo: Annotated[
         bool, typer.Option("--demo", help="Serve the demo that the package carries: a small model and its experts.")
@@ -26,16 +30,26 @@ def serve(
         int | None,
         typer.Option(min=0, max=65535, help="Port to listen on, in place of the config's; 0 takes a free one."),
     ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Environment variable with the key of servers given by address.")
+    ] = None,
 ) -> None:
-    """Serve the models of a config behind an OpenAI-compatible API. Ctrl-C stops it once live requests are done."""
-    from ensemble_server.server.config.loading import load_config, load_demo
+    """Serve the models of a config behind an OpenAI-compatible API. Ctrl-C stops it once live requests are done.
 
-    if (config is None) != demo:
-        raise typer.BadParameter("give a CONFIG, or --demo", param_hint="CONFIG")
-    loaded = load_demo() if config is None else load_config(config)
+    Models without a config are served as `ensemble init` would write them down: each of them, and ensembles that fit.
+    """
+    from ensemble_server.server.config.loading import load_demo
+    from ensemble_server.server.proposal.targets import config_of, is_config
+
+    if bool(targets) == demo:
+        raise typer.BadParameter("give a CONFIG, or --demo, or models", param_hint="CONFIG")
+    if targets and is_config(targets[0]) and not Path(targets[0]).is_file():
+        raise typer.BadParameter(f"File {targets[0]!r} does not exist.", param_hint="CONFIG")
+    loaded = config_of(targets, api_key_env=api_key_env) if targets else load_demo()
     given = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     loaded = loaded.model_copy(update={"server": loaded.server.model_copy(update=given)})
-    typer.echo(f"Loading {', '.join(loaded.models)} from {loaded.source} ...")
+    given_from = f" from {loaded.source}" if demo or (targets and is_config(targets[0])) else ""
+    typer.echo(f"Loading {', '.join(loaded.models)}{given_from} ...")
 
     from ensemble_server.server.api.serve import serve as serve_api
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
+
+from ensemble_server.ensembles.errors import ModelLoadError
 
 
 def max_positions(text_config: Any) -> int | None:
@@ -19,3 +23,12 @@ def max_positions(text_config: Any) -> int | None:
 def id_set(value: int | list[int] | None) -> frozenset[int]:
     """Token ids as configs and tokenizers write them: one, several or none."""
     return frozenset([value] if isinstance(value, int) else value or [])
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it is. Raises `ModelLoadError` if it cannot be read."""
+    file = folder / "config.json"
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError) as exc:
+        raise ModelLoadError(f"{file} cannot be read ({exc})") from exc

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.weights.checkpoint_facts import read_config
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _STORED_BITS = {
@@ -77,11 +76,7 @@ def _tensors(file: Path) -> Iterator[tuple[list[int], int]]:
 
 def read_shape(folder: Path) -> Shape:
     """From config.json, under the names that Llama-like and GPT-2-like models use. Raises `ModelLoadError`."""
-    file = folder / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(file.read_bytes())
-    except (OSError, ValueError) as exc:
-        raise ModelLoadError(f"{file} cannot be read ({exc})") from exc
+    config = read_config(folder)
     config = config.get("text_config", config)
 
     def first(*keys: str) -> int | None:
@@ -90,10 +85,25 @@ def read_shape(folder: Path) -> Shape:
     num_layers, num_heads = first("num_hidden_layers", "n_layer"), first("num_attention_heads", "n_head")
     width = first("hidden_size", "n_embd")
     if num_layers is None or num_heads is None or width is None:
-        raise ModelLoadError(f"{file} does not tell layers, heads and width under names that are known here")
+        raise ModelLoadError(
+            f"{folder / 'config.json'} does not tell layers, heads and width under names that are known here"
+        )
     return Shape(
         num_layers=num_layers,
         num_kv_heads=first("num_key_value_heads") or num_heads,
         head_dim=first("head_dim") or width // num_heads,
         max_positions=first("max_position_embeddings", "n_positions"),
     )
+
+
+def as_count(number: int) -> str:
+    """134515008 -> "134.5 M" """
+    for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= unit:
+            return f"{number / unit:.1f}{name}"
+    return str(number)
+
+
+def as_bytes(number: int) -> str:
+    """538060032 -> "538.1 MB" """
+    return f"{as_count(number)}B" if number >= 1000 else f"{number} B"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ensemble_server.server.config.blocks import Config, HostedModel
+from tests.conftest import make_model
 from tests.server.cli.conftest import Run
 
 
@@ -54,6 +55,25 @@ def test_options_replace_the_configs_address(ensemble: Callable[..., Run], api: 
     assert run.out.startswith(
         f"Loading plain, mix from {file} ...\nReady: http://127.0.0.1:54321/v1 serves plain, mix."
     )
+
+
+def test_models_are_served_without_a_config(
+    ensemble: Callable[..., Run], api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model(tmp_path / "base")
+    make_model(tmp_path / "tuned", seed=1, vocab_size=321, extra=("<pad>",))
+    monkeypatch.chdir(tmp_path)
+    run = ensemble("serve", "base", "./tuned", "--port", "0")
+    assert run.code == 0 and run.out.startswith("Loading base, tuned, mix, adaptive, ")
+    assert api.config.models["base"].path == str(tmp_path / "base")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]  # nothing is written
+
+
+def test_a_config_is_served_alone(ensemble: Callable[..., Run], api: Api, tmp_path: Path) -> None:
+    run = ensemble("serve", config_file(tmp_path), "org/name")
+    assert run.code == 1 and "is a config, which is served alone" in run.err
+    run = ensemble("serve", tmp_path / "gone.yaml")
+    assert run.code == 2 and "does not exist" in run.err
 
 
 def test_the_demo_is_served_from_any_folder(

@@ -15,6 +15,7 @@
     │   └── FolderInUseError      another process keeps its things in that folder
     ├── DeadlineError             the time that the request allowed is over
     ├── MemberError               this one generation failed on a member; the member lives
+    │   ├── MemberTimeoutError    it did not answer within the time that its config allows
     │   └── TurnoutError          too few members answered
     └── EngineDeadError           the engine is gone; nothing it hosts can answer
 
@@ -96,6 +97,10 @@ class MemberError(EnsembleError):
     def __init__(self, member: str, message: str) -> None:
         super().__init__(f"member {member!r}: {message}")
         self.member = member
+
+
+class MemberTimeoutError(MemberError):
+    """Nothing came from the member within the time that its own config allows."""
 
 
 class TurnoutError(MemberError):

@@ -56,9 +56,10 @@ DOCUMENTED: Mapping[int, str] = {
     413: "The body is larger than server.max_body_bytes, or the file than batch.max_file_bytes",
     415: "The body is not application/json, or an upload no multipart/form-data",
     429: "The queue is full; Retry-After says when to come back",
-    500: "A member failed, or the server did",
+    500: "The server failed",
+    502: "A member failed on this request",
     503: "Loading, shutting down, too few members answered, the engine is dead, or batch.folder is another server's",
-    504: "The time limit passed before an answer was there",
+    504: "The time limit passed before an answer was there, or a member did not answer in time",
     507: "The disk is full, or batch.folder cannot be written",
 }
 
@@ -83,11 +84,18 @@ def error_object(exc: BaseException) -> tuple[ErrorKind, ErrorObject]:
 
 
 def error_response(exc: BaseException) -> Response:
-    """The answer for `exc`; failures of the server itself are logged with their traceback."""
+    """The answer for `exc`; see `log_failure`."""
     kind, error = error_object(exc)
-    if kind.status == HTTPStatus.INTERNAL_SERVER_ERROR:
-        logger.error("request failed: %s", exc, exc_info=exc)
+    log_failure("request", exc, kind)
     return Response(orjson.dumps({"error": error}), kind.status, headers=headers_of(exc), media_type="application/json")
+
+
+def log_failure(what: str, exc: BaseException, kind: ErrorKind) -> None:
+    """A failure of the server itself is logged with its traceback, one of a member in one line."""
+    if kind.status == HTTPStatus.INTERNAL_SERVER_ERROR:
+        logger.error("%s failed: %s", what, exc, exc_info=exc)
+    elif isinstance(exc, errors.MemberError):
+        logger.warning("%s failed: %s", what, exc)
 
 
 def headers_of(exc: BaseException) -> dict[str, str]:

@@ -14,7 +14,6 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from http import HTTPStatus
 from typing import Any
 
 import orjson
@@ -22,7 +21,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ensemble_server.server.api.admission import Admission
-from ensemble_server.server.api.errors import CLIENT_LEFT, error_object
+from ensemble_server.server.api.errors import CLIENT_LEFT, error_object, log_failure
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +70,7 @@ class EventStream(Response):
             scope["state"]["record"].error = error["code"] or type(exc).__name__
             if kind.status == CLIENT_LEFT:
                 return
-            if kind.status == HTTPStatus.INTERNAL_SERVER_ERROR:
-                logger.error("stream failed: %s", exc, exc_info=exc)
+            log_failure("stream", exc, kind)
             await self._send(send, event({"error": error}) + DONE)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -62,7 +62,8 @@ KINDS: Mapping[type[errors.EnsembleError], ErrorKind] = {
     errors.StorageError: ErrorKind(507, "server_error", "storage_full"),
     errors.FolderInUseError: ErrorKind(503, "server_error", "folder_in_use"),
     errors.DeadlineError: ErrorKind(504, "timeout_error", "deadline_exceeded"),
-    errors.MemberError: ErrorKind(500, "server_error", "member_failed"),
+    errors.MemberError: ErrorKind(502, "server_error", "member_failed"),
+    errors.MemberTimeoutError: ErrorKind(504, "timeout_error", "member_timed_out"),
     errors.TurnoutError: ErrorKind(503, "server_error", "turnout_too_low"),
     errors.EngineDeadError: ErrorKind(503, "server_error", "engine_dead"),
 }

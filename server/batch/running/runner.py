@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ensemble_server.server.hosting import Hosting
 
 MAX_TRIES = 2  # of a row on which a member failed; remote members have been tried again several times before
-TRIED_AGAIN = frozenset({"member_failed", "turnout_too_low"})
+TRIED_AGAIN = frozenset({"member_failed", "member_timed_out", "turnout_too_low"})
 GROUP_S = 0.05  # answers that come within this time are written together
 TICK_S = 1.0  # the longest silence of `on_progress`
 GRACE_S = 10.0  # how long rows may take to end after the deadline, of which they were told when they began

@@ -6,14 +6,15 @@ form of errors) is understood in every variant.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import orjson
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from ensemble_server.ensembles.base import FinishReason, GenerationRequest, Grammar, Sampling, TokenLogprob
 from ensemble_server.ensembles.errors import UnsupportedError
 
+MAX_TOKENS = 10**9  # that one answer may say it used
 UNKNOWN_TOKEN_ID = -1  # OpenAI's logprobs name tokens by their text only
 
 FINISH_REASONS: dict[str, FinishReason] = {
@@ -175,9 +176,14 @@ class ChunkChoice(BaseModel):
         return self.delta or self.message or Said(content=self.text)
 
 
+def _believable(number: Any) -> int | None:
+    """A count of tokens; None for one that cannot be: an answer is not thrown away for how it was counted."""
+    return number if isinstance(number, int) and 0 <= number <= MAX_TOKENS else None
+
+
 class ChunkUsage(BaseModel):
-    prompt_tokens: int | None = Field(default=None, ge=0)
-    completion_tokens: int | None = Field(default=None, ge=0)
+    prompt_tokens: Annotated[int | None, BeforeValidator(_believable)] = None
+    completion_tokens: Annotated[int | None, BeforeValidator(_believable)] = None
 
 
 class Chunk(BaseModel):

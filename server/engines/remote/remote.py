@@ -11,9 +11,9 @@ import asyncio
 import logging
 import os
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -22,14 +22,31 @@ import httpx
 import orjson
 from pydantic import ValidationError
 
-from ensemble_server.ensembles.base import Delta, Done, Event, FinishReason, GenerationRequest, MemberUsage, Usage
+from ensemble_server.ensembles.base import (
+    Delta,
+    Done,
+    Event,
+    FinishReason,
+    GenerationRequest,
+    MemberUsage,
+    TokenLogprob,
+    Usage,
+)
 from ensemble_server.ensembles.errors import (
     ConfigError,
     ContextLengthError,
     DeadlineError,
     EnsembleError,
     MemberError,
+    MemberTimeoutError,
     UnsupportedError,
+)
+from ensemble_server.server.engines.remote.body import (
+    MAX_ANSWER_BYTES,
+    MAX_ERROR_BYTES,
+    MAX_STREAM_BYTES,
+    beginning_of,
+    pieces_of,
 )
 from ensemble_server.server.engines.remote.protocol import (
     FAILED_REASONS,
@@ -42,6 +59,7 @@ from ensemble_server.server.engines.remote.protocol import (
     parse_error_body,
     request_body,
 )
+from ensemble_server.server.engines.remote.secrets import Secrets, without_secrets
 from ensemble_server.server.engines.remote.sse import EventDecoder
 from ensemble_server.server.engines.shared.backoff import Backoff, is_worth_retrying, parse_retry_after
 
@@ -51,20 +69,46 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+_TAKES_NO_REQUESTS = frozenset(
+    {
+        HTTPStatus.TOO_MANY_REQUESTS,
+        HTTPStatus.BAD_GATEWAY,
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        HTTPStatus.GATEWAY_TIMEOUT,
+    }
+)
+
+
 @dataclass
 class _Progress:
-    """One answer on its way. `deadline` is in the loop's time."""
+    """One answer on its way, over all calls that are made for it. `deadline` is in the loop's time.
+
+    `ends`: how choices ended, as far as the remote end has said; `shown`: those whose end has been passed on.
+    """
 
     request: GenerationRequest
     deadline: float | None
     has_text: set[int] = field(default_factory=set)
-    finished: set[int] = field(default_factory=set)
-    usage: ChunkUsage = field(default_factory=ChunkUsage)
+    has_reasoning: set[int] = field(default_factory=set)
+    ends: dict[int, tuple[FinishReason, str | int | None]] = field(default_factory=dict)
+    shown: set[int] = field(default_factory=set)
+    usages: list[ChunkUsage] = field(default_factory=list)  # one per call
     is_over: bool = False  # the remote end said so: [DONE], or an answer in one piece
 
     @property
     def unfinished(self) -> list[int]:
-        return [index for index in range(self.request.n) if index not in self.finished]
+        return [index for index in range(self.request.n) if index not in self.ends]
+
+    @property
+    def is_incomplete(self) -> bool:
+        """Whether nothing has come to its end yet, or not all that has begun."""
+        return not self.ends or not (self.has_text | self.has_reasoning) <= self.ends.keys()
+
+    @property
+    def missing(self) -> list[int]:
+        """Choices that were not sent at all, or blank."""
+        came = self.has_text | self.has_reasoning
+        return [index for index in range(self.request.n) if index not in came]
 
     def until(self, moment: float) -> asyncio.Timeout:
         """Until `moment` in the loop's time, and not beyond the deadline."""
@@ -73,6 +117,33 @@ class _Progress:
     def has_time_for(self, wait_s: float) -> bool:
         # subtle: the loop may fire a timeout one clock tick before its moment
         return self.deadline is None or asyncio.get_running_loop().time() + wait_s < self.deadline - 1e-3
+
+
+class _Call:
+    """One call for the choices `places`, which it knows as 0, 1, ... Its texts are freed of secrets, and blank ones are
+    held back: a choice that stays blank is asked for again."""
+
+    def __init__(self, places: Sequence[int], secrets: Secrets) -> None:
+        self.places = places
+        self.usage = ChunkUsage()
+        self._texts = [secrets.stream() for _ in places]
+        self._reasonings = [secrets.stream() for _ in places]
+        self._blank: list[tuple[str, tuple[TokenLogprob, ...]]] = [("", ()) for _ in places]
+
+    def add(
+        self, choice: int, text: str, tokens: tuple[TokenLogprob, ...], reasoning: str, *, is_last: bool
+    ) -> tuple[str, tuple[TokenLogprob, ...], str]:
+        """What may be shown."""
+        text, reasoning = self._texts[choice].add(text), self._reasonings[choice].add(reasoning)
+        if is_last:
+            text, reasoning = text + self._texts[choice].flush(), reasoning + self._reasonings[choice].flush()
+        held_text, held_tokens = self._blank[choice]
+        text, tokens = held_text + text, held_tokens + tokens
+        if text.strip():
+            self._blank[choice] = ("", ())
+            return text, tokens, reasoning
+        self._blank[choice] = (text, tokens)
+        return "", (), reasoning
 
 
 class RemoteChat:
@@ -101,12 +172,19 @@ class RemoteChat:
         self._sleep = sleep
         self._rng = rng or random.Random()
         self.max_concurrency = config.max_concurrency  # requests at once; more wait
+        self.is_out_of_reach = False  # whether the last try found nobody who takes requests
         self._slots = asyncio.Semaphore(config.max_concurrency)
-        headers = {"Content-Type": "application/json"}
-        if config.api_key_env:
-            headers["Authorization"] = f"Bearer {_api_key(name, config.api_key_env)}"
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        key = _api_key(name, config.api_key_env) if config.api_key_env else None
+        if key is not None:
+            headers["Authorization"] = f"Bearer {key}"
+        url = httpx.URL(config.url)
+        self._secrets = Secrets.of(url, key)
+        self._address = without_secrets(url)
         self._client = httpx.AsyncClient(
-            base_url=f"{config.url.rstrip('/')}/",
+            base_url=f"{self._address.rstrip('/')}/",
+            params=url.params,
+            auth=(url.username, url.password) if url.userinfo else None,
             headers=headers,
             # Reading is timed below, by events: a server that sends nothing but comments has stalled as well.
             timeout=httpx.Timeout(None, connect=config.connect_timeout_s),
@@ -117,42 +195,80 @@ class RemoteChat:
         await self._client.aclose()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
-        path, body = request_body(self.name, self._config.model or self.name, request)
+        """Choices that the remote end leaves out, or gives without a word, are asked for again as long as others come:
+        many ends take no notice of `n`."""
         start = asyncio.get_running_loop().time()
         progress = _Progress(request, None if request.deadline_s is None else start + request.deadline_s)
+        request_body(self.name, self._config.model or self.name, request)  # or it cannot be asked at all
         try:
             async with asyncio.timeout_at(progress.deadline):
                 await self._slots.acquire()
         except TimeoutError as exc:
             raise self._too_late(progress) from exc
-        response: httpx.Response | None = None
         try:
-            response = await self._connect(path, body, progress)
-            async with aclosing(self._deltas(response, progress)) as deltas:
-                async for delta in deltas:
-                    yield delta
+            places = list(range(request.n))
+            while places:
+                num_missing = len(progress.missing)
+                try:
+                    async with aclosing(self._called(places, progress)) as deltas:
+                        async for delta in deltas:
+                            yield delta
+                except EnsembleError as exc:
+                    if len(progress.usages) < 2:
+                        raise
+                    logger.warning("member %r: asked again for what was missing, in vain: %s", self.name, exc)
+                    break
+                places = progress.missing
+                if len(places) == num_missing or not progress.has_text or not progress.has_time_for(0):
+                    break
         finally:
-            if response is not None:
-                await response.aclose()
             self._slots.release()
-        if not progress.is_over and not progress.has_text and progress.unfinished:
-            raise self._too_late(progress)
+        if not progress.has_text:
+            if not progress.is_over and progress.unfinished:
+                raise self._too_late(progress)
+            raise MemberError(self.name, f"the answer is empty (choice 0 of {request.n})")
         for index in range(request.n):
-            if index not in progress.has_text:
-                raise MemberError(self.name, f"the answer is empty (choice {index} of {request.n})")
-        for index in progress.unfinished:  # all of it came, or all that came in time
-            yield Delta(index, finish_reason="stop" if progress.is_over else "length")
-        yield Done(self._usage(progress.usage), method="remote", members=self.members, turnout=1)
+            if index not in progress.shown:  # all of it came, or all that came in time
+                reason, stop = progress.ends.get(index, ("stop" if progress.is_over else "length", None))
+                yield Delta(index, finish_reason=reason, stop_reason=stop)
+        missing = progress.missing
+        if missing:
+            logger.warning("member %r: choices %s of %d stayed empty", self.name, missing, request.n)
+        trace = {"empty_choices": missing} if missing and request.explain else None
+        yield Done(self._usage(progress.usages), method="remote", members=self.members, turnout=1, trace=trace)
 
     def _too_late(self, progress: _Progress) -> DeadlineError:
         return DeadlineError(f"member {self.name!r}: no answer within {progress.request.deadline_s:g} s")
 
-    def _usage(self, usage: ChunkUsage) -> Usage:
-        num_read, num_written = usage.prompt_tokens or 0, usage.completion_tokens or 0
+    def _failed(self, reason: str) -> MemberError:
+        return MemberError(self.name, self._secrets.blank(reason))
+
+    def _usage(self, usages: Sequence[ChunkUsage]) -> Usage:
+        num_read = sum(usage.prompt_tokens or 0 for usage in usages)
+        num_written = sum(usage.completion_tokens or 0 for usage in usages)
         cost = (
             num_read * self._config.prompt_price_per_million + num_written * self._config.completion_price_per_million
         ) / 1e6
         return Usage(num_read, num_written, {self.name: MemberUsage(num_read, num_written, cost)})
+
+    async def _called(self, places: Sequence[int], progress: _Progress) -> AsyncGenerator[Delta]:
+        """What one call for the choices `places` gives."""
+        request, num_before = progress.request, len(progress.usages)
+        seed = request.sampling.seed
+        if num_before and seed is not None:  # the same seed would give the same again
+            seed = (seed + num_before) % 2**31
+        asked = replace(request, n=len(places), sampling=replace(request.sampling, seed=seed))
+        path, body = request_body(self.name, self._config.model or self.name, asked)
+        call, progress.is_over = _Call(places, self._secrets), False
+        progress.usages.append(call.usage)
+        response = await self._connect(path, body, progress)
+        try:
+            async with aclosing(self._deltas(response, call, progress)) as deltas:
+                async for delta in deltas:
+                    yield delta
+        finally:
+            progress.usages[num_before] = call.usage
+            await response.aclose()
 
     # --- getting through ------------------------------------------------------------------------------------------
 
@@ -163,45 +279,51 @@ class RemoteChat:
             asked_wait_s = None
             cause: Exception | None = None
             try:
-                response = await self._send(path, content, progress)
+                response, body_of_error = await self._send(path, content, progress)
             except httpx.TransportError as exc:
                 cause = exc
-                failure = f"cannot reach {self._client.base_url}: {_words(exc)}"
+                failure = f"cannot be reached ({type(exc).__name__})"
+                self.is_out_of_reach = True
+                detail = self._secrets.blank(_words(exc))
+                logger.warning("member %r: cannot reach %s: %s", self.name, self._address, detail)
             else:
+                self.is_out_of_reach = response.status_code in _TAKES_NO_REQUESTS
                 if response.status_code == HTTPStatus.OK:
                     return response
-                failure = self._refusal(response)
+                failure = self._refusal(response, body_of_error)
                 asked_wait_s = parse_retry_after(response.headers.get("Retry-After"), datetime.now(UTC))
             wait_s = self._backoff.delay_s(num_tries, self._rng.random(), asked_wait_s)
             is_last = num_tries > self._config.max_retries or wait_s > self._config.timeout_s
             if is_last or not progress.has_time_for(wait_s):
                 tries = "1 try" if num_tries == 1 else f"{num_tries} tries"
-                raise MemberError(self.name, f"{failure} (after {tries})") from cause
+                raise self._failed(f"{failure} (after {tries})") from cause
             logger.info("member %r: try %d failed: %s; again in %.2f s", self.name, num_tries, failure, wait_s)
             await self._sleep(wait_s)
         raise AssertionError("the last try returns or raises")
 
-    async def _send(self, path: str, content: bytes, progress: _Progress) -> httpx.Response:
-        """One try. A response of status 200 comes back open, any other one read."""
+    async def _send(self, path: str, content: bytes, progress: _Progress) -> tuple[httpx.Response, bytes]:
+        """One try. A response of status 200 comes back open, any other one closed and with its body's beginning."""
         try:
             async with progress.until(asyncio.get_running_loop().time() + self._config.timeout_s):
                 request = self._client.build_request("POST", path, content=content)
                 response = await self._client.send(request, stream=True)
-                if response.status_code != HTTPStatus.OK:
-                    try:
-                        await response.aread()
-                    finally:
-                        await response.aclose()
-                return response
+                if response.status_code == HTTPStatus.OK:
+                    return response, b""
+                try:
+                    return response, await beginning_of(response, MAX_ERROR_BYTES)
+                finally:
+                    await response.aclose()
         except TimeoutError as exc:
             if not progress.has_time_for(0):
                 raise self._too_late(progress) from exc
-            raise MemberError(self.name, f"no response within timeout_s = {self._config.timeout_s:g} s") from exc
+            self.is_out_of_reach = True
+            raise MemberTimeoutError(self.name, f"no response within timeout_s = {self._config.timeout_s:g} s") from exc
 
-    def _refusal(self, response: httpx.Response) -> str:
+    def _refusal(self, response: httpx.Response, body: bytes) -> str:
         """What the remote end says, if it is worth another try; raised if it is not."""
         status = response.status_code
-        message, code = parse_error_body(response.content)
+        message, code = parse_error_body(body)
+        message = self._secrets.blank(message)
         if status == HTTPStatus.BAD_REQUEST and is_about_context(message, code):
             raise ContextLengthError(f"member {self.name!r}: the remote end refused: {message}", param="messages")
         failure = f"the remote end answered {status}: {message}"
@@ -211,68 +333,70 @@ class RemoteChat:
 
     # --- reading --------------------------------------------------------------------------------------------------
 
-    async def _deltas(self, response: httpx.Response, progress: _Progress) -> AsyncIterator[Delta]:
+    async def _deltas(self, response: httpx.Response, call: _Call, progress: _Progress) -> AsyncGenerator[Delta]:
         """The answer up to its end or to the deadline. Raises `MemberError` if it breaks off or makes no sense."""
         try:
             async with aclosing(self._chunks(response, progress)) as chunks:
                 async for chunk in chunks:
                     if chunk.error is not None:
-                        raise MemberError(self.name, f"the remote end failed: {error_message(chunk.error)[0]}")
-                    progress.usage = chunk.usage or progress.usage
+                        raise self._failed(f"the remote end failed: {error_message(chunk.error)[0]}")
+                    call.usage = chunk.usage or call.usage
                     for choice in chunk.choices or ():
-                        yield self._delta(choice, progress)
+                        if (delta := self._delta(choice, call, progress)) is not None:
+                            yield delta
         except TimeoutError as exc:
-            if progress.has_time_for(0) and progress.unfinished:
+            if progress.has_time_for(0) and progress.is_incomplete:
                 reason = f"stalled: nothing came for timeout_s = {self._config.timeout_s:g} s"
-                raise MemberError(self.name, reason) from exc
+                raise MemberTimeoutError(self.name, reason) from exc
             return  # the deadline, or a remote end that does not close its streams
         except httpx.RequestError as exc:
-            raise MemberError(self.name, f"the connection broke off: {_words(exc)}") from exc
+            raise self._failed(f"the connection broke off: {_words(exc)}") from exc
         except ValidationError as exc:
             finding = exc.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(part) for part in finding["loc"])
-            raise MemberError(self.name, f"malformed answer: {where + ': ' if where else ''}{finding['msg']}") from exc
+            raise self._failed(f"malformed answer: {where + ': ' if where else ''}{finding['msg']}") from exc
         except EnsembleError:
             raise
-        except ValueError as exc:  # no UTF-8, an event without end, logprobs that do not fit their tokens
-            raise MemberError(self.name, f"malformed answer: {exc}") from exc
-        if progress.unfinished and not progress.is_over:
+        except ValueError as exc:  # no UTF-8, too long, packed wrongly, logprobs that do not fit their tokens
+            raise self._failed(f"malformed answer: {exc}") from exc
+        if progress.is_incomplete and not progress.is_over:
             raise MemberError(self.name, "the stream ended before the answer did")
 
-    def _delta(self, choice: ChunkChoice, progress: _Progress) -> Delta:
-        if choice.index >= progress.request.n:
+    def _delta(self, choice: ChunkChoice, call: _Call, progress: _Progress) -> Delta | None:
+        if choice.index >= len(call.places):
             raise MemberError(self.name, f"malformed answer: choice {choice.index} was not asked for")
-        text = choice.said.content or ""
-        tokens = ()
+        index, text, tokens = call.places[choice.index], choice.said.content or "", ()
+        if index in progress.shown:
+            return None
         if progress.request.top_logprobs is not None:
             tokens = choice.logprobs.read() if choice.logprobs is not None else ()
             if text and not tokens and not progress.has_text:
                 raise UnsupportedError(f"model {self.name!r}: its remote end gives no logprobs", param="logprobs")
-        if text.strip():
-            progress.has_text.add(choice.index)
-        finish_reason: FinishReason | None = None
         if choice.finish_reason is not None:
             if choice.finish_reason in FAILED_REASONS:
-                raise MemberError(self.name, f"the remote end stopped with finish_reason {choice.finish_reason!r}")
-            finish_reason = FINISH_REASONS.get(choice.finish_reason, "stop")
-            progress.finished.add(choice.index)
+                raise self._failed(f"the remote end stopped with finish_reason {choice.finish_reason!r}")
+            progress.ends[index] = FINISH_REASONS.get(choice.finish_reason, "stop"), choice.stop_reason
+        is_last = index in progress.ends
         reasoning = choice.said.reasoning_content or choice.said.reasoning or ""
-        return Delta(
-            choice.index,
-            text,
-            tokens=tokens,
-            reasoning=reasoning,
-            finish_reason=finish_reason,
-            stop_reason=choice.stop_reason,
-        )
+        text, tokens, reasoning = call.add(choice.index, text, tokens, reasoning, is_last=is_last)
+        if text:
+            progress.has_text.add(index)
+        if reasoning:
+            progress.has_reasoning.add(index)
+        if is_last and index in progress.has_text:
+            progress.shown.add(index)
+            reason, stop = progress.ends[index]
+            return Delta(index, text, tokens=tokens, reasoning=reasoning, finish_reason=reason, stop_reason=stop)
+        return Delta(index, text, tokens=tokens, reasoning=reasoning) if text or reasoning else None
 
-    async def _chunks(self, response: httpx.Response, progress: _Progress) -> AsyncIterator[Chunk]:
+    async def _chunks(self, response: httpx.Response, progress: _Progress) -> AsyncGenerator[Chunk]:
         """The events of the stream. Raises `TimeoutError` at the deadline, or if none comes for `timeout_s`."""
         loop = asyncio.get_running_loop()
         is_stream = response.headers.get("Content-Type", "").startswith("text/event-stream")
-        decoder, whole = EventDecoder(), b""
+        decoder, whole = EventDecoder(), bytearray()
         stalls_at = loop.time() + self._config.timeout_s
-        async with aclosing(response.aiter_bytes()) as pieces:
+        limit = MAX_STREAM_BYTES if is_stream else MAX_ANSWER_BYTES
+        async with aclosing(pieces_of(response, limit)) as pieces:
             while True:
                 async with progress.until(stalls_at):
                     piece = await anext(pieces, None)
@@ -289,7 +413,7 @@ class RemoteChat:
                     yield Chunk.model_validate_json(data)
         if not is_stream:  # the remote end does not stream: the whole answer is one chunk
             progress.is_over = True
-            yield Chunk.model_validate_json(whole)
+            yield Chunk.model_validate_json(bytes(whole))
 
 
 def _words(exc: Exception) -> str:

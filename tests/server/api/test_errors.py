@@ -96,7 +96,8 @@ async def test_an_exception_of_no_known_kind_is_a_500_with_a_request_id_and_no_d
     [
         (errors.ContextLengthError("too long", param="messages"), 400),
         (errors.UnsupportedError("cannot", param="tools"), 400),
-        (errors.MemberError("code", "out of memory"), 500),
+        (errors.MemberError("code", "out of memory"), 502),
+        (errors.MemberTimeoutError("code", "stalled"), 504),
         (errors.TurnoutError("crowd", {"a": "slow", "b": "empty"}, answered=0, required=1), 503),
         (errors.DeadlineError("too late"), 504),
         (errors.EngineDeadError("gone"), 503),

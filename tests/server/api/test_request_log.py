@@ -5,6 +5,7 @@ import logging
 
 import pytest
 
+from ensemble_server.ensembles.errors import MemberError, MemberTimeoutError
 from ensemble_server.server.api.logs import JSONFormatter, configure_logging
 from ensemble_server.server.engines.scripted_engine import Script
 from tests.server.api.conftest import CHAT, asgi_client
@@ -70,6 +71,20 @@ async def test_a_failure_of_the_server_is_logged_with_its_traceback(host, caplog
         await client.post("/v1/chat/completions", json=CHAT)
     assert "ZeroDivisionError: oh" in caplog.text
     assert lines(caplog)[0]["status"] == 500
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (MemberError("m", "gave up"), 502, "member_failed"),
+        (MemberTimeoutError("m", "stalled"), 504, "member_timed_out"),
+    ],
+)
+async def test_a_failed_member_is_one_line_of_the_log(host, caplog, error, status, code):
+    async with asgi_client(host(m=Script(("a",), fails_at=0, error=error))) as client:
+        response = await client.post("/v1/chat/completions", json=CHAT)
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    assert caplog.text.count(str(error)) == 1 and "Traceback" not in caplog.text
 
 
 async def test_a_path_cannot_forge_a_line(host, caplog):

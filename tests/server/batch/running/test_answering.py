@@ -150,7 +150,7 @@ async def test_usage_is_each_members_own(hosting: Hosting) -> None:
 
 async def test_a_member_that_fails_is_the_rows_error(scripted) -> None:
     result = await answer(scripted(m=Script(("a", "b"), fails_at=1)), row(model="m"))
-    assert (result.status_code, result.body["error"]["code"]) == (500, "member_failed")
+    assert (result.status_code, result.body["error"]["code"]) == (502, "member_failed")
     assert "member 'm'" in result.body["error"]["message"]
 
 

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import gzip
 import json
 import random
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -336,6 +340,163 @@ def test_a_missing_key_names_its_variable(monkeypatch: pytest.MonkeyPatch) -> No
         RemoteChat("far", RemoteModel(url="http://127.0.0.1:1/v1", api_key_env="FAR_KEY"))
 
 
+USER, PASSWORD, TOKEN, KEY = "robert", "hunter:2/x", "t0ken-of-url", "sk-abcdef123456"
+
+
+def secret_url(address: str) -> str:
+    """With a user, a password and a token, as some gateways want them."""
+    return address.replace("http://", f"http://{USER}:{quote(PASSWORD, safe='')}@") + f"?token={TOKEN}&v=1"
+
+
+async def test_secrets_of_a_dead_address_stay_here(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FAR_KEY", KEY)
+    caplog.set_level("DEBUG")
+    config = RemoteModel(url=secret_url("http://127.0.0.1:9/v1"), api_key_env="FAR_KEY", max_retries=0)
+    model = RemoteChat("far", config)
+    with pytest.raises(MemberError) as raised:
+        await collect(model, ASK)
+    await model.aclose()
+    for secret in (USER, PASSWORD, quote(PASSWORD, safe=""), TOKEN, KEY):
+        assert secret not in str(raised.value) and secret not in caplog.text
+
+
+async def test_a_url_with_parameters_and_a_user_is_honoured(remote_of: Callable[..., Any]) -> None:
+    _, server = await remote_of(saying("18"))
+    other = RemoteChat("far", RemoteModel(url=secret_url(server.url)))
+    assert (await collect(other, ASK)).text == "18"
+    await other.aclose()
+    [connection] = server.connections
+    assert connection.path == f"/v1/chat/completions?token={TOKEN}&v=1"
+    expected = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+    assert connection.headers["authorization"] == f"Basic {expected}"
+
+
+@pytest.mark.parametrize("status", [401, 503, 400])
+async def test_a_remote_end_that_repeats_our_key_in_an_error_is_blanked(
+    remote_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, status: int
+) -> None:
+    monkeypatch.setenv("FAR_KEY", KEY)
+    caplog.set_level("DEBUG")
+    said = {"error": {"message": f"context length: the key {KEY} may not"}}
+    model, _ = await remote_of(refusing(status, said), api_key_env="FAR_KEY", max_retries=1)
+    with pytest.raises(EnsembleError, match=r"the key \*\*\* may not") as raised:
+        await collect(model, ASK)
+    assert KEY not in str(raised.value) and KEY not in caplog.text
+
+
+async def test_a_remote_end_that_repeats_our_key_in_its_answer_is_blanked(
+    remote_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAR_KEY", KEY)
+    pieces = ("You sent ", KEY[:5], KEY[5:], f" and {KEY[:4]}")
+    model, _ = await remote_of(saying(*pieces), api_key_env="FAR_KEY")
+    assert (await collect(model, ASK)).text == f"You sent *** and {KEY[:4]}"
+
+
+# --- what is too much -------------------------------------------------------------------------------------------
+
+
+def sending(head: str, *pieces: bytes) -> Behaviour:
+    async def behave(connection: Connection) -> None:
+        await connection.send(f"HTTP/1.1 {head}\r\nConnection: close\r\n\r\n")
+        for piece in pieces:
+            await connection.send(piece)
+
+    return behave
+
+
+BOMB = gzip.compress(bytes(64 * 2**20))  # 64 KB
+
+
+async def test_a_packed_answer_is_unpacked(remote_of: Callable[..., Any]) -> None:
+    choice = {"index": 0, "message": {"content": "18"}, "finish_reason": "stop"}
+    packed = gzip.compress(json.dumps({"choices": [choice]}).encode())
+    model, server = await remote_of(
+        sending("200 OK\r\nContent-Type: application/json\r\nContent-Encoding: gzip", packed)
+    )
+    assert (await collect(model, ASK)).text == "18"
+    assert server.connections[0].headers["accept-encoding"] == "identity"
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
+async def test_an_answer_that_unpacks_without_end_is_left(remote_of: Callable[..., Any], kind: str) -> None:
+    model, _ = await remote_of(sending(f"200 OK\r\nContent-Type: {kind}\r\nContent-Encoding: gzip", BOMB))
+    with pytest.raises(MemberError, match=r"malformed answer: (it|one event) is longer than 16777216 bytes"):
+        await collect(model, ASK)
+
+
+async def test_an_error_that_unpacks_without_end_is_read_from_its_beginning(remote_of: Callable[..., Any]) -> None:
+    text = gzip.compress(b"overloaded " + bytes(64 * 2**20))
+    model, _ = await remote_of(sending("401 X\r\nContent-Encoding: gzip", text))
+    tracemalloc.start()
+    with pytest.raises(MemberError, match="answered 401: overloaded"):
+        await collect(model, ASK)
+    assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("head", "reason"),
+    [
+        ("Content-Encoding: br", "Content-Encoding 'br' was not asked for"),
+        ("Content-Encoding: gzip", "cannot be unpacked"),
+    ],
+)
+async def test_packing_that_is_unknown_or_broken_is_said(remote_of: Callable[..., Any], head: str, reason: str) -> None:
+    model, _ = await remote_of(sending(f"200 OK\r\n{head}", b"no gzip"))
+    with pytest.raises(MemberError, match=f"malformed answer: .*{reason}"):
+        await collect(model, ASK)
+
+
+@pytest.mark.parametrize(
+    "usage", [{"prompt_tokens": 10**30, "completion_tokens": 3}, {"prompt_tokens": -1}, {"prompt_tokens": "x"}]
+)
+async def test_a_usage_that_cannot_be_does_not_cost_the_answer(
+    remote_of: Callable[..., Any], usage: dict[str, Any]
+) -> None:
+    model, _ = await remote_of(
+        streaming(content("18", finish_reason="stop"), {"choices": [], "usage": usage}, "[DONE]")
+    )
+    answer = await collect(model, ASK)
+    assert (answer.text, answer.done.usage.prompt_tokens) == ("18", 0)
+    assert answer.done.usage.completion_tokens == usage.get("completion_tokens", 0)
+
+
+# --- choices that do not come -----------------------------------------------------------------------------------
+
+
+async def test_an_end_that_takes_no_notice_of_n_is_asked_again(remote_of: Callable[..., Any]) -> None:
+    model, server = await remote_of(saying("a"), saying("b"), saying("c"))
+    answer = await collect(model, ask(n=3, sampling=Sampling(seed=7)))
+    assert [(choice.text, choice.finish_reason) for choice in answer.choices] == [(text, "stop") for text in "abc"]
+    assert [connection.body.get("n") for connection in server.connections] == [3, 2, None]
+    assert len({connection.body["seed"] for connection in server.connections}) == 3
+    assert answer.done.usage.members == {"far": MemberUsage(21, 9)}
+
+
+async def test_a_blank_choice_is_asked_for_again_and_the_others_are_kept(remote_of: Callable[..., Any]) -> None:
+    first = streaming(content("a", 0, "stop"), content(" ", 1), content("", 1, "stop"), "[DONE]")
+    model, server = await remote_of(first, saying("b"))
+    answer = await collect(model, ask(n=2))
+    assert [choice.text for choice in answer.choices] == ["a", "b"]
+    assert "n" not in server.connections[1].body
+
+
+@pytest.mark.parametrize("second", [saying(""), refusing(401, "no more")], ids=["blank again", "refused"])
+async def test_what_stays_blank_is_named_and_the_rest_is_kept(
+    remote_of: Callable[..., Any], caplog: pytest.LogCaptureFixture, second: Behaviour
+) -> None:
+    model, server = await remote_of(streaming(content("a", 0, "stop"), content("", 1, "stop"), "[DONE]"), second)
+    answer = await collect(model, ask(n=2, explain=True))
+    assert [choice.text for choice in answer.choices] == ["a", ""]
+    assert answer.choices[1].finish_reason == "stop"
+    assert answer.done.trace == {"empty_choices": [1]}
+    assert "choices [1] of 2 stayed empty" in caplog.text
+    assert len(server.connections) == 2
+
+
 # --- trying again -------------------------------------------------------------------------------------------------
 
 
@@ -382,10 +543,12 @@ async def test_a_prompt_too_long_for_the_remote_end_is_the_requests_fault(remote
         await collect(model, ASK)
 
 
-async def test_a_dead_address_is_named() -> None:
+async def test_a_dead_address_is_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     model = RemoteChat("far", RemoteModel(url="http://127.0.0.1:9/v1", max_retries=0))
-    with pytest.raises(MemberError, match=r"'far': cannot reach http://127.0.0.1:9/v1/"):
+    with pytest.raises(MemberError, match=r"'far': cannot be reached \(ConnectError\)"):
         await collect(model, ASK)
+    assert model.is_out_of_reach
+    assert "cannot reach http://127.0.0.1:9/v1:" in caplog.text
     await model.aclose()
 
 

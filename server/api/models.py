@@ -9,7 +9,6 @@ from starlette.requests import Request
 
 from ensemble_server.ensembles.base import Model
 from ensemble_server.ensembles.method import Method
-from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
 from ensemble_server.server.api.context import check_ready, context_of
 from ensemble_server.server.api.errors import documented
 from ensemble_server.server.api.json_response import JSONResponse
@@ -74,6 +73,6 @@ def _ensemble(model: Method) -> ModelEnsemble:
         "weights": dict(model.config.members),
         "overrides": list(model.overridable),
     }
-    if isinstance(model, ProbabilityAverage):
-        shown |= {"pool": model.config.pool, "share": model.config.share}
+    if (pool := getattr(model.config, "pool", None)) is not None:
+        shown |= {"pool": pool, "share": getattr(model.config, "share", 0.0)}
     return shown

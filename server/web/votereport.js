@@ -57,7 +57,7 @@ function Heatmap({ trace, pair, onPair }) {
       <tbody>${matrix.map((row, i) => html`<tr key=${i} class=${trace.winner === i ? "is-winner" : ""}><th scope="row">${title(i)}${trace.winner === i && " ★"}</th>
         ${row.map((value, j) => html`<td key=${j} style=${{ "--strength": i === j ? 0 : ((value - low) / (high - low)).toFixed(3) }}>
           ${i === j ? html`<span class="quiet">${number(value, 2)}</span>` : html`<button type="button" data-cell="${i},${j}"
-            aria-pressed=${pair?.[0] === i && pair?.[1] === j} aria-label="${title(i)} and ${title(j)}: ${number(value, 3)}"
+            aria-pressed=${pair?.[0] === i && pair?.[1] === j} aria-label="${title(i)} and ${title(j)}: ${number(value, 2)}"
             onClick=${() => onPair([i, j])}>${number(value, 2)}</button>`}</td>`)}</tr>`)}</tbody>
     </table></div></figure>`;
 }

@@ -43,6 +43,9 @@ class HostedModel(Block):
     path: CheckpointPath | None = Field(
         default=None, description="the weights: a folder, a .gguf file or a Hugging Face hub id"
     )
+    revision: str | None = Field(
+        None, min_length=1, description="branch, tag or commit of a hub id; default: what its main branch has"
+    )
     base: str | None = Field(default=None, description="name of a model with `path` whose weights this one shares")
     adapter: LocalPath | None = Field(default=None, description="folder of a LoRA adapter (PEFT) for `base`")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -66,7 +69,7 @@ class HostedModel(Block):
             raise ValueError("needs exactly one of `path` (its own weights) and `base` (those of another model)")
         if self.path is not None and self.adapter is not None:
             raise ValueError("`adapter` goes with `base`: give the weights an entry of their own and name it as `base`")
-        if self.base is not None and (own := {"dtype", "device"} & self.model_fields_set):
+        if self.base is not None and (own := {"dtype", "device", "revision"} & self.model_fields_set):
             raise ValueError(f"`{min(own)}` belongs to the entry with the weights, {self.base!r}")
         return self
 

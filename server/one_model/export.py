@@ -49,7 +49,11 @@ def export(config: Config, name: str, folder: Path, *, copy: bool = False) -> No
         raise ConfigError(f"{folder} is not an empty folder; choose another, or remove it first")
     entries = {member: _hosted(config, name, member) for member in ensemble.members}
     checkpoints = {
-        member: resolve_checkpoint(_path_of(config, entry), relative_to=config.source.parent)
+        member: resolve_checkpoint(
+            _path_of(config, entry),
+            relative_to=config.source.parent,
+            revision=_weights_of(config, entry).revision,
+        )
         for member, entry in entries.items()
     }
     _check_vocabularies(checkpoints)
@@ -105,6 +109,8 @@ def _reference(config: Config, entry: HostedModel, checkpoint: Path, folder: Pat
     if copy:
         path = _copied(checkpoint, folder / "weights")
         adapter = adapter and Path(_copied(adapter, folder / "adapters"))
+    elif _weights_of(config, entry).revision is not None:
+        path = str(checkpoint)  # a directory names models, not their revisions
     elif (config.source.parent / Path(path).expanduser()).exists():
         path = os.path.abspath(config.source.parent / Path(path).expanduser())
     return {"path": str(path), "adapter": adapter and str(adapter), "dtype": _weights_of(config, entry).dtype}

@@ -88,6 +88,7 @@ def found_elsewhere() -> list[str]:
     import importlib.metadata
 
     import huggingface_hub
+    from huggingface_hub.errors import CacheNotFound
 
     from ensemble_server.server.weights.checkpoints import PACKAGED_MODELS
 
@@ -100,7 +101,7 @@ def found_elsewhere() -> list[str]:
         found.append(name)
     try:
         repos = huggingface_hub.scan_cache_dir().repos
-    except huggingface_hub.errors.CacheNotFound:
+    except CacheNotFound:
         return found
     for repo in sorted(repos, key=lambda repo: repo.repo_id):
         is_causal = repo.repo_type == "model" and any(_is_causal(revision.snapshot_path) for revision in repo.revisions)

@@ -13,7 +13,7 @@ a `SHA256SUMS` that is checked at each later use (`sha256sum -c` reads it too). 
 renamed under a file lock: a killed conversion leaves nothing that looks whole, and two processes never convert the same
 file at once.
 
-Left out: revisions of hub models, quantised inference (weights are dequantised), and deleting old conversions.
+Left out: quantised inference of GGUF (weights are unpacked), and deleting old conversions.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.weights.download_progress import logged_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,14 +65,16 @@ PACKAGED_MODELS = {
 }
 
 
-def resolve_checkpoint(path: str, *, relative_to: Path, may_download: bool = True) -> Path:
+def resolve_checkpoint(path: str, *, relative_to: Path, revision: str | None = None, may_download: bool = True) -> Path:
     """The local folder of the model that `path` names; converts or (if it may) downloads it if needed.
 
-    `relative_to` is the folder that relative paths start from: the config file's. Blocks for as long as a conversion
-    (about ten seconds for 100 MB of GGUF) or a download takes. Raises `ModelLoadError` if there is no such model or its
-    files are damaged.
+    `relative_to` is the folder that relative paths start from: the config file's. `revision`: the branch, tag or commit
+    of a hub id. Blocks for as long as a conversion (about ten seconds for 100 MB of GGUF) or a download takes. Raises
+    `ModelLoadError` if there is no such model or its files are damaged.
     """
     local = relative_to / Path(path).expanduser()
+    if revision is not None and local.exists():
+        raise ModelLoadError(f"revision {revision!r} belongs to a hub id, but {path!r} is here; leave it out")
     if local.is_dir():
         return _checked_folder(local)
     if local.suffix == ".gguf":
@@ -83,16 +86,16 @@ def resolve_checkpoint(path: str, *, relative_to: Path, may_download: bool = Tru
             f"{path!r} is a file that is not .gguf; `path` takes a model folder, a .gguf file or a hub id"
         )
 
-    packaged = PACKAGED_MODELS.get(path)
+    packaged = PACKAGED_MODELS.get(path) if revision is None else None
     if packaged is not None and (gguf := _packaged_gguf(packaged)) is not None:
         return _converted(gguf)
-    return _hub_folder(path, may_download)
+    return _hub_folder(path, revision, may_download)
 
 
-def checkpoint_of(name: str, path: str, *, relative_to: Path) -> Path:
+def checkpoint_of(name: str, path: str, *, relative_to: Path, revision: str | None = None) -> Path:
     """`resolve_checkpoint` for model `name` of a config, which errors then name."""
     try:
-        return resolve_checkpoint(path, relative_to=relative_to)
+        return resolve_checkpoint(path, relative_to=relative_to, revision=revision)
     except ModelLoadError as exc:
         raise ModelLoadError(f"model {name!r}: {exc}") from exc
 
@@ -175,17 +178,18 @@ def _packaged_gguf(packaged: PackagedModel) -> Path | None:
     return gguf
 
 
-def _hub_folder(path: str, may_download: bool) -> Path:
+def _hub_folder(path: str, revision: str | None, may_download: bool) -> Path:
     """The snapshot folder of hub id `path`, from the local Hugging Face cache or, if it may be, downloaded."""
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import validate_repo_id
 
     try:
-        huggingface_hub.utils.validate_repo_id(path)
+        validate_repo_id(path)
     except HFValidationError as exc:
         raise ModelLoadError(f"{path!r} is neither a folder, a .gguf file nor a hub id; correct `path`") from exc
     try:
-        return _checked_folder(Path(huggingface_hub.snapshot_download(path, local_files_only=True)))
+        return _checked_folder(Path(huggingface_hub.snapshot_download(path, revision=revision, local_files_only=True)))
     except (LocalEntryNotFoundError, ModelLoadError) as exc:
         # An interrupted download leaves a snapshot that lacks files: it is completed below.
         if huggingface_hub.is_offline_mode():
@@ -200,10 +204,13 @@ def _hub_folder(path: str, may_download: bool) -> Path:
                 f"{path!r}: no such folder, and no whole copy in the local Hugging Face cache; serving it downloads it"
             ) from exc
 
-    logger.info("downloading %s from the Hugging Face hub", path)
+    named = path if revision is None else f"{path} at {revision}"
+    logger.info("downloading %s from the Hugging Face hub", named)
     wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    bar = logged_bar(lambda share: logger.info("downloading %s: %.0f%%", named, 100 * share))
     try:
-        return _checked_folder(Path(huggingface_hub.snapshot_download(path, allow_patterns=wanted)))
+        folder = huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=wanted, tqdm_class=bar)
+        return _checked_folder(Path(folder))
     except ModelLoadError:
         raise
     except Exception as exc:  # the hub client lets errors of several HTTP and file layers through

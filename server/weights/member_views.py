@@ -62,7 +62,9 @@ def read_member_files(
         try:
             if root == name:
                 path = str(models[name].path)
-                folder = resolve_checkpoint(path, relative_to=relative_to, may_download=may_download)
+                folder = resolve_checkpoint(
+                    path, relative_to=relative_to, revision=models[name].revision, may_download=may_download
+                )
                 if folder not in read:
                     read[folder] = _Checkpoint.read(folder)
                 files.checkpoints[name] = folder

@@ -58,7 +58,9 @@ def _stored_bytes(config: Config, root: str) -> int:
     entry = config.models[root]
     assert isinstance(entry, HostedModel), f"{root!r} has weights"
     assert entry.path is not None, f"{root!r} has weights of its own"
-    folder = resolve_checkpoint(entry.path, relative_to=config.source.parent, may_download=False)
+    folder = resolve_checkpoint(
+        entry.path, relative_to=config.source.parent, revision=entry.revision, may_download=False
+    )
     return read_weights(folder).bytes_as(entry.dtype)
 
 

@@ -39,7 +39,9 @@ class _ReplayedHosting(Hosting):
             return None
         if name not in self._surfaces:
             root = self.config.models[entry.base or name]
-            folder = resolve_checkpoint(root.path, relative_to=self.config.source.parent, may_download=False)
+            folder = resolve_checkpoint(
+                root.path, relative_to=self.config.source.parent, revision=root.revision, may_download=False
+            )
             self._surfaces[name] = member_surface(name, self.config.models, load_tokenizer(folder))
         return self._surfaces[name]
 

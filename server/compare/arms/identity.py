@@ -48,4 +48,5 @@ def weights_folder(config: Config, name: str) -> tuple[Path, HostedModel]:
     root = config.models[root_name]
     assert isinstance(root, HostedModel), "checked when the config was read"
     assert root.path is not None, "so is that"
-    return checkpoint_of(root_name, root.path, relative_to=config.source.absolute().parent), root
+    folder = config.source.absolute().parent
+    return checkpoint_of(root_name, root.path, relative_to=folder, revision=root.revision), root

@@ -179,7 +179,8 @@ def _resolved(reference: Reference, recipe: Recipe, config: Config | None) -> tu
             base, adapter = resolve_checkpoint(reference.path, relative_to=recipe.folder), None
         else:
             root = hosted if hosted.path is not None else config.models[hosted.base]
-            base = resolve_checkpoint(root.path, relative_to=config.source.absolute().parent)
+            folder = config.source.absolute().parent
+            base = resolve_checkpoint(root.path, relative_to=folder, revision=root.revision)
             adapter = None if hosted.adapter is None else Path(hosted.adapter)
     except ModelLoadError as exc:
         raise ModelLoadError(f"{recipe.source}: model {reference.written!r}: {exc}") from exc

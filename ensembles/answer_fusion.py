@@ -130,8 +130,9 @@ class AnswerFusion(TextLevel):
 
         asked = replace(fused(request, layers[-1].proposals, config.instruction), overrides={})
         if ends is not None:
-            asked = replace(asked, deadline_s=ends - clock())
-            if asked.deadline_s <= 0:
+            left_s = ends - clock()
+            asked = replace(asked, deadline_s=left_s)
+            if left_s <= 0:
                 raise DeadlineError(f"model {self.name!r}: no time was left for the aggregator {config.aggregator!r}")
         done: Done | None = None
         async with aclosing(self.models[config.aggregator].generate(asked)) as events:
@@ -178,7 +179,9 @@ class AnswerFusion(TextLevel):
     ) -> dict[str, Any]:
         """Each layer's candidates and who was silent; `kept`: the numbers of those passed on, in that order."""
         trace: dict[str, Any] = {
-            "layers": [candidates_trace(config, request, layer.outcomes) | (layer.report or {}) for layer in layers],
+            "layers": [
+                {**candidates_trace(config, request, layer.outcomes), **(layer.report or {})} for layer in layers
+            ],
             "aggregator": config.aggregator,
         }
         return trace if done.trace is None else trace | {"trace": done.trace}

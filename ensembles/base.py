@@ -288,6 +288,7 @@ class Embedder(Protocol):
 
     async def embed(self, texts: Sequence[str]) -> np.ndarray:
         """(len(texts), dim) float32, rows of length one; equal texts give equal rows."""
+        ...
 
 
 class Reranker(Protocol):
@@ -295,6 +296,7 @@ class Reranker(Protocol):
 
     async def score(self, prompt: str, texts: Sequence[str]) -> np.ndarray:
         """(len(texts),) float64, higher is better."""
+        ...
 
 
 # --- reading a whole answer --------------------------------------------------------------------------------------

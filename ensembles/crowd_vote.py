@@ -30,6 +30,7 @@ from ensemble_server.ensembles.text_level import EmbeddingNeed, TextLevel, as_de
 from ensemble_server.ensembles.thoughts import without_thoughts
 from ensemble_server.ensembles.voting.consensus import Consensus, elect, equal_texts
 from ensemble_server.ensembles.voting.similarity import (
+    Blend,
     SimilarityBlend,
     blend,
     cosine_similarity,
@@ -73,7 +74,7 @@ class HeldVote:
 
 async def hold_vote(
     texts: Sequence[str],
-    similarity: Mapping[str, float],
+    similarity: Blend,
     *,
     embedder: Embedder | None = None,
     weights: Sequence[float] | None = None,
@@ -97,7 +98,7 @@ async def hold_vote(
 def count(
     texts: Sequence[str],
     matrices: Mapping[str, np.ndarray],
-    similarity: Mapping[str, float],
+    similarity: Blend,
     *,
     weights: Sequence[float] | None = None,
     prune: float | None = None,

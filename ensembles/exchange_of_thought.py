@@ -209,6 +209,7 @@ class ExchangeOfThought(TextLevel):
             exchange.take(await self._round(exchange, outcomes))
             yield Delta(0, reasoning=minutes(len(exchange.rounds) - 1, exchange.rounds[-1], exchange.states[-1]))
         reply = exchange.latest(exchange.states[-1].spokesperson)
+        assert reply is not None, "the spokesperson has spoken"
         yield Delta(0, reply.text, finish_reason=reply.finish_reason)
         yield Done(
             total_usage(usages),
@@ -240,8 +241,8 @@ class ExchangeOfThought(TextLevel):
         """What was said, with the answers found in it."""
         texts = {outcome.call.member: outcome.answer.text for outcome in outcomes if outcome.answer is not None}
         answers = {name: extract(text, exchange.settings.answer) for name, text in texts.items()}
-        if exchange.settings.text_threshold is not None:
-            answers = await self._merged(exchange, answers)
+        if (threshold := exchange.settings.text_threshold) is not None:
+            answers = await self._merged(exchange, answers, threshold)
         return Round(
             replies={
                 outcome.call.member: Reply(
@@ -258,14 +259,16 @@ class ExchangeOfThought(TextLevel):
             elapsed_s=exchange.elapsed_s,
         )
 
-    async def _merged(self, exchange: _Exchange, answers: Mapping[str, str | None]) -> dict[str, str | None]:
+    async def _merged(
+        self, exchange: _Exchange, answers: Mapping[str, str | None], threshold: float
+    ) -> dict[str, str | None]:
         """The answers, each in the spelling of the first one said in this exchange that is alike."""
         known = [reply.answer for round_ in exchange.rounds for reply in round_.replies.values()]
         texts = list(dict.fromkeys(answer for answer in (*known, *answers.values()) if answer is not None))
         if not texts:
             return dict(answers)
-        similarity = cosine_similarity(texts, await self.services.embedder.embed(texts))
-        spelling = dict(zip(texts, merge_alike(texts, similarity, exchange.settings.text_threshold), strict=True))
+        similarity = cosine_similarity(texts, await self.embedder.embed(texts))
+        spelling = dict(zip(texts, merge_alike(texts, similarity, threshold), strict=True))
         return {name: None if answer is None else spelling[answer] for name, answer in answers.items()}
 
 
@@ -321,10 +324,13 @@ def _told(request: GenerationRequest, participant: Participant, exchange: _Excha
             if (reply := exchange.latest(name)) is not None and (solution := without_thoughts(reply.text)).strip()
         ]
         read = exchange_prompt(peers, exchange.settings.answer)
-        own = without_thoughts(exchange.latest(participant.name).text) or UNFINISHED
+        last = exchange.latest(participant.name)
+        assert last is not None, "whoever fell silent is not asked again"
+        own = without_thoughts(last.text) or UNFINISHED
         if messages is not None:
             messages = round_messages(messages, own, read)
         else:
+            assert isinstance(prompt, str), "methods of texts take no token ids"
             prompt = round_text(prompt, own, read)
     if messages is not None:
         return replace(request, messages=with_persona(messages, participant.persona))

@@ -55,18 +55,32 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a call ended: exactly one of `answer` and `error` is there. `usage` is what it cost in both cases."""
+class Answered:
+    """A call that ended with an answer. `usage`: what it cost."""
 
     call: Call
-    answer: Answer | None
-    error: EnsembleError | None
+    answer: Answer
     usage: Usage
+    error: None = None
+    reason: None = None
+
+
+@dataclass(frozen=True)
+class Silent:
+    """A call that gave no answer. `usage`: what it cost all the same."""
+
+    call: Call
+    error: EnsembleError
+    usage: Usage
+    answer: None = None
 
     @property
-    def reason(self) -> str | None:
-        """Why there is no answer, in a sentence; None if there is one."""
-        return None if self.error is None else str(self.error)
+    def reason(self) -> str:
+        """Why there is no answer, in a sentence."""
+        return str(self.error)
+
+
+Outcome = Answered | Silent
 
 
 async def fan_out(
@@ -151,23 +165,23 @@ class FanOut:
         return total_usage(progress.usage() for progress in self._progress)
 
     async def _run(self, progress: _Progress) -> Outcome:
-        error: EnsembleError | None = None
-        answer: Answer | None = None
+        member = progress.call.member
         try:
             answer = await self._answer(progress)
-            if not any(choice.text.strip() for choice in answer.choices):
-                answer, error = None, MemberError(progress.call.member, "the answer is empty")
+            if any(choice.text.strip() for choice in answer.choices):
+                return Answered(progress.call, answer, progress.usage())
+            error: EnsembleError = MemberError(member, "the answer is empty")
         except EnsembleError as exc:
             error = exc
-        if error is not None:
-            logger.warning("model %r goes on without member %r: %s", self._ensemble, progress.call.member, error)
-        return Outcome(progress.call, answer, error, progress.usage())
+        logger.warning("model %r goes on without member %r: %s", self._ensemble, member, error)
+        return Silent(progress.call, error, progress.usage())
 
     async def _answer(self, progress: _Progress) -> Answer:
+        clock = asyncio.get_running_loop().time
         try:
             async with asyncio.timeout(self._deadline_s) as limit, self._turns:
-                left_s = None if limit.when() is None else limit.when() - asyncio.get_running_loop().time()
-                return await progress.collect(left_s)
+                ends = limit.when()
+                return await progress.collect(None if ends is None else ends - clock())
         except TimeoutError as exc:
             if not limit.expired():
                 raise

@@ -19,7 +19,7 @@ import numpy as np
 
 def gate_vector(positive: Sequence[np.ndarray], negative: Sequence[np.ndarray]) -> np.ndarray:
     """positive: p >= 1 vectors (dim,); negative: q >= 0 of them. (dim,), of length one; about 0 where they cancel."""
-    vector = np.mean(positive, axis=0, dtype=np.float64)
+    vector = np.asarray(np.mean(positive, axis=0, dtype=np.float64))
     if len(negative):
         vector = vector - np.mean(negative, axis=0, dtype=np.float64)
     return vector / max(float(np.linalg.norm(vector)), 1e-8)

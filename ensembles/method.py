@@ -80,6 +80,12 @@ class Method(ABC):
         lengths = [models[member].max_model_len for member in self.members]
         self.max_model_len: int | None = min((length for length in lengths if length is not None), default=None)
 
+    @property
+    def embedder(self) -> Embedder:
+        """The embedding model. Methods that use one have checked that it is there."""
+        assert self.services.embedder is not None, "a method that embeds is refused without an embedding model"
+        return self.services.embedder
+
     def num_calls(self, config: MethodConfig | None = None) -> int:
         """The most calls of single models that one reply takes, under `config` or the method's own."""
         calls = {name: model.num_calls() if isinstance(model, Method) else 1 for name, model in self.models.items()}

@@ -31,7 +31,16 @@ from pydantic import Field, model_validator
 from ensemble_server.ensembles.base import DistributionModel, Done, Event, GenerationRequest, Model, Usage
 from ensemble_server.ensembles.candidates import CandidateConfig, candidate_calls, candidates_trace
 from ensemble_server.ensembles.errors import DeadlineError, MemberError, ModelLoadError
-from ensemble_server.ensembles.fan_out import Call, Outcome, answered_members, check_turnout, fan_out, total_usage
+from ensemble_server.ensembles.fan_out import (
+    Answered,
+    Call,
+    Outcome,
+    Silent,
+    answered_members,
+    check_turnout,
+    fan_out,
+    total_usage,
+)
 from ensemble_server.ensembles.method import Method, Services
 from ensemble_server.ensembles.text_level import TextLevel, as_delta
 from ensemble_server.ensembles.thoughts import without_thoughts
@@ -86,9 +95,10 @@ class Ranking(TextLevel):
             return set(self.members) | ({self.judge} if self.judge is not None else set())
 
         def num_calls(self, calls: Mapping[str, int]) -> int:
+            if self.judge is None:
+                return super().num_calls(calls)
             num_candidates = self.samples * sum(1 for weight in self.members.values() if weight)
-            num_judgements = num_candidates * (num_candidates - 1) if self.judge is not None else 0
-            return super().num_calls(calls) + num_judgements * calls.get(self.judge, 0)
+            return super().num_calls(calls) + num_candidates * (num_candidates - 1) * calls[self.judge]
 
     config: Config
 
@@ -156,7 +166,7 @@ class Ranking(TextLevel):
         return outcomes
 
     async def _compare(
-        self, candidates: Sequence[Outcome], config: Config, request: GenerationRequest, left_s: float | None
+        self, candidates: Sequence[Answered], config: Config, request: GenerationRequest, left_s: float | None
     ) -> Comparison:
         texts = [without_thoughts(outcome.answer.text) for outcome in candidates]
         if config.judge is not None:
@@ -231,7 +241,7 @@ def _silent_without_logprobs(outcome: Outcome) -> Outcome:
     is_thought = not without_thoughts(outcome.answer.text).strip()
     reason = "the answer holds thoughts only" if is_thought else "the answer came without log-probabilities"
     error = MemberError(outcome.call.member, reason)
-    return replace(outcome, answer=None, error=error)
+    return Silent(outcome.call, error, outcome.usage)
 
 
 def _question(request: GenerationRequest) -> str:

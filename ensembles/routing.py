@@ -181,7 +181,7 @@ class Routing(Method):
     async def _gate(self, text: str, config: Config) -> dict[str, float]:
         """How much each gated member is suited to `text`; sums to one."""
         await self._learn_gates()
-        (vector,) = await self.services.embedder.embed([text])
+        (vector,) = await self.embedder.embed([text])
         scores = [float(gate @ vector) for gate in self._gates.values()]
         return dict(zip(self._gates, softmax(scores, config.gate_temperature), strict=True))
 
@@ -194,7 +194,7 @@ class Routing(Method):
             prompts = [
                 prompt for route in gated.values() for prompt in (*route.positive_prompts, *route.negative_prompts)
             ]
-            vectors = iter(await self.services.embedder.embed(prompts))
+            vectors = iter(await self.embedder.embed(prompts))
             gates = {}
             for member, route in gated.items():
                 positive = [next(vectors) for _ in route.positive_prompts]

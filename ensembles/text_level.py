@@ -202,10 +202,11 @@ async def independent_choices(model: Model, request: GenerationRequest) -> Async
     singles = [replace(request, n=1, sampling=replace(request.sampling, seed=seed)) for seed in seeds]
     calls = [Call(model.name, model, single, sample) for sample, single in enumerate(singles)]
     outcomes = await fan_out(calls, ensemble=model.name, at_once=MAX_CHOICES_AT_ONCE)
+    answers = []
     for outcome in outcomes:
         if outcome.answer is None:
             raise outcome.error
-    answers = [outcome.answer for outcome in outcomes]
+        answers.append(outcome.answer)
     for index, answer in enumerate(answers):
         yield as_delta(answer.choices[0], index=index)
     yield Done(

@@ -41,6 +41,7 @@ SimilarityName = Literal[
 ]
 SIMILARITIES: tuple[SimilarityName, ...] = get_args(SimilarityName)
 Measure = Literal["f", "precision", "recall"]
+Blend = Mapping[SimilarityName, float] | Mapping[str, float]
 
 
 def _names_to_blend(value: Any) -> Any:
@@ -65,7 +66,7 @@ SimilarityBlend = Annotated[
 ]
 
 
-def blend(matrices: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
+def blend(matrices: Mapping[str, np.ndarray], weights: Blend) -> np.ndarray:
     """The weighted sum of matrices of one shape; weights are used as they are, not normalised."""
     return reduce(np.add, (weight * matrices[name] for name, weight in weights.items()))
 

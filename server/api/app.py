@@ -1,6 +1,6 @@
 """The application: routes, and the layers around them.
 
-RequestLog (id, log line, metrics, last resort) → CORS → RequireKey → routes
+RequestLog (id, log line, metrics, last resort) → CORS → RequireKey → AnswerHead → routes
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from ensemble_server.server.api.admission import Admission
 from ensemble_server.server.api.auth import OPEN_PATHS, RequireKey, configured_keys
 from ensemble_server.server.api.context import Context
 from ensemble_server.server.api.errors import install_error_handlers
+from ensemble_server.server.api.head import AnswerHead
 from ensemble_server.server.api.health import PACKAGE
+from ensemble_server.server.api.local_only import LOOPBACK_ORIGIN
 from ensemble_server.server.api.page import install_page
 from ensemble_server.server.api.request_log import RequestLog
 from ensemble_server.server.batch.uploads.service import BatchService
@@ -75,17 +77,18 @@ def create_app(hosting: Hosting, *, metrics: Metrics) -> FastAPI:
     install_error_handlers(app)
 
     # The last added is the outermost.
+    app.add_middleware(AnswerHead)
     keys = configured_keys(config)
     if keys:
         app.add_middleware(RequireKey, keys=keys)
-    if config.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=config.cors_origins,
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["*"],
-            expose_headers=EXPOSED_HEADERS,
-        )
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=config.cors_origins,
+        allow_origin_regex=None if config.cors_origins else LOOPBACK_ORIGIN,
+        allow_methods=["GET", "HEAD", "POST", "DELETE"],
+        allow_headers=["*"],
+        expose_headers=EXPOSED_HEADERS,
+    )
     app.add_middleware(RequestLog, metrics=metrics)
     _describe(app, has_keys=bool(keys), has_one_model=len(hosting.listed) == 1)
     return app

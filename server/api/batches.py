@@ -64,7 +64,7 @@ router = APIRouter(tags=["batches"], route_class=JSONBodyRoute, dependencies=[De
     "/v1/batches",
     response_model=None,
     dependencies=[Depends(check_ready)],
-    responses={200: {"model": BatchObject}} | documented(400, 401, 404, 413, 415, 429, 500, 503, 507),
+    responses={200: {"model": BatchObject}} | documented(400, 401, 404, 408, 413, 415, 429, 500, 503, 507),
 )
 async def create_batch(body: BatchBody, request: Request) -> Response:
     """Begins a batch. Its lines are checked, then answered, while you ask for its state."""

@@ -23,7 +23,7 @@ router = APIRouter(tags=["generation"], route_class=JSONBodyRoute, dependencies=
     "/v1/chat/completions",
     response_model=None,
     responses={200: {"model": ChatCompletion, **STREAMABLE}}
-    | documented(400, 401, 404, 413, 415, 429, 500, 502, 503, 504),
+    | documented(400, 401, 404, 408, 413, 415, 429, 500, 502, 503, 504),
 )
 async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     """Answers a conversation; with `stream: true` as server-sent events."""

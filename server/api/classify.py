@@ -22,7 +22,8 @@ router = APIRouter(tags=["classification"], route_class=JSONBodyRoute, dependenc
 @router.post(
     "/v1/classify",
     response_model=None,
-    responses={200: {"model": ClassificationObject}} | documented(400, 401, 404, 413, 415, 429, 500, 502, 503, 504),
+    responses={200: {"model": ClassificationObject}}
+    | documented(400, 401, 404, 408, 413, 415, 429, 500, 502, 503, 504),
 )
 async def create_classification(body: ClassifyBody, request: Request) -> Response:
     """Which of a few labels continues a prompt, with a probability for each."""

@@ -20,7 +20,8 @@ router = APIRouter(tags=["generation"], route_class=JSONBodyRoute, dependencies=
 @router.post(
     "/v1/completions",
     response_model=None,
-    responses={200: {"model": Completion, **STREAMABLE}} | documented(400, 401, 404, 413, 415, 429, 500, 502, 503, 504),
+    responses={200: {"model": Completion, **STREAMABLE}}
+    | documented(400, 401, 404, 408, 413, 415, 429, 500, 502, 503, 504),
 )
 async def create_completion(body: CompletionBody, request: Request) -> Response:
     """Continues one prompt or several. Choice i of prompt p has index p * n + i."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from starlette.requests import Request
 
 from ensemble_server.server.api.admission import Admission
+from ensemble_server.server.api.arrival import Bodies
 from ensemble_server.server.batch.uploads.service import BatchService
 from ensemble_server.server.requests.classify import Priors
 from ensemble_server.server.requests.protocol import ParameterCheck
@@ -26,6 +27,7 @@ class Context:
     batches: BatchService
     parameters: ParameterCheck
     priors: Priors = field(default_factory=Priors)
+    bodies: Bodies = field(default_factory=Bodies)
 
     @property
     def config(self) -> ServerConfig:

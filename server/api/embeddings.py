@@ -20,7 +20,7 @@ router = APIRouter(tags=["embeddings"], route_class=JSONBodyRoute, dependencies=
 @router.post(
     "/v1/embeddings",
     response_model=None,
-    responses={200: {"model": EmbeddingList}} | documented(400, 401, 404, 413, 415, 500, 503),
+    responses={200: {"model": EmbeddingList}} | documented(400, 401, 404, 408, 413, 415, 500, 503),
 )
 async def create_embeddings(body: EmbeddingBody, request: Request) -> Response:
     """Unit vectors of one text or several."""

@@ -38,6 +38,7 @@ CLIENT_LEFT = 499  # nginx's number for a client that hung up before it was answ
 STATUS_KINDS: Mapping[int, ErrorKind] = {
     401: ErrorKind(401, "authentication_error", "invalid_api_key"),
     403: ErrorKind(403, "permission_error", "origin_not_allowed"),
+    408: ErrorKind(408, "invalid_request_error", "request_timeout"),
     404: ErrorKind(404, "invalid_request_error", "not_found"),
     405: ErrorKind(405, "invalid_request_error", "method_not_allowed"),
     413: ErrorKind(413, "invalid_request_error", "body_too_large"),
@@ -51,6 +52,7 @@ DOCUMENTED: Mapping[int, str] = {
     400: "The request is wrong; `param` names the field",
     401: "No valid API key",
     403: "A page of another origin may not upload files",
+    408: "The body came too slowly",
     404: "There is no such model, file, batch or route",
     409: "The batch has ended already",
     413: "The body is larger than server.max_body_bytes, or the file than batch.max_file_bytes",
@@ -120,11 +122,39 @@ def install_error_handlers(app: FastAPI) -> None:
         if isinstance(exc, HTTPException) and exc.status_code in (404, 405):
             where = f"{request.method} {shortened(request.url.path, MAX_INPUT_CHARS)}"
             headers = {"allow": ", ".join(_methods(app, request))} if exc.status_code == 405 else exc.headers
-            exc = HTTPException(exc.status_code, f"there is no {where} here", headers=headers)
+            meant = next((path for path in _similar_paths(request.url.path) if _has(app, request, path)), None)
+            message = f"there is no {where} here" + (f"; did you mean {meant}?" if meant else "")
+            exc = HTTPException(exc.status_code, message, headers=headers)
         return error_response(exc)
 
     for known in (errors.EnsembleError, HTTPException, RequestValidationError):
         app.add_exception_handler(known, answer)
+
+
+def _similar_paths(path: str) -> list[str]:
+    """What a client may have meant whose base URL has too little or too much of "/v1": ("/x") -> ["/v1/x", …]"""
+    bare = "/" + path.strip("/")
+    while bare.startswith("/v1/"):
+        bare = bare.removeprefix("/v1")
+    named = next((part for part in _LAST_PARTS if bare.endswith(part)), bare)
+    return [other for other in (f"/v1{bare}", bare, f"/v1{named}") if other != path]
+
+
+_LAST_PARTS = (
+    "/chat/completions",
+    "/completions",
+    "/embeddings",
+    "/models",
+    "/vote",
+    "/classify",
+    "/batches",
+    "/files",
+)
+
+
+def _has(app: FastAPI, request: Request, path: str) -> bool:
+    scope = {**request.scope, "path": path, "root_path": ""}
+    return any(route.matches(scope)[0] is Match.FULL for route in app.router.routes)
 
 
 def _methods(app: FastAPI, request: Request) -> list[str]:

@@ -59,7 +59,7 @@ router = APIRouter(tags=["batches"], dependencies=[Depends(check_open)])
     "/v1/files",
     response_model=None,
     openapi_extra={"requestBody": _upload_body()},
-    responses={200: {"model": FileObject}} | documented(400, 401, 403, 413, 415, 500, 503, 507),
+    responses={200: {"model": FileObject}} | documented(400, 401, 403, 408, 413, 415, 500, 503, 507),
 )
 async def upload_file(request: Request) -> Response:
     """Keeps a file. Its bytes go to the disk as they come."""

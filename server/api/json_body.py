@@ -6,7 +6,10 @@ body is RFC 8259 JSON in UTF-8, at most 200 levels deep, or the client is told w
 
 from __future__ import annotations
 
+import asyncio
+import re
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_type_hints
 
 from fastapi.routing import APIRoute
@@ -17,11 +20,18 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from ensemble_server.ensembles.errors import RequestError
+from ensemble_server.server.api.arrival import timely
 from ensemble_server.server.api.context import context_of
 from ensemble_server.server.api.errors import CLIENT_LEFT
 from ensemble_server.server.requests.errors import checked
 
+SMALL_BYTES = 32 * 1024  # read and checked at once, in about a millisecond
+MAX_VALUES = 500_000  # in one body
+COUNTED_BYTES = 256 * 1024  # at once
 DRAIN_FACTOR = 4  # a body this many times too large is read to its end, so that its sender comes to read the 413
+
+_ESCAPE = re.compile(rb"\\.", re.DOTALL)
+_large_bodies = ThreadPoolExecutor(1, thread_name_prefix="large bodies")
 
 
 class JSONBodyRoute(APIRoute):
@@ -36,8 +46,11 @@ class JSONBodyRoute(APIRoute):
 
         async def read_then_handle(request: Request) -> Response:
             require_json(request)
-            body = await read_body(request, context_of(request).config.max_body_bytes)
-            return await handle(_ReadRequest(request, body, checked(kind, parse_json(body))))
+            context = context_of(request)
+            with context.bodies.reading() as grow:
+                body = await read_body(request, context.config.max_body_bytes, grow)
+                value = await _checked(kind, body)
+            return await handle(_ReadRequest(request, body, value))
 
         return read_then_handle
 
@@ -53,13 +66,17 @@ def require_json(request: Request) -> None:
         raise HTTPException(415, "the body must be JSON; send the header 'content-type: application/json'")
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body. Raises 413 if it is longer than `max_bytes`; never holds more than that."""
+async def read_body(request: Request, max_bytes: int, grow: Callable[[int], None] = lambda num_bytes: None) -> bytes:
+    """The whole body. Raises 413 if it is longer than `max_bytes`, never holds more than that; 408 if it is too slow.
+
+    `grow` is told of every piece that is kept.
+    """
     chunks, length = [], 0
     try:
-        async for chunk in request.stream():
+        async for chunk in timely(request.stream()):
             length += len(chunk)
             if length <= max_bytes:
+                grow(len(chunk))
                 chunks.append(chunk)
             elif length > DRAIN_FACTOR * max_bytes:
                 break
@@ -68,6 +85,34 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     if length > max_bytes:
         raise HTTPException(413, f"the body may be {max_bytes} bytes long, this one is longer")
     return b"".join(chunks)
+
+
+async def _checked(kind: TypeAdapter[Any], body: bytes) -> Any:
+    """The body's value, once it has the form of its kind. Large ones are read by a thread, for others to go on."""
+    if len(body) <= SMALL_BYTES:
+        return checked(kind, parse_json(body))
+
+    def work() -> Any:
+        require_few_values(body)
+        return checked(kind, parse_json(body))
+
+    return await asyncio.get_running_loop().run_in_executor(_large_bodies, work)
+
+
+def require_few_values(body: bytes) -> None:
+    """Raise `RequestError` for more than `MAX_VALUES` JSON values. Parsing cannot be interrupted, counting can."""
+    num_values, is_in_text = 0, False
+    for start in range(0, len(body), COUNTED_BYTES):
+        piece = body[start : start + COUNTED_BYTES]
+        # Escapes are blanked, the second half of one that two pieces share, too.
+        num_before = len(body[:start]) - len(body[:start].rstrip(b"\\")) if body[start - 1 : start] == b"\\" else 0
+        piece = _ESCAPE.sub(b"  ", piece[1:] if num_before % 2 else piece)
+        parts = piece.split(b'"')
+        outside = b" ".join(parts[is_in_text::2])
+        is_in_text ^= len(parts) % 2 == 0
+        num_values += sum(map(outside.count, (b",", b"[", b"{")))
+        if num_values > MAX_VALUES:
+            raise RequestError(f"the body may hold {MAX_VALUES} JSON values, this one has more; send less at once")
 
 
 def parse_json(body: bytes) -> Any:

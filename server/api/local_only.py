@@ -8,6 +8,7 @@ without asking (a form, a beacon), which shows in `Origin`.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
@@ -22,6 +23,8 @@ from ensemble_server.server.api.errors import error_response, shortened
 if TYPE_CHECKING:
     from ensemble_server.server.config.blocks import ServerConfig
 
+LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?"  # pages that run here, where none is named
+
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -33,10 +36,15 @@ def local_only(app: ASGIApp, address: str, config: ServerConfig) -> ASGIApp:
     return LocalOnly(app, config.cors_origins)
 
 
+def is_loopback_origin(origin: str) -> bool:
+    return re.fullmatch(LOOPBACK_ORIGIN, origin) is not None
+
+
 class LocalOnly:
     """ASGI layer that answers 403 to hosts that are not this machine, and to pages of other sites that send something.
 
-    `origins`: those that the config lets in (`server.cors_origins`), as hosts and as origins.
+    `origins`: those that the config lets in (`server.cors_origins`), as hosts and as origins; if it names none, pages
+    that run on this machine are let in.
     """
 
     def __init__(self, app: ASGIApp, origins: Collection[str]) -> None:
@@ -59,13 +67,15 @@ class LocalOnly:
                 f"this server listens on this machine only and has no keys, so it does not answer to the name "
                 f"{shortened(host, 80)!r}; ask it as 127.0.0.1 or localhost, or give it keys (server.api_keys_env)"
             )
-        is_foreign = origin is not None and origin not in self._origins and _site(origin) != host
-        if is_foreign and method not in _READING:
-            return (
-                f"pages of {shortened(origin or '', 80)!r} may not send anything to this server; server.cors_origins "
-                "does not name that origin"
-            )
-        return None
+        if origin is None or method in _READING or self._is_known(origin) or _site(origin) == host:
+            return None
+        return (
+            f"pages of {shortened(origin, 80)!r} may not send anything to this server; server.cors_origins does not "
+            "name that origin"
+        )
+
+    def _is_known(self, origin: str) -> bool:
+        return origin in self._origins if self._origins else is_loopback_origin(origin)
 
 
 def _site(origin: str) -> str:

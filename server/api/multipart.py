@@ -13,8 +13,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from ensemble_server.ensembles.errors import EnsembleError, RequestError
+from ensemble_server.server.api.arrival import timely
 from ensemble_server.server.api.errors import CLIENT_LEFT
 from ensemble_server.server.api.json_body import DRAIN_FACTOR
+from ensemble_server.server.api.local_only import is_loopback_origin
 from ensemble_server.server.requests.errors import shortened
 
 MAX_FIELDS = 32
@@ -41,7 +43,7 @@ async def read_upload(
     parser = _FormParser(_boundary(request), file_field)
     length, written = 0, 0
     try:
-        async for chunk in request.stream():
+        async for chunk in timely(request.stream()):
             length += len(chunk)
             if length > DRAIN_FACTOR * (max_bytes + FRAME_BYTES):
                 break
@@ -65,10 +67,12 @@ async def read_upload(
 def refuse_other_origins(request: Request, allowed: tuple[str, ...]) -> None:
     """Raise 403 if a page of another origin sends the form, unless `allowed` (server.cors_origins) names that origin.
 
+    Where nothing is allowed by name, pages on this machine are.
+
     Browsers send forms of any page to any server without asking it first; JSON they do not.
     """
     origin = request.headers.get("origin")
-    if origin is None or "*" in allowed or origin in allowed:
+    if origin is None or "*" in allowed or origin in allowed or (not allowed and is_loopback_origin(origin)):
         return
     if urlsplit(origin).netloc != request.headers.get("host"):
         raise HTTPException(403, "pages of this origin may not upload files; server.cors_origins does not name it")

@@ -8,6 +8,7 @@ first SIGINT or SIGTERM nobody new is let in (503), batches are paused, and live
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -21,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ensemble_server.ensembles.errors import ConfigError
 from ensemble_server.server.api.admission import RETRY_SOON, Admission
+from ensemble_server.server.api.arrival import TimelyProtocol
 from ensemble_server.server.api.errors import error_response
 from ensemble_server.server.api.json_response import JSONResponse
 from ensemble_server.server.api.local_only import local_only
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAX_DESCRIPTORS = 65_536
 KEEP_ALIVE_S = 75  # an idle connection stays open longer than clients keep theirs, so that none is cut in use
 
 
@@ -41,6 +44,7 @@ async def serve(config: Config, *, on_ready: Callable[[int], None] | None = None
     Raises `ConfigError` if the models cannot be loaded or the address cannot be listened on.
     """
     configure_logging(config.server.log_format, config.server.log_level)
+    raise_descriptor_limit()
     entrance = Entrance()
     stop = StopSignals()
     with stop.caught():
@@ -60,6 +64,19 @@ async def serve(config: Config, *, on_ready: Callable[[int], None] | None = None
                 await serving
 
 
+def raise_descriptor_limit() -> None:
+    """As many open connections and files as the system lets this process have; many shells give 256 or 1024."""
+    try:
+        import resource
+    except ImportError:  # no such limits on this system
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 async def _load_and_answer(config: Config, entrance: Entrance, stop: StopSignals, ready: Callable[[], None]) -> None:
     from ensemble_server.server.api.app import create_app
     from ensemble_server.server.hosting import Hosting
@@ -68,6 +85,9 @@ async def _load_and_answer(config: Config, entrance: Entrance, stop: StopSignals
     async with Hosting.open(config, on_step=metrics.observe_step) as hosting:
         app = create_app(hosting, metrics=metrics)
         async with app.state.batches.running():
+            # What is loaded stays: a full collection over it would hold everybody up for a good part of a second.
+            gc.collect()
+            gc.freeze()
             entrance.app = app
             ready()
             await stop.first.wait()
@@ -151,6 +171,7 @@ async def listening(app: ASGIApp, config: ServerConfig) -> AsyncIterator[int]:
         lifespan="off",
         access_log=False,
         log_config=None,
+        http=TimelyProtocol,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=1,  # requests have been drained or cancelled before

@@ -11,7 +11,6 @@ https://html.spec.whatwg.org/multipage/server-sent-events.html
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -22,8 +21,6 @@ from starlette.types import Receive, Scope, Send
 
 from ensemble_server.server.api.admission import Admission
 from ensemble_server.server.api.errors import CLIENT_LEFT, error_object, log_failure
-
-logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": still here\n\n"

@@ -20,7 +20,7 @@ from ensemble_server.server.requests.tokenization import (
 )
 
 router = APIRouter(tags=["tokenization"], route_class=JSONBodyRoute, dependencies=[Depends(check_ready)])
-_REFUSALS = documented(400, 401, 404, 413, 415, 500, 503)
+_REFUSALS = documented(400, 401, 404, 408, 413, 415, 500, 503)
 
 
 @router.post("/tokenize", response_model=None, responses={200: {"model": Tokens}} | _REFUSALS)

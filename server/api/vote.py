@@ -16,7 +16,9 @@ router = APIRouter(tags=["vote"], route_class=JSONBodyRoute, dependencies=[Depen
 
 
 @router.post(
-    "/v1/vote", response_model=None, responses={200: {"model": VoteResult}} | documented(400, 401, 413, 415, 500, 503)
+    "/v1/vote",
+    response_model=None,
+    responses={200: {"model": VoteResult}} | documented(400, 401, 408, 413, 415, 500, 503),
 )
 async def create_vote(body: VoteBody, request: Request) -> Response:
     """Elect the candidate that is most like all the others."""

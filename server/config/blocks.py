@@ -114,7 +114,9 @@ class ServerConfig(Block):
     max_queue: Annotated[Count, Unit("requests")] = Field(
         default=256, description="how many may wait; more are refused with 429"
     )
-    cors_origins: tuple[str, ...] = Field(default=(), description='origins that browsers may call from; ["*"] for any')
+    cors_origins: tuple[str, ...] = Field(
+        default=(), description='origins that browsers may call from; ["*"] for any; if empty, pages on this machine'
+    )
     web: bool = Field(default=True, description="whether browsers get a page at `/`; false leaves the API and `/docs`")
     log_format: Literal["text", "json"] = Field(default="text", description="of the log on standard error")
     log_level: Literal["debug", "info", "warning", "error"] = Field(

@@ -110,17 +110,23 @@ class Chat:
             has_logprobs=self.asked.top_logprobs is not None,
             has_token_ids=bool(self.body.return_token_ids),
             new_parser=self.tools.new_parser if self.tools else None,
-            new_id=self.generations.terms.new_id,
+            new_call_id=self._new_call_id,
         )
         head = self.generations.head("chatcmpl", "chat.completion.chunk")
         return streamed(self.generations, head, writer, self.body.stream_options)
+
+    def _new_call_id(self) -> str:
+        """In the form that the model's own template takes back."""
+        surface = self.generations.hosting.surface(self.generations.model.name)
+        new_id = self.generations.terms.new_id()
+        return new_id[:length] if surface and (length := surface.call_id_length) else f"call_{new_id[:24]}"
 
     def _choice(self, choice: Choice) -> ChatChoice:
         shown = chat_choice(
             choice,
             has_logprobs=self.asked.top_logprobs is not None,
             parser=self.tools.new_parser() if self.tools else None,
-            new_id=self.generations.terms.new_id,
+            new_call_id=self._new_call_id,
         )
         if self.body.return_token_ids:
             shown["token_ids"] = choice.token_ids
@@ -128,11 +134,11 @@ class Chat:
 
 
 def chat_choice(
-    choice: Choice, *, has_logprobs: bool, parser: ToolCallParser | None, new_id: Callable[[], str]
+    choice: Choice, *, has_logprobs: bool, parser: ToolCallParser | None, new_call_id: Callable[[], str]
 ) -> ChatChoice:
     pieces: list[Piece] = [choice.text] if parser is None else parser.feed(choice.text) + parser.close()
     text = "".join(piece for piece in pieces if isinstance(piece, str))
-    calls = _joined((piece for piece in pieces if isinstance(piece, ToolCallDelta)), new_id)
+    calls = _joined((piece for piece in pieces if isinstance(piece, ToolCallDelta)), new_call_id)
     shown: ChatChoice = {
         "index": choice.index,
         "message": {"role": "assistant", "content": text if text or not calls else None, "refusal": None},
@@ -147,12 +153,12 @@ def chat_choice(
     return shown
 
 
-def _joined(deltas: Iterator[ToolCallDelta], new_id: Callable[[], str]) -> list[ToolCallObject]:
+def _joined(deltas: Iterator[ToolCallDelta], new_call_id: Callable[[], str]) -> list[ToolCallObject]:
     calls: list[ToolCallObject] = []
     for delta in deltas:
         if delta.name is not None:
             function = {"name": delta.name, "arguments": ""}
-            calls.append({"id": _call_id(new_id), "type": "function", "function": function})
+            calls.append({"id": new_call_id(), "type": "function", "function": function})
         calls[-1]["function"]["arguments"] += delta.arguments
     return calls
 
@@ -160,10 +166,6 @@ def _joined(deltas: Iterator[ToolCallDelta], new_id: Callable[[], str]) -> list[
 def _finish_reason(reason: FinishReason | None, parser: ToolCallParser | None) -> FinishReason:
     assert reason is not None, "every choice ends with a finish_reason"
     return "tool_calls" if reason == "stop" and parser is not None and parser.has_called else reason
-
-
-def _call_id(new_id: Callable[[], str]) -> str:
-    return f"call_{new_id()[:24]}"
 
 
 class ChatWriter:
@@ -176,12 +178,12 @@ class ChatWriter:
         has_logprobs: bool,
         has_token_ids: bool,
         new_parser: Callable[[], ToolCallParser] | None,
-        new_id: Callable[[], str],
+        new_call_id: Callable[[], str],
     ) -> None:
         self._n = n
         self._has_logprobs = has_logprobs
         self._has_token_ids = has_token_ids
-        self._new_id = new_id
+        self._new_call_id = new_call_id
         self._parsers = {index: new_parser() for index in range(n)} if new_parser else {}
         self._has_begun = False
 
@@ -202,7 +204,7 @@ class ChatWriter:
             deltas = [{"content": event.text}] if event.text else []
         else:
             pieces = parser.feed(event.text) + (parser.close() if event.finish_reason else [])
-            deltas = [_delta_of(piece, self._new_id) for piece in pieces]
+            deltas = [_delta_of(piece, self._new_call_id) for piece in pieces]
         if event.reasoning:
             deltas.insert(0, {"reasoning_content": event.reasoning})
         logprobs = chat_logprobs(event.tokens) if self._has_logprobs and event.tokens else None
@@ -227,11 +229,11 @@ def _chunk(index: int, delta: dict[str, Any], logprobs: Any = None) -> Part:
     return {"choices": [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}]}
 
 
-def _delta_of(piece: Piece, new_id: Callable[[], str]) -> dict[str, Any]:
+def _delta_of(piece: Piece, new_call_id: Callable[[], str]) -> dict[str, Any]:
     if isinstance(piece, str):
         return {"content": piece}
     if piece.name is None:
         return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.arguments}}]}
     function = {"name": piece.name, "arguments": piece.arguments}
-    call_id = _call_id(new_id)
+    call_id = new_call_id()
     return {"tool_calls": [{"index": piece.index, "id": call_id, "type": "function", "function": function}]}

@@ -9,10 +9,11 @@ from pydantic_core import PydanticCustomError
 
 from ensemble_server.ensembles.label_probabilities import Normalisation
 from ensemble_server.server.config.problems import nearest
-from ensemble_server.server.requests.messages import ChatMessage, Part
+from ensemble_server.server.requests.messages import Conversation, Part
 from ensemble_server.server.requests.protocol import TokenId
 
 MAX_LABELS = 128
+MAX_PROMPT_TOKENS = 1_000_000
 
 
 def _distinct(labels: list[str]) -> list[str]:
@@ -24,13 +25,13 @@ def _distinct(labels: list[str]) -> list[str]:
 
 
 Labels = Annotated[list[str], Field(min_length=2, max_length=MAX_LABELS), AfterValidator(_distinct)]
-RawPrompt = str | Annotated[list[TokenId], Field(min_length=1)]
+RawPrompt = str | Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
 
 
 class Prompted(Part):
     """Exactly one of a chat and a raw prompt; `input` is another name for `prompt`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Conversation | None = None
     prompt: RawPrompt | None = None
     input: RawPrompt | None = None
 

@@ -20,10 +20,10 @@ from ensemble_server.server.requests.generation import (
     prompt_tokens_kept,
     sampling_of,
 )
-from ensemble_server.server.requests.logprobs import completion_logprobs, prompt_logprobs
+from ensemble_server.server.requests.logprobs import TextOffsets, completion_logprobs, prompt_logprobs
 from ensemble_server.server.requests.models import requested_model
 from ensemble_server.server.requests.protocol import CompletionBody, Prompt
-from ensemble_server.server.requests.responses import Completion, CompletionChoice
+from ensemble_server.server.requests.responses import Completion, CompletionChoice, CompletionLogprobs
 from ensemble_server.server.requests.structured_output import requested_grammar
 from ensemble_server.server.requests.terms import Terms
 
@@ -98,6 +98,8 @@ class Layout:
     has_token_ids: bool
     explain: bool
     texts: tuple[str, ...]  # of the prompts; only if has_echo
+    special_ids: frozenset[int]
+    skips_special_tokens: bool
 
     @staticmethod
     def of(body: CompletionBody, requests: list[GenerationRequest], surface: Surface | None) -> Layout:
@@ -111,7 +113,18 @@ class Layout:
             has_token_ids=bool(body.return_token_ids),
             explain=explain,
             texts=tuple(_text(prompt, surface) for prompt in body.prompt) if body.echo else (),
+            special_ids=frozenset() if surface is None else surface.special_ids,
+            skips_special_tokens=requests[0].sampling.skip_special_tokens,
         )
+
+    def echo_offsets(self, place: int) -> TextOffsets:
+        """Of the tokens of prompt `place`, which stand at the head of the text."""
+        return TextOffsets(hidden=self.special_ids, echo=self.texts[place])
+
+    def new_offsets(self, place: int) -> TextOffsets:
+        """Of the tokens that are written after prompt `place`."""
+        hidden = self.special_ids if self.skips_special_tokens else frozenset()
+        return TextOffsets(len(self.texts[place]) if self.has_echo else 0, hidden=hidden)
 
 
 def _text(prompt: Prompt, surface: Surface | None) -> str:
@@ -165,8 +178,9 @@ def completion_choice(place: int, answer: PromptAnswer, choice: Choice, layout: 
     scored = answer.prompt.tokens if layout.has_echo and answer.prompt is not None else ()
     logprobs = None
     if layout.has_logprobs:
-        offset = 0 if scored else len(echo)
-        logprobs = completion_logprobs([*scored, *choice.tokens], offset=offset, explain=layout.explain)
+        logprobs = completion_logprobs(choice.tokens, layout.new_offsets(place), explain=layout.explain)
+        if scored:
+            logprobs = joined(completion_logprobs(scored, layout.echo_offsets(place), explain=layout.explain), logprobs)
     assert choice.finish_reason is not None, "every choice ends with a finish_reason"
     shown: CompletionChoice = {
         "index": place * layout.n + choice.index,
@@ -184,13 +198,26 @@ def completion_choice(place: int, answer: PromptAnswer, choice: Choice, layout: 
     return shown
 
 
+def joined(first: CompletionLogprobs, then: CompletionLogprobs) -> CompletionLogprobs:
+    """The lists of `first`, with those of `then` behind them."""
+    both: CompletionLogprobs = {
+        "tokens": first["tokens"] + then["tokens"],
+        "token_logprobs": first["token_logprobs"] + then["token_logprobs"],
+        "top_logprobs": first["top_logprobs"] + then["top_logprobs"],
+        "text_offset": first["text_offset"] + then["text_offset"],
+    }
+    if "content" in first and "content" in then:
+        both["content"] = first["content"] + then["content"]
+    return both
+
+
 class CompletionWriter:
     """The chunks of a completion. An echo is the first chunk of each choice."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._begun: set[int] = set()  # prompts
-        self._offsets: dict[int, int] = {}  # choice -> where its next token begins in its text, in characters
+        self._offsets: dict[int, TextOffsets] = {}  # of each choice
 
     def parts(self, place: int, event: PromptScored | Delta) -> Iterator[Part]:
         if place not in self._begun:
@@ -207,20 +234,18 @@ class CompletionWriter:
         for index in range(place * layout.n, (place + 1) * layout.n):
             logprobs = None
             if layout.has_echo and layout.has_logprobs and prompt is not None and prompt.tokens:
-                logprobs = completion_logprobs(prompt.tokens, offset=0, explain=layout.explain)
+                logprobs = completion_logprobs(prompt.tokens, layout.echo_offsets(place), explain=layout.explain)
             part = _chunk(index, text, logprobs)
             if layout.has_token_ids and prompt is not None:
                 part["choices"][0]["prompt_token_ids"] = prompt.token_ids
-            self._offsets[index] = sum(len(token.text) for token in prompt.tokens) if logprobs and prompt else len(text)
             yield part
 
     def _delta_part(self, place: int, event: Delta) -> Part:
         index = place * self._layout.n + event.index
         logprobs = None
         if self._layout.has_logprobs and event.tokens:
-            offset = self._offsets.get(index, 0)
-            logprobs = completion_logprobs(event.tokens, offset=offset, explain=self._layout.explain)
-            self._offsets[index] = offset + sum(len(token.text) for token in event.tokens)
+            offsets = self._offsets.setdefault(index, self._layout.new_offsets(place))
+            logprobs = completion_logprobs(event.tokens, offsets, explain=self._layout.explain)
         part = _chunk(index, event.text, logprobs)
         choice = part["choices"][0]
         if event.finish_reason:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ensemble_server.server.weights.view import Surface
 
 MAX_EXPLAIN_TOP = 20
+LEAST_TOP_P = 1e-9  # what 0 asks for: the likeliest token alone
 
 # --- what is asked -----------------------------------------------------------------------------------------------
 
@@ -90,7 +91,7 @@ def sampling_of(body: ChatBody | CompletionBody, grammar: Grammar | None, surfac
     return Sampling(
         max_tokens=max_tokens,
         temperature=_or(body.temperature, 1.0),
-        top_p=_or(body.top_p, 1.0),
+        top_p=max(_or(body.top_p, 1.0), LEAST_TOP_P),
         top_k=max(0, body.top_k or 0),
         min_p=body.min_p or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
@@ -98,7 +99,7 @@ def sampling_of(body: ChatBody | CompletionBody, grammar: Grammar | None, surfac
         repetition_penalty=_or(body.repetition_penalty, 1.0),
         logit_bias=_logit_bias(body.logit_bias or {}, surface),
         seed=body.seed,
-        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+        stop=_stop_strings(body.stop),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         include_stop_str_in_output=bool(body.include_stop_str_in_output),
         min_tokens=min_tokens,
@@ -121,6 +122,11 @@ def prompt_tokens_kept(body: ChatBody | CompletionBody, model: Model) -> int | N
             param="truncate_prompt_tokens",
         )
     return max(1, model.max_model_len - (body.max_new_tokens or 1))
+
+
+def _stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
+    """Without empty ones, which front ends send for a field that was left empty."""
+    return tuple(text for text in ([stop] if isinstance(stop, str) else stop or ()) if text)
 
 
 def _or(value: Any, default: Any) -> Any:

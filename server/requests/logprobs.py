@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Sequence
 
 from ensemble_server.ensembles.base import MemberToken, PromptScored, TokenLogprob
@@ -58,17 +59,44 @@ def _alternative(token: TokenLogprob) -> AlternativeObject:
     return {"token": token.text, "logprob": finite(token.logprob), "bytes": list(token.bytes)}
 
 
-def completion_logprobs(tokens: Sequence[TokenLogprob], *, offset: int, explain: bool) -> CompletionLogprobs:
-    """`tokens` as parallel lists; `offset` is where the first of them begins in the choice's text, in characters."""
+class TextOffsets:
+    """Where tokens, one after the other, begin in a choice's text, in characters.
+
+    A token that continues a character begins where that character does. `start`: where the first one begins. `hidden`:
+    tokens that the text leaves out. `echo`: the text from `start` on, if it is a prompt: special tokens that were added
+    to it are not in it, and a SentencePiece tokenizer puts a space before its first word.
+    """
+
+    def __init__(self, start: int = 0, *, hidden: frozenset[int] = frozenset(), echo: str | None = None) -> None:
+        self._start = start
+        self._place = start
+        self._hidden = hidden
+        self._echo = echo
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def next(self, token: TokenLogprob) -> int:
+        place = self._place
+        piece = token.bytes
+        if token.token_id in self._hidden and not (self._echo and self._is_echoed(piece.decode(errors="replace"))):
+            return place
+        text = self._decoder.decode(piece)
+        if self._echo is not None and place == self._start and text[:1] == " " and not self._is_echoed(text):
+            text = text[1:]
+        self._place += len(text)
+        return place
+
+    def _is_echoed(self, text: str) -> bool:
+        return self._echo is not None and self._echo.startswith(text, self._place - self._start)
+
+
+def completion_logprobs(tokens: Sequence[TokenLogprob], offsets: TextOffsets, *, explain: bool) -> CompletionLogprobs:
+    """`tokens` as parallel lists; `offsets` goes on behind them."""
     lists: CompletionLogprobs = {
         "tokens": [legacy_text(token) for token in tokens],
         "token_logprobs": [None if token.logprob is None else finite(token.logprob) for token in tokens],
         "top_logprobs": [_legacy_top(token) for token in tokens],
-        "text_offset": [],
+        "text_offset": [offsets.next(token) for token in tokens],
     }
-    for token in tokens:
-        lists["text_offset"].append(offset)
-        offset += len(token.text)
     if explain:
         lists["content"] = [token_object(token) for token in tokens if token.logprob is not None]
     return lists

@@ -6,6 +6,7 @@ refused by name: no model here reads images, audio or files.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,12 @@ from pydantic_core import PydanticCustomError, from_json
 
 from ensemble_server.ensembles.base import Message
 from ensemble_server.ensembles.errors import RequestError
+
+# What one body may hold. The first wrong item of a list ends its check: the others would only be counted.
+MAX_MESSAGES = 16_384
+MAX_PARTS = 4096
+MAX_CALLS = 1024
+MAX_TOOLS = 128
 
 
 class Part(BaseModel):
@@ -44,8 +51,14 @@ class TextPart(Part):
     text: str
 
 
+_TextPart = Annotated[TextPart, BeforeValidator(_text_part)]
 Content = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[Annotated[TextPart, BeforeValidator(_text_part)]], Tag("parts")],
+    Annotated[str, Tag("text")]
+    | Annotated[
+        list[Annotated[TextPart, BeforeValidator(_text_part)]],
+        Field(max_length=MAX_PARTS, fail_fast=True),
+        Tag("parts"),
+    ],
     Discriminator(lambda value: "parts" if isinstance(value, list) else "text"),
 ]
 
@@ -64,7 +77,7 @@ class UserMessage(Part):
 
 class CalledFunction(Part):
     name: str
-    arguments: str = Field(description="a JSON object, as text")
+    arguments: str | None = Field(default=None, description="a JSON object as text, or its beginning; empty: none")
 
 
 class MadeToolCall(Part):
@@ -74,19 +87,12 @@ class MadeToolCall(Part):
 
 
 class AssistantMessage(Part):
-    model_config = ConfigDict(
-        json_schema_extra={
-            "anyOf": [
-                {"required": ["content"], "properties": {"content": {"type": ["string", "array"]}}},
-                {"required": ["tool_calls"], "properties": {"tool_calls": {"type": "array", "minItems": 1}}},
-            ]
-        }
-    )
+    """Nothing at all may have been said: an answer of no tokens comes back as null or an empty text."""
 
     role: Literal["assistant"]
     content: Content | None = None
     name: str | None = None
-    tool_calls: list[MadeToolCall] | None = None
+    tool_calls: Annotated[list[MadeToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
 
 
 class ToolMessage(Part):
@@ -96,6 +102,7 @@ class ToolMessage(Part):
 
 
 ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+Conversation = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class FunctionDefinition(Part):
@@ -120,6 +127,7 @@ class Tool(Part):
 
 
 ChatTool = Annotated[Tool, BeforeValidator(_function_tool)]
+Tools = Annotated[list[ChatTool], Field(max_length=MAX_TOOLS, fail_fast=True)]
 
 
 class FunctionName(Part):
@@ -149,8 +157,6 @@ def _template_message(place: int, message: ChatMessage) -> dict[str, Any]:
     match message:
         case AssistantMessage(tool_calls=[_, *_] as calls):
             plain["tool_calls"] = [_call(f"{at}.tool_calls[{index}]", call) for index, call in enumerate(calls)]
-        case AssistantMessage(content=None):
-            raise RequestError(f"{at}: an assistant's message needs content or tool_calls", param=f"{at}.content")
         case ToolMessage():
             plain["tool_call_id"] = message.tool_call_id
     if name := getattr(message, "name", None):
@@ -165,11 +171,22 @@ def _text(content: str | list[TextPart] | None) -> str:
 
 
 def _call(at: str, call: MadeToolCall) -> dict[str, Any]:
+    function = {"name": call.function.name, "arguments": _arguments(at, call.function.arguments or "")}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _arguments(at: str, text: str) -> str:
+    """A JSON object. What max_tokens cut off is kept as far as it goes: '{"a": "on' -> '{"a": "on"}'"""
+    if not text.strip():
+        return "{}"
     try:
-        arguments = from_json(call.function.arguments)
+        arguments = from_json(text)
     except ValueError as exc:
-        raise RequestError(f"{at}: arguments must be JSON: {exc}", param=f"{at}.function.arguments") from exc
+        try:
+            arguments = from_json(text, allow_partial="trailing-strings")
+        except ValueError:
+            raise RequestError(f"{at}: arguments must be JSON: {exc}", param=f"{at}.function.arguments") from exc
+        text = json.dumps(arguments, ensure_ascii=False)
     if not isinstance(arguments, dict):
         raise RequestError(f"{at}: arguments must be a JSON object", param=f"{at}.function.arguments")
-    function = {"name": call.function.name, "arguments": call.function.arguments}
-    return {"id": call.id, "type": "function", "function": function}
+    return text

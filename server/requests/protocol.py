@@ -8,30 +8,47 @@ the client is told (`x-ignored-parameters`), unless `server.strict_params` refus
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Discriminator, Field, JsonValue, PlainValidator, Tag
+from pydantic import BaseModel, Discriminator, Field, JsonValue, PlainValidator, Tag, WrapValidator
 
 from ensemble_server.ensembles.errors import RequestError, UnsupportedError
 from ensemble_server.server.config.problems import nearest
 from ensemble_server.server.requests.errors import shortened
-from ensemble_server.server.requests.messages import WHOLE, ChatMessage, ChatTool, Part, ToolChoice, is_integer
+from ensemble_server.server.requests.messages import WHOLE, Conversation, Part, ToolChoice, Tools, is_integer
 
 logger = logging.getLogger(__name__)
 
 MAX_PROMPTS = 1024
 MAX_EMBEDDING_INPUTS = 2048
 MAX_INT = 2**31 - 1
+MAX_BIASES = 65_536
+MAX_STOP_TOKENS = 4096
 
 Count = Annotated[int, Field(ge=1, le=MAX_INT), WHOLE]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT), WHOLE]
-StopString = Annotated[str, Field(min_length=1)]
+NewTokens = Annotated[Literal[-1] | Count, Field(description="-1: as many as fit")]
+Text = Annotated[str, Field(min_length=1)]
 Stop = Annotated[
-    Annotated[StopString, Tag("one")] | Annotated[list[StopString], Field(max_length=64), Tag("several")],
+    Annotated[str, Tag("one")] | Annotated[list[str], Field(max_length=64), Tag("several")],
     Discriminator(lambda value: "several" if isinstance(value, list) else "one"),
 ]
 Prompt = str | tuple[int, ...]
+LogitBias = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_BIASES),
+    WrapValidator(lambda value, check: first_checked(value, check, MAX_BIASES)),
+]
+
+
+def first_checked(value: Any, check: Callable[[Any], Any], limit: int) -> Any:
+    """What `check` makes of an object with at most `limit` keys; the first wrong one ends it, as in lists."""
+    if not isinstance(value, dict):
+        return check(value)
+    if len(value) > limit:
+        raise ValueError(f"may have {limit} keys, got {len(value)}")
+    return {name: item for key, sent in value.items() for name, item in check({key: sent}).items()}
 
 
 def _prompts(value: Any) -> list[Prompt]:
@@ -93,6 +110,9 @@ class JSONSchemaFormat(Part):
 class ResponseFormat(Part):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchemaFormat | None = None
+    schema_: dict[str, JsonValue] | None = Field(
+        default=None, alias="schema", description="another place for json_schema.schema"
+    )
 
 
 class StructuredOutputs(Part):
@@ -101,7 +121,7 @@ class StructuredOutputs(Part):
     json_: dict[str, JsonValue] | str | None = Field(default=None, alias="json", description="a JSON schema")
     json_object: bool | None = None
     regex: str | None = None
-    choice: Annotated[list[StopString], Field(min_length=1, max_length=1000)] | None = None
+    choice: Annotated[list[Text], Field(min_length=1, max_length=1000)] | None = None
 
 
 class GenerationBody(Part):
@@ -112,18 +132,16 @@ class GenerationBody(Part):
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=128), WHOLE] | None = None
     temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_p: float | None = Field(default=None, ge=0, le=1)
     top_k: Annotated[int, Field(ge=-1, le=MAX_INT), WHOLE] | None = Field(default=None, description="-1 and 0 are off")
     min_p: float | None = Field(default=None, ge=0, le=1)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=10)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        default=None, description="token id, as text, -> logits that are added"
-    )
+    logit_bias: LogitBias | None = Field(default=None, description="token id, as text, -> logits that are added")
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), WHOLE] | None = None
-    stop: Stop | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop: Stop | None = Field(default=None, description="an empty text stops nothing")
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS, fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_INT), WHOLE] | None = None
     ignore_eos: bool | None = None
@@ -143,34 +161,39 @@ class GenerationBody(Part):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = Field(default=None, description="wins over max_tokens")
+    messages: Conversation
+    max_tokens: NewTokens | None = None
+    max_completion_tokens: NewTokens | None = Field(default=None, description="wins over max_tokens")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
-    tools: Annotated[list[ChatTool], Field(min_length=1, max_length=128)] | None = None
+    tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
     @property
     def max_new_tokens(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        """None: as many as fit."""
+        wanted = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return None if wanted == -1 else wanted
 
 
 class CompletionBody(GenerationBody):
     """POST /v1/completions"""
 
     prompt: Prompts
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT), WHOLE] | None = Field(
-        default=None, description="0 needs echo: score the prompt only"
+    max_tokens: Annotated[int, Field(ge=-1, le=MAX_INT), WHOLE] | None = Field(
+        default=None, description="0 needs echo: score the prompt only; -1: as many as fit"
     )
     logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = Field(default=None, description="false: text prompts are encoded without them")
 
     @property
-    def max_new_tokens(self) -> int:
-        return 16 if self.max_tokens is None else self.max_tokens
+    def max_new_tokens(self) -> int | None:
+        """None: as many as fit."""
+        if self.max_tokens is None:
+            return 16
+        return None if self.max_tokens == -1 else self.max_tokens
 
 
 # --- parameters that are not fields -------------------------------------------------------------------------------

@@ -39,14 +39,15 @@ def _of_response_format(wanted: ResponseFormat) -> Grammar | None:
     match wanted.type:
         case "text":
             return None
-        case "json_object":
+        case "json_object" if wanted.schema_ is None:
             return Grammar("json_object")
-        case "json_schema":
-            if wanted.json_schema is None or wanted.json_schema.schema_ is None:
+        case "json_object" | "json_schema":
+            schema = wanted.schema_ if wanted.json_schema is None else wanted.json_schema.schema_
+            if schema is None:
                 raise RequestError(
                     "response_format: type json_schema needs json_schema.schema", param="response_format.json_schema"
                 )
-            return Grammar("json_schema", json.dumps(wanted.json_schema.schema_))
+            return Grammar("json_schema", json.dumps(schema))
 
 
 def _of_structured_outputs(wanted: StructuredOutputs) -> Grammar:

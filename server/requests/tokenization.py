@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Discriminator, Field, Tag
 
 from ensemble_server.ensembles.errors import RequestError, UnsupportedError
-from ensemble_server.server.requests.messages import ChatMessage, ChatTool, Part, template_messages
+from ensemble_server.server.requests.messages import Conversation, Part, Tools, template_messages
 from ensemble_server.server.requests.models import requested_model
 from ensemble_server.server.requests.protocol import TokenId
 from ensemble_server.server.requests.responses import DetokenizedText, Tokens
@@ -28,8 +28,8 @@ class TokenizeText(Part):
 
 class TokenizeChat(Part):
     model: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    tools: list[ChatTool] | None = None
+    messages: Conversation
+    tools: Tools | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
 
@@ -46,7 +46,7 @@ TokenizeBody = Annotated[
 
 class DetokenizeBody(Part):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 def requested_surface(hosting: Hosting, name: str | None) -> tuple[str, Surface]:
@@ -104,4 +104,4 @@ async def detokenized(body: DetokenizeBody, hosting: Hosting) -> DetokenizedText
         raise RequestError(
             f"tokens: id {max(body.tokens)} is outside the vocabulary of {surface.vocab_size}", param="tokens"
         )
-    return {"prompt": await asyncio.to_thread(surface.decode, body.tokens)}
+    return {"prompt": await asyncio.to_thread(surface.tokenizer.decode, body.tokens)}

@@ -42,7 +42,7 @@ def tool_use(body: ChatBody, surface: Surface | None, model_name: str) -> ToolUs
     """
     choice = body.tool_choice or "auto"
     if not body.tools:
-        if body.tool_choice not in (None, "none"):
+        if body.tool_choice not in (None, "none", "auto"):
             raise RequestError("tool_choice needs tools", param="tool_choice")
         return None
     if choice == "none":

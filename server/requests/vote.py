@@ -31,7 +31,7 @@ class VoteBody(Part):
 
     candidates: Annotated[
         list[Annotated[VoteCandidate, BeforeValidator(_as_candidate, json_schema_input_type=str | VoteCandidate)]],
-        Field(min_length=1, max_length=MAX_CANDIDATES),
+        Field(min_length=1, max_length=MAX_CANDIDATES, fail_fast=True),
     ]
     similarity: SimilarityBlend = Field(
         default={"rouge_l_word": 1.0}, description="what makes two answers alike: a name, a list, or a map to weights"

@@ -53,7 +53,12 @@ class Vocabulary:
         return frozenset(marked) | frozenset(self.tokenizer.all_special_ids)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        """A text that begins with the beginning-of-text token, as rendered chats do, does not get a second one."""
+        token_ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        bos = self.tokenizer.bos_token_id
+        if add_special_tokens and bos is not None and token_ids[:2] == [bos, bos]:
+            del token_ids[0]
+        return token_ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of `token_ids`, as a stream of them yields it; bytes that are no UTF-8 become U+FFFD."""

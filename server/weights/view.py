@@ -6,6 +6,7 @@ are in its terms.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,25 @@ class Surface(Vocabulary):
             return False
         return _MARK in text
 
+    @cached_property
+    def call_id_length(self) -> int | None:
+        """How many letters and digits the template wants in the id of a tool call (Mistral's wants 9); None for any."""
+        for length in (None, 9):
+            call_id = _short_id("x", length) if length else "call_0123456789abcdef01234567"
+            call = {"id": call_id, "type": "function", "function": {"name": "f", "arguments": {}}}
+            try:
+                self._text_of(
+                    [
+                        {"role": "user", "content": "?"},
+                        {"role": "assistant", "content": "", "tool_calls": [call]},
+                        {"role": "tool", "tool_call_id": call_id, "name": "f", "content": "!"},
+                    ]
+                )
+            except Exception:  # as above
+                continue
+            return length
+        return None
+
     @property
     def has_chat_template(self) -> bool:
         return self.chat_template is not None
@@ -100,6 +120,8 @@ class Surface(Vocabulary):
                 conversation[0]["content"] = f"{self.system_prompt}\n\n{conversation[0]['content']}"
             else:
                 conversation.insert(0, {"role": "system", "content": self.system_prompt})
+        if any("tool_calls" in message for message in conversation) and (length := self.call_id_length):
+            _shorten_call_ids(conversation, length)
         if any(message["role"] == "system" for message in conversation) and not self.has_system_role:
             conversation = _without_system_role(conversation)
         try:
@@ -154,6 +176,22 @@ def _for_template(message: Message) -> dict[str, Any]:
             for call in calls
         ]
     return copy
+
+
+def _shorten_call_ids(conversation: Sequence[dict[str, Any]], length: int) -> None:
+    """Ids are names that a conversation agrees on, so another form of them says the same."""
+    for message in conversation:
+        if calls := message.get("tool_calls"):
+            message["tool_calls"] = [{**call, "id": _short_id(call["id"], length)} for call in calls]
+        if "tool_call_id" in message:
+            message["tool_call_id"] = _short_id(message["tool_call_id"], length)
+
+
+def _short_id(call_id: str, length: int) -> str:
+    """`call_id` if it is that many letters and digits already, else what always stands for it."""
+    if len(call_id) == length and call_id.isascii() and call_id.isalnum():
+        return call_id
+    return hashlib.sha256(call_id.encode()).hexdigest()[:length]
 
 
 def _without_system_role(conversation: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

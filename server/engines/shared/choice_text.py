@@ -43,6 +43,10 @@ class ChoiceText:
         self._stop_token_ids = frozenset(sampling.stop_token_ids)
         self._stream = TextStream(vocabulary, skip_special_tokens=sampling.skip_special_tokens)
         self._stops = StopStrings(sampling.stop, include=sampling.include_stop_str_in_output)
+        # Special tokens that are left out of the text are met as tokens, where a stop string is one of them.
+        hidden = vocabulary.special_ids if sampling.skip_special_tokens and sampling.stop else frozenset()
+        ids = {vocabulary.token_ids.get(stop): stop for stop in sampling.stop} if hidden else {}
+        self._stop_tokens = {token_id: stop for token_id, stop in ids.items() if token_id in hidden}
 
     def add_piece(self, token_id: int | None, data: bytes, report: TokenLogprob | None = None) -> Delta:
         """What bytes show that are known by themselves, and the token that they are (None: they are no whole one)."""
@@ -60,6 +64,8 @@ class ChoiceText:
             return self._last("stop", None)
         if token_id in self._stop_token_ids:
             return self._last("stop", token_id)
+        if token_id in self._stop_tokens and self.num_generated >= self._min_tokens:
+            return self._last("stop", self._stop_tokens[token_id])
         self.last_token = token_id
         return self._shown(self._stream.add(token_id), (token_id,), report, is_complete=is_complete)
 

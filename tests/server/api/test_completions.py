@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from ensemble_server.ensembles.base import Done, MemberUsage, PromptScored, TokenLogprob, Usage
 from ensemble_server.server.engines.scripted_engine import LOGPROB, Script, ScriptedModel
 from ensemble_server.server.requests import responses
-from ensemble_server.server.requests.logprobs import completion_logprobs
+from ensemble_server.server.requests.logprobs import TextOffsets, completion_logprobs
 from tests.server.api.conftest import asgi_client, events_of
 
 OURS = TypeAdapter(responses.Completion)
@@ -197,23 +197,25 @@ def token(token_id: int, raw: bytes, logprob: float, *top: TokenLogprob) -> Toke
 def test_tokens_that_look_alike_do_not_hide_each_other():
     """The largest value must be the likeliest token's: whether a token was the greedy choice is read from it."""
     chosen, likelier = token(7, b"a", -2.0), token(8, b"a", -0.5)
-    listed = completion_logprobs([token(7, b"a", -2.0, likelier, chosen)], offset=0, explain=False)
+    listed = completion_logprobs([token(7, b"a", -2.0, likelier, chosen)], TextOffsets(), explain=False)
     assert listed["top_logprobs"] == [{"a": -2.0, "token_id:8": -0.5}]
 
 
 def test_parts_of_characters_are_written_as_bytes():
-    listed = completion_logprobs([token(1, b"\xe2\x82", -1.0, token(2, b"\xe2\x83", -0.5))], offset=0, explain=False)
+    listed = completion_logprobs(
+        [token(1, b"\xe2\x82", -1.0, token(2, b"\xe2\x83", -0.5))], TextOffsets(), explain=False
+    )
     assert listed["tokens"] == ["bytes:\\xe2\\x82"]
     assert listed["top_logprobs"] == [{"bytes:\\xe2\\x82": -1.0, "bytes:\\xe2\\x83": -0.5}]
 
 
 def test_the_chosen_token_is_listed_even_if_it_is_not_among_the_likeliest():
-    listed = completion_logprobs([token(1, b"x", -9.0, token(2, b"y", -0.1))], offset=0, explain=False)
+    listed = completion_logprobs([token(1, b"x", -9.0, token(2, b"y", -0.1))], TextOffsets(), explain=False)
     assert listed["top_logprobs"] == [{"x": -9.0, "y": -0.1}]
 
 
 def test_impossible_tokens_have_a_number_that_json_knows():
-    listed = completion_logprobs([token(1, b"x", -math.inf)], offset=0, explain=False)
+    listed = completion_logprobs([token(1, b"x", -math.inf)], TextOffsets(), explain=False)
     assert listed["token_logprobs"] == [-9999.0]
 
 

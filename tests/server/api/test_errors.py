@@ -126,7 +126,7 @@ async def test_a_large_wrong_body_gets_a_small_answer(host):
         response = await client.post("/v1/chat/completions", json=wrong)
     assert response.status_code == 400
     assert len(response.content) < 2 * MAX_MESSAGE_CHARS
-    assert "and 490 more" in response.json()["error"]["message"] or response.json()["error"]["message"].endswith("…")
+    assert response.json()["error"]["message"].startswith("messages[0]")  # the first error ends the check
 
 
 async def test_a_name_chosen_by_the_client_is_repeated_in_part_only(host):

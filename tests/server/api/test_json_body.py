@@ -94,7 +94,7 @@ async def test_a_client_that_leaves_while_it_sends_is_no_error_of_the_server(hos
     caplog.set_level(logging.INFO)
     async with live_server(host()) as url:
         _, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
-        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         writer.write(f"{head}content-length: 100\r\n\r\n{{".encode())
         await writer.drain()
         await asyncio.sleep(0.05)

@@ -27,7 +27,9 @@ async def test_a_name_that_was_bent_to_this_machine_is_refused(host, name):
     assert "has no keys" in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1"])
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "null", "http://127.0.0.1.evil.example", "http://localhost@evil.example"]
+)
 async def test_pages_of_other_sites_may_not_send(host, origin):
     async with live_server(host()) as url, httpx.AsyncClient() as client:
         answer = await client.post(f"{url}/v1/chat/completions", json=BODY, headers={"origin": origin})
@@ -60,3 +62,25 @@ def test_where_keys_or_a_network_guard_the_door_hosts_are_not_asked(monkeypatch)
     assert local_only(app, "127.0.0.1", ServerConfig(api_keys_env="SOME_KEYS")) is app
     assert local_only(app, "127.0.0.1", ServerConfig(cors_origins=("*",))) is app
     assert isinstance(local_only(app, "127.0.0.1", ServerConfig(api_keys_env="NO_SUCH_KEYS")), LocalOnly)
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://localhost:5173", "https://localhost", "http://127.0.0.1:1", "http://[::1]:80"]
+)
+async def test_pages_of_this_machine_may_ask_unless_origins_are_named(host, origin):
+    preflight = {"origin": origin, "access-control-request-method": "POST"}
+    async with live_server(host()) as url, httpx.AsyncClient() as client:
+        allowed = await client.options(f"{url}/v1/chat/completions", headers=preflight)
+        answer = await client.post(f"{url}/v1/chat/completions", json=BODY, headers={"origin": origin})
+    assert (allowed.status_code, answer.status_code) == (200, 200)
+    assert allowed.headers["access-control-allow-origin"] == answer.headers["access-control-allow-origin"] == origin
+    async with live_server(host({"cors_origins": ("https://friend.example",)})) as url, httpx.AsyncClient() as client:
+        answer = await client.post(f"{url}/v1/chat/completions", json=BODY, headers={"origin": origin})
+    assert answer.status_code == 403
+
+
+async def test_pages_of_strangers_are_not_told_that_they_may_read(host):
+    for server in ({}, {"api_keys": ("key",)}):
+        async with live_server(host(server)) as url, httpx.AsyncClient() as client:
+            answer = await client.get(f"{url}/health", headers={"origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in answer.headers

@@ -6,7 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ensemble_server.server.engines.transformers_engine import packed_linear
-from ensemble_server.server.engines.transformers_engine.packed_linear import PackedLinear, pack_linears
+from ensemble_server.server.engines.transformers_engine.packed_linear import PackedLinear, pack_linears, padded
 
 
 @pytest.fixture(autouse=True)
@@ -14,7 +14,7 @@ def repeatable() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 3, 16, 100])
+@pytest.mark.parametrize("rows", [0, 1, 3, 16, 65, 100])
 @pytest.mark.parametrize("layer", [nn.Linear(32, 48), nn.Linear(48, 7, bias=False), Conv1D(48, 32)], ids=str)
 def test_a_packed_layer_computes_what_the_layer_does(layer: nn.Module, rows: int) -> None:
     model = nn.Sequential(layer)
@@ -24,6 +24,14 @@ def test_a_packed_layer_computes_what_the_layer_does(layer: nn.Module, rows: int
     assert isinstance(model[0], PackedLinear)
     with torch.inference_mode():
         torch.testing.assert_close(model(x), expected.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_many_numbers_of_rows_are_computed_as_few() -> None:
+    """Each is compiled, and kept, on its own."""
+    sizes = [padded(rows) for rows in range(1, 2049)]
+    assert sizes[:64] == list(range(1, 65))
+    assert all(rows <= size <= rows * 1.125 for rows, size in enumerate(sizes, start=1))
+    assert len(set(sizes)) == 64 + 5 * 8
 
 
 def test_a_strided_input_is_read_rightly() -> None:

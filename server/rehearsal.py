@@ -21,6 +21,7 @@ from ensemble_server.server.engines.vllm_engine.one_prompt import check_one_mode
 from ensemble_server.server.weights.devices import resolve_device
 from ensemble_server.server.weights.embeddings import SentenceEmbedder, check_embedder
 from ensemble_server.server.weights.member_views import MemberFiles, MemberView, read_member_files
+from ensemble_server.server.weights.quantisation import check_quantisation
 from ensemble_server.server.weights.reranking import CrossEncoderReranker, check_cross_encoder
 from ensemble_server.server.weights.spelled_vocabulary import averaged_over
 
@@ -58,7 +59,9 @@ def rehearse(config: Config, *, may_download: bool = True) -> Rehearsal:
             if isinstance(model, RemoteModel):
                 parts[name] = RemoteChat(name, model)
             elif isinstance(model, HostedModel) and model.path is not None and not runs_on_vllm:
-                resolve_device(model.device)
+                device = resolve_device(model.device)
+                if name in files.checkpoints:
+                    check_quantisation(files.checkpoints[name], device)
         except ConfigError as exc:
             failures.setdefault(name, exc)
     refused, ensembles = _rehearsed_ensembles(config, parts)

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.weights.quantisation import quantisation_of
 
 
 def load_causal_lm(folder: Path, *, device: str | None = None, **settings: Any) -> PreTrainedModel:
@@ -15,6 +16,8 @@ def load_causal_lm(folder: Path, *, device: str | None = None, **settings: Any) 
 
     Raises `ModelLoadError` if the folder cannot be loaded or lacks weights; the caller knows the member's name.
     """
+    if device is not None and quantisation_of(folder) is not None:  # such weights are made on their device
+        settings, device = {**settings, "device_map": {"": device}}, None
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, **settings

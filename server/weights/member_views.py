@@ -15,6 +15,7 @@ from ensemble_server.server.config.blocks import HostedModel
 from ensemble_server.server.weights.adapters import check_adapter
 from ensemble_server.server.weights.checkpoint_facts import id_set, max_positions
 from ensemble_server.server.weights.checkpoints import resolve_checkpoint
+from ensemble_server.server.weights.quantisation import quantisation_of
 from ensemble_server.server.weights.tokenizer import load_tokenizer
 from ensemble_server.server.weights.view import Surface, member_surface
 
@@ -91,6 +92,7 @@ class _Checkpoint:
     vocab_size: int
     max_positions: int | None
     eos_ids: frozenset[int]
+    is_quantised: bool
 
     @classmethod
     def read(cls, folder: Path) -> _Checkpoint:
@@ -101,7 +103,8 @@ class _Checkpoint:
             config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
             file = folder / "generation_config.json"
             eos = json.loads(file.read_bytes()).get("eos_token_id") if file.is_file() else config.eos_token_id
-            return cls(surface, config.vocab_size, max_positions(config), id_set(eos))
+            is_quantised = quantisation_of(folder) is not None
+            return cls(surface, config.vocab_size, max_positions(config), id_set(eos), is_quantised)
         except Exception as exc:  # configs are classes of transformers: damage comes as a dozen types
             raise ModelLoadError(
                 f"the config of {folder} cannot be read ({type(exc).__name__}: {exc}); is it of an architecture "
@@ -114,6 +117,11 @@ def _view(name: str, models: Mapping[str, HostedModel], checkpoint: _Checkpoint,
     adapter = models[name].adapter
     if adapter is not None:
         check_adapter(name, Path(adapter))
+        if checkpoint.is_quantised:
+            raise ModelLoadError(
+                f"adapter {name!r} stands on quantised weights, which cannot be shared by rows with and without it; "
+                "merge it into unquantised weights, or take those as its base"
+            )
     return MemberView(
         name,
         member_surface(name, models, tokenizer),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from ensemble_server.ensembles.base import Grammar
@@ -16,6 +17,10 @@ MAX_SOURCE_CHARS = 100_000
 MAX_OPTIONAL_PROPERTIES = 490  # of one object: the parser takes 2000 items in a row, four for each of these
 
 _ANY_JSON_OBJECT = json.dumps({"type": "object"})
+# Between tokens, enough for the lines of an indented answer. Without a bound a model may write nothing else.
+_WHITE_SPACE = {"whitespace_pattern": r"[ \t\r\n]{0,16}"}
+_MAPS_OF_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+_VALUES = frozenset({"const", "enum", "default", "examples"})  # what stands there is data
 
 
 def problem_of(grammar: Grammar) -> str | None:
@@ -25,9 +30,12 @@ def problem_of(grammar: Grammar) -> str | None:
     if problem := size_problem_of(grammar):
         return problem
     try:
-        return LLMatcher.validate_grammar(source_of(grammar)) or None
+        problem = LLMatcher.validate_grammar(source_of(grammar)) or None
     except ValueError as exc:
         return str(exc)
+    if problem and "Unimplemented keys" in problem:
+        return f"{problem}; these cannot be enforced, so leave them out of the schema and check the answer for them"
+    return problem
 
 
 def size_problem_of(grammar: Grammar) -> str | None:
@@ -45,9 +53,49 @@ def source_of(grammar: Grammar) -> str:
         case "regex":
             return LLMatcher.grammar_from_regex(grammar.source)
         case "json_object":
-            return LLMatcher.grammar_from_json_schema(_ANY_JSON_OBJECT)
+            return LLMatcher.grammar_from_json_schema(_ANY_JSON_OBJECT, overrides=_WHITE_SPACE)
         case "json_schema":
-            return LLMatcher.grammar_from_json_schema(grammar.source)
+            schema = _enforceable(grammar.source)
+            if schema is None:
+                return LLMatcher.grammar_from_json_schema(grammar.source)
+            return LLMatcher.grammar_from_json_schema(schema, overrides=_WHITE_SPACE)
+
+
+def _enforceable(source: str) -> str | None:
+    """A schema without what says nothing that could be enforced: unknown formats, which are annotations, and
+    `uniqueItems: false`. None for what is no schema."""
+    try:
+        schema = json.loads(source)
+    except (ValueError, RecursionError):
+        return None
+    if schema is True:
+        return "{}"
+    if not isinstance(schema, dict):
+        return None
+    left: list[Any] = [schema]
+    while left:
+        part = left.pop()
+        if isinstance(part, list):
+            left.extend(part)
+        elif isinstance(part, dict):
+            if isinstance(part.get("format"), str) and not _is_known_format(part["format"]):
+                del part["format"]
+            if part.get("uniqueItems") is False:
+                del part["uniqueItems"]
+            for key, value in part.items():
+                if key in _MAPS_OF_SCHEMAS and isinstance(value, dict):
+                    left.extend(value.values())
+                elif key not in _VALUES:
+                    left.append(value)
+    return json.dumps(schema)
+
+
+@lru_cache(maxsize=256)
+def _is_known_format(name: str) -> bool:
+    from llguidance import LLMatcher
+
+    schema = json.dumps({"type": "string", "format": name})
+    return not LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(schema))
 
 
 def _too_many_choices(source: str) -> str | None:

@@ -352,3 +352,9 @@ def test_a_random_walk_by_bytes_is_valid_json() -> None:
             mask.advance(byte)
             text.append(byte)
         assert set(json.loads(text.decode(errors="replace"))) == set(PERSON["properties"])
+
+
+@pytest.mark.parametrize("structure", [json_schema(PERSON), Grammar("json_object")])
+def test_white_space_between_json_tokens_is_bounded(surface, structure):
+    mask = mask_of(surface, structure)
+    assert spell(surface, mask, "{" + "\n" * 100) == "{" + "\n" * 16

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 FIRST_TOKEN_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 STEP_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5)
 REQUEST_BUCKETS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
+REJECTIONS = {401: "key", 403: "origin", 413: "size", 429: "queue", 503: "unready"}  # what a status says
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -43,6 +44,15 @@ class Metrics:
         self.num_requests_running = self._gauge("num_requests_running", "Sequences in the engine's last step")
         self.num_requests_waiting = self._gauge("num_requests_waiting", "Sequences that waited during the last step")
         self.requests = self._counter("requests_total", "HTTP requests, by status", ["model", "status"])
+        self.rejections = self._counter("rejections_total", "Requests that were turned away, by reason", ["reason"])
+        self.stage_duration = self._histogram(
+            "stage_duration_seconds",
+            "Of an answer's stages: `prompt` until it has waited its turn and is read, `answer` from there to the end",
+            ["model", "stage"],
+            REQUEST_BUCKETS,
+        )
+        self.members_asked = self._counter("members_asked_total", "Members that finished answers asked", ["model"])
+        self.members_silent = self._counter("members_silent_total", "Those of them that did not answer", ["model"])
         self.prompt_tokens = self._counter("prompt_tokens_total", "Prompt tokens of finished answers", ["model"])
         self.completion_tokens = self._counter("completion_tokens_total", "Tokens of finished answers", ["model"])
         self.member_tokens = self._counter(
@@ -58,6 +68,8 @@ class Metrics:
 
         self.batches = self._gauge("batches", "Batches that have not ended, by status", ["status"])
         self.batch_rows = self._gauge("batch_rows", "Rows of these batches, by what became of them", ["state"])
+        for state in ("pending", "completed", "failed"):
+            self.batch_rows.labels(state)  # none yet is a number, too
 
     def observe_step(self, stats: StepStats) -> None:
         """The engine's report after each step. May be called from its thread."""
@@ -74,6 +86,8 @@ class Metrics:
     def observe_request(self, model: str, status: int, duration_s: float) -> None:
         """The end of an HTTP request. `model` is "" where it asked for none or for one that is not served."""
         self.requests.labels(model, str(status)).inc()
+        if status in REJECTIONS:
+            self.rejections.labels(REJECTIONS[status]).inc()
         if model:
             self.request_duration.labels(model).observe(duration_s)
 
@@ -150,16 +164,34 @@ class GenerationMeter:
         self._metrics = metrics
         self._model = ""
         self._running = ExitStack()
+        self._is_read = False
 
     def began(self, model: str) -> None:
         self._model = model
         self._clock = self._metrics.token_clock(model)
+        self._stage_began = time.perf_counter()
         self._running.enter_context(self._metrics.live_request())
+
+    def read(self) -> None:
+        """Of several prompts the first one counts."""
+        if not self._is_read:
+            self._is_read = True
+            self._end_stage("prompt")
 
     def token(self, prompt: int, choice: int) -> None:
         self._clock.tick((prompt, choice))
 
+    def done(self, num_members: int, turnout: int) -> None:
+        self._metrics.members_asked.labels(self._model).inc(num_members)
+        self._metrics.members_silent.labels(self._model).inc(num_members - turnout)
+
     def ended(self, usage: Usage | None) -> None:
         self._running.close()
         if usage is not None:
+            self._end_stage("answer")
             self._metrics.observe_usage(self._model, usage)
+
+    def _end_stage(self, stage: str) -> None:
+        now = time.perf_counter()
+        self._metrics.stage_duration.labels(self._model, stage).observe(now - self._stage_began)
+        self._stage_began = now

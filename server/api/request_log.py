@@ -61,6 +61,12 @@ class RecordingObserver:
     def token(self, prompt: int, choice: int) -> None:
         self._meter.token(prompt, choice)
 
+    def read(self) -> None:
+        self._meter.read()
+
+    def done(self, num_members: int, turnout: int) -> None:
+        self._meter.done(num_members, turnout)
+
     def ended(self, usage: Usage | None) -> None:
         if usage is not None:
             self._record.prompt_tokens, self._record.completion_tokens = usage.prompt_tokens, usage.completion_tokens

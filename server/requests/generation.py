@@ -158,6 +158,12 @@ class Observer(Protocol):
     def token(self, prompt: int, choice: int) -> None:
         """The next piece of a choice is there: of which prompt, and which of its choices."""
 
+    def read(self) -> None:
+        """A prompt has waited its turn and is read."""
+
+    def done(self, num_members: int, turnout: int) -> None:
+        """The generations of a prompt have succeeded: of how many models that were asked how many answered."""
+
     def ended(self, usage: Usage | None) -> None:
         """They are over, however they ended. `usage`: of all of them; None if not all were answered."""
 
@@ -169,6 +175,12 @@ class Nobody:
         pass
 
     def token(self, prompt: int, choice: int) -> None:
+        pass
+
+    def read(self) -> None:
+        pass
+
+    def done(self, num_members: int, turnout: int) -> None:
         pass
 
     def ended(self, usage: Usage | None) -> None:
@@ -226,8 +238,10 @@ class Generations:
                             self.observer.token(place, event.index)
                             self.num_completion_tokens += len(event.token_ids)
                         case PromptScored():
+                            self.observer.read()
                             self.num_prompt_tokens += len(event.token_ids)
                         case Done():
+                            self.observer.done(len(event.members), event.turnout)
                             self._done[place] = event
                             continue
                     yield place, event

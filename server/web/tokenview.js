@@ -7,6 +7,7 @@ import { MAX_COLOURS, STRENGTH, disagreement, driver, initials, totals } from ".
 import { number } from "./words.js";
 
 export const MODES = { driver: "Driver", probability: "Improbable", entropy: "Entropy", disagreement: "Disagreement" };
+const LEAST_APART = 0.02; // of the most that members can disagree: below it nothing is underlined
 const NAMES = { " ": "space", "\n": "line break", "\t": "tab", "": "part of a character" };
 
 /**
@@ -120,7 +121,9 @@ class Spans {
 
   shade(span, token, mode) {
     span.style.setProperty("--strength", STRENGTH[mode](token).toFixed(3));
-    span.style.setProperty("--apart", `${(4 * disagreement(token)).toFixed(2)}px`);
+    const apart = disagreement(token);
+    span.classList.toggle("apart", apart > LEAST_APART);
+    span.style.setProperty("--apart", `${(1 + 3 * apart).toFixed(2)}px`);
   }
 
   mark(index) {

@@ -82,6 +82,31 @@ def test_generations_are_metered_from_their_beginning_to_their_end_whatever_it_i
     assert value(metrics, "inter_token_latency_seconds_count", model="mix") == 1
 
 
+def test_stages_and_turnout_are_counted_once_per_body():
+    metrics = Metrics()
+    meter = metrics.generation_meter()
+    meter.began("crowd")
+    meter.read()
+    meter.read()  # a second prompt of the same body
+    meter.done(num_members=3, turnout=2)
+    meter.done(num_members=3, turnout=3)
+    meter.ended(Usage())
+    assert value(metrics, "stage_duration_seconds_count", model="crowd", stage="prompt") == 1
+    assert value(metrics, "stage_duration_seconds_count", model="crowd", stage="answer") == 1
+    assert value(metrics, "members_asked_total", model="crowd") == 6
+    assert value(metrics, "members_silent_total", model="crowd") == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"), [(401, "key"), (403, "origin"), (413, "size"), (429, "queue"), (503, "unready")]
+)
+def test_who_is_turned_away_is_counted_with_the_reason(status, reason):
+    metrics = Metrics()
+    for each in (status, 200, 400):
+        metrics.observe_request("", each, 0.001)
+    assert value(metrics, "rejections_total", reason=reason) == 1
+
+
 def test_requests_are_counted_by_status_and_timed_by_model():
     metrics = Metrics()
     metrics.observe_request("mix", 200, 0.3)

@@ -1,24 +1,29 @@
-"""What people keep their prompts in: JSONL, CSV and TSV, Parquet, a folder of texts. One record at a time.
+"""What people keep their prompts in: JSONL, a JSON array, CSV and TSV, Parquet, a folder of texts. Record by record.
 
 A line that is no record becomes a `BadRecord` in its place, whatever is wrong with it (not JSON, not UTF-8, torn off);
 a source that cannot be read at all raises `ConfigError` or `OSError`. Blank lines of JSONL and CSV are no records.
-Left out: compressed files, tables without a header.
+Text may be compressed, or in UTF-16 (`server.batch.source.text_files`). Left out: tables without a header.
 """
 
 from __future__ import annotations
 
 import csv
+import io
+import itertools
+import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, BinaryIO, Literal, NoReturn, get_args
 
 from pydantic_core import from_json
 
 from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.batch.source.text_files import UTF8, lines_of, opened, text_of
 
 SourceKind = Literal["jsonl", "csv", "tsv", "parquet", "folder"]
 
@@ -30,8 +35,10 @@ SUFFIXES: Mapping[str, SourceKind] = {
     ".tsv": "tsv",
     ".parquet": "parquet",
 }
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz")
 MAX_FIELD_CHARS = 2**31 - 1
 PARQUET_ROWS_AT_ONCE = 256
+_NOT_BLANK = re.compile(r"[^ \t\n\r]")
 
 
 @dataclass(frozen=True)
@@ -57,8 +64,11 @@ def kind_of_source(path: Path, kind: SourceKind | None = None) -> SourceKind:
         return kind
     if path.is_dir():
         return "folder"
-    if path.suffix.lower() in SUFFIXES:
-        return SUFFIXES[path.suffix.lower()]
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED_SUFFIXES:
+        suffixes.pop()
+    if suffixes and suffixes[-1] in SUFFIXES:
+        return SUFFIXES[suffixes[-1]]
     raise ConfigError(
         f"{path}: what it holds cannot be told from its name; say --input-format {'|'.join(get_args(SourceKind))}"
     )
@@ -68,22 +78,25 @@ def read_records(path: Path, kind: SourceKind) -> Iterator[Record | BadRecord]:
     """The records of a source, in its order (files of a folder: in order of their names)."""
     match kind:
         case "jsonl":
-            with path.open("rb") as lines:
-                yield from jsonl_records(lines)
+            with opened(path) as (file, encoding):
+                yield from _json_records(lines_of(file, encoding), path)
         case "csv" | "tsv":
-            # Bytes that are no UTF-8 arrive as lone surrogates, so that they cost their own row and not the file.
-            with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
-                yield from csv_records(lines, delimiter="," if kind == "csv" else "\t", name=str(path))
+            with opened(path) as (file, encoding):
+                delimiter = "," if kind == "csv" else "\t"
+                yield from csv_records(_csv_lines(file, encoding), delimiter=delimiter, name=str(path))
         case "parquet":
             yield from _parquet_records(path)
         case "folder":
             yield from _folder_records(path)
 
 
+# --- JSON ---------------------------------------------------------------------------------------------------------
+
+
 def jsonl_records(lines: Iterable[bytes]) -> Iterator[Record | BadRecord]:
     for number, line in enumerate(lines, start=1):
         if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
+            line = _unmarked(line)
         if not line.strip():
             continue
         try:
@@ -92,10 +105,90 @@ def jsonl_records(lines: Iterable[bytes]) -> Iterator[Record | BadRecord]:
             torn = "" if line.endswith(b"\n") else "; the file ends in the middle of it"
             yield BadRecord(number, f"is not JSON: {exc}{torn}")
             continue
-        if isinstance(value, dict):
-            yield Record(number, value)
-        else:
-            yield BadRecord(number, f"must be a JSON object, got {type(value).__name__}")
+        yield _record(number, value)
+
+
+def starts_a_document(line: bytes) -> bool:
+    """Whether JSON that begins with this line, the first that is not blank, goes on beyond it or is an array: the
+    file of an editor or of `json.dump`, and not one record a line."""
+    return line.strip() == b"{" or line.lstrip().startswith(b"[")
+
+
+def _json_records(lines: Iterator[bytes], path: Path) -> Iterator[Record | BadRecord]:
+    """Records a line, or those of a JSON array, or of objects over several lines each."""
+    passed: list[bytes] = []
+    for line in lines:
+        passed.append(line if passed else _unmarked(line))
+        if passed[-1].strip():
+            break
+    if not passed or not starts_a_document(passed[-1]):
+        yield from jsonl_records(itertools.chain(passed, lines))
+        return
+    yield from _document_records(b"".join(itertools.chain(passed, lines)), path)
+
+
+def _document_records(content: bytes, path: Path) -> Iterator[Record | BadRecord]:
+    """The values of JSON that is no JSONL; of arrays, their items. It is held in memory as a whole.
+
+    Raises `ConfigError` where it breaks off: what came before is all right, what comes after cannot be told apart.
+    """
+    text = content.decode(UTF8)
+    line, counted = 1, 0
+    decoder = json.JSONDecoder(parse_constant=_refuse_constant)
+    place, depth, wants_comma = _after_blanks(text, 0), 0, False
+    while place < len(text):
+        line, counted = line + text.count("\n", counted, place), place
+        try:
+            if depth == 0 and text[place] == "[":
+                place, depth, wants_comma = place + 1, 1, False
+            elif depth and text[place] == "]":
+                place, depth = place + 1, 0
+            elif wants_comma:
+                if text[place] != ",":
+                    raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
+                place, wants_comma = place + 1, False
+            else:
+                value, place = decoder.raw_decode(text, place)
+                wants_comma = bool(depth)
+                yield _record(line, value)
+        except (ValueError, RecursionError) as exc:
+            at = line + text.count("\n", counted, exc.pos) if isinstance(exc, json.JSONDecodeError) else line
+            reason = exc.msg if isinstance(exc, json.JSONDecodeError) else str(exc)
+            raise ConfigError(
+                f"{path}, line {at}: the file is neither a JSON array nor one JSON object a line ({reason})"
+            ) from exc
+        place = _after_blanks(text, place)
+    if depth:
+        raise ConfigError(f"{path}: the JSON array that it holds is not closed; the file was cut off")
+
+
+def _record(line: int, value: Any) -> Record | BadRecord:
+    if isinstance(value, dict):
+        return Record(line, value)
+    return BadRecord(line, f"must be a JSON object, got {type(value).__name__}")
+
+
+def _unmarked(line: bytes) -> bytes:
+    return line.removeprefix(b"\xef\xbb\xbf")
+
+
+def _after_blanks(text: str, place: int) -> int:
+    found = _NOT_BLANK.search(text, place)
+    return len(text) if found is None else found.start()
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def _csv_lines(file: BinaryIO, encoding: str) -> Iterable[str]:
+    """Lines of text. Bytes that are no UTF-8 arrive as lone surrogates, so that they cost their own row alone."""
+    if encoding == UTF8:
+        return io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+    return io.TextIOWrapper(file, encoding, newline="")
 
 
 def csv_records(lines: Iterable[str], *, delimiter: str, name: str) -> Iterator[Record | BadRecord]:
@@ -105,7 +198,7 @@ def csv_records(lines: Iterable[str], *, delimiter: str, name: str) -> Iterator[
     try:
         header = next(reader, None)
     except csv.Error as exc:
-        raise ConfigError(f"{name}: its first row cannot be read: {exc}") from exc
+        raise ConfigError(f"{name}: its first row cannot be read: {exc}{_swallowed(1, reader.line_num)}") from exc
     if not header:
         raise ConfigError(f"{name}: must begin with a row that names the columns")
     if len(set(header)) < len(header) or not all(map(_is_utf8, header)):
@@ -115,7 +208,7 @@ def csv_records(lines: Iterable[str], *, delimiter: str, name: str) -> Iterator[
         try:
             fields = next(reader, None)
         except csv.Error as exc:
-            yield BadRecord(line, f"is not CSV: {exc}")
+            yield BadRecord(line, f"is not CSV: {exc}{_swallowed(line, reader.line_num)}")
             continue
         if fields is None:
             return
@@ -123,11 +216,19 @@ def csv_records(lines: Iterable[str], *, delimiter: str, name: str) -> Iterator[
             continue
         values = {column: text for column, text in zip(header, fields, strict=False) if _is_utf8(text)}
         if len(fields) != len(header):
-            yield BadRecord(line, f"has {len(fields)} fields, the header has {len(header)}", values)
+            error = f"has {len(fields)} fields, the header has {len(header)}{_swallowed(line, reader.line_num)}"
+            yield BadRecord(line, error, values)
         elif bad := [column for column in header if column not in values]:
             yield BadRecord(line, f"column {bad[0]!r} is not UTF-8", values)
         else:
             yield Record(line, values)
+
+
+def _swallowed(first: int, last: int) -> str:
+    """What a row that cannot be read has taken with it, if it goes beyond its first line."""
+    if last <= first:
+        return ""
+    return f"; a quote that opens in line {first} makes lines {first} to {last} one row. Close it, or double it"
 
 
 def _is_utf8(text: str) -> bool:
@@ -172,16 +273,33 @@ def _as_json(value: Any) -> Any:
     return value
 
 
+# --- folders ------------------------------------------------------------------------------------------------------
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files that are records, in their order."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+
+
+def skipped_in(folder: Path) -> list[str]:
+    """The names of what is no record of a folder: hidden files, folders within, and what is no file."""
+    records = {path.name for path in files_of(folder)}
+    return sorted(path.name for path in folder.iterdir() if path.name not in records)
+
+
 def _folder_records(folder: Path) -> Iterator[Record | BadRecord]:
-    """A record for each file: `id` (its name without the ending), `name` and `text`. Hidden files are left out."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    for number, path in enumerate(files, start=1):
+    """A record for each file: `id` (its name without the ending), `name` and `text`. See `skipped_in`."""
+    for number, path in enumerate(files_of(folder), start=1):
         values = {"id": path.stem, "name": path.name}
         try:
-            text = path.read_text(encoding="utf-8-sig")
+            with opened(path) as (file, _):
+                content = file.read()
+            text = text_of(content)
         except UnicodeDecodeError as exc:
             yield BadRecord(number, f"{path.name}: must be UTF-8 text, byte {exc.start} is not", values)
         except OSError as exc:
             yield BadRecord(number, f"{path.name}: cannot be read ({exc.strerror or exc})", values)
+        except ConfigError as exc:
+            yield BadRecord(number, str(exc).replace(str(path), path.name), values)
         else:
             yield Record(number, {**values, "text": text})

@@ -5,7 +5,8 @@ A null is blank, as an empty cell of a CSV is. A column whose name is no identif
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from inspect import isroutine
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,6 +33,34 @@ class _NamedUndefined(StrictUndefined):
         return super()._undefined_message
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """Keys of a mapping go before its methods: `row.items` is the column, and the method only where there is none."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if isinstance(obj, Mapping) and attribute in obj:
+            return obj[attribute]
+        found = super().getattr(obj, attribute)
+        return _Method(found, attribute) if isroutine(found) else found
+
+
+class _Method:
+    """A method of a value, to be called. As text it is an error: Python would write its address into the prompt."""
+
+    def __init__(self, method: Callable[..., Any], name: str) -> None:
+        self._method = method
+        self._name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._method(*args, **kwargs)
+
+    def __str__(self) -> str:
+        raise _no_text(self._name)
+
+
+def _no_text(name: str) -> UndefinedError:
+    return UndefinedError(f"there is no column or key {name!r}, and the function of that name is no text; call it")
+
+
 class PromptTemplate:
     """Text with `{{ column }}` in it. `name` says in errors where it came from."""
 
@@ -39,8 +68,8 @@ class PromptTemplate:
         """Raises `ConfigError` if `source` is not Jinja."""
         self.name = name
         self.source = source
-        environment = ImmutableSandboxedEnvironment(
-            undefined=_NamedUndefined, finalize=_blank_if_null, autoescape=False, keep_trailing_newline=False
+        environment = _Environment(
+            undefined=_NamedUndefined, finalize=_printable, autoescape=False, keep_trailing_newline=False
         )
         try:
             self._template: Template = environment.from_string(source)
@@ -73,8 +102,13 @@ class PromptTemplate:
             raise RequestError(f"{self.name}: {type(exc).__name__}: {exc}", param="template") from exc
 
 
-def _blank_if_null(value: Any) -> Any:
-    return "" if value is None else value
+def _printable(value: Any) -> Any:
+    """What `{{ value }}` writes. Raises `UndefinedError` for a function."""
+    if value is None:
+        return ""
+    if isroutine(value) or isinstance(value, type):
+        raise _no_text(value.__name__.removeprefix("safe_"))  # as Jinja calls its own
+    return value
 
 
 def _with_columns(error: UndefinedError, columns: Mapping[str, Any]) -> str:

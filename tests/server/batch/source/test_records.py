@@ -1,18 +1,29 @@
 from __future__ import annotations
 
+import bz2
 import csv
 import datetime
+import gzip
 import io
 import json
+import lzma
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ensemble_server.ensembles.errors import ConfigError
-from ensemble_server.server.batch.source.records import BadRecord, Record, csv_records, kind_of_source, read_records
+from ensemble_server.server.batch.source.records import (
+    BadRecord,
+    Record,
+    csv_records,
+    kind_of_source,
+    read_records,
+    skipped_in,
+)
 
 
 def test_jsonl_gives_a_record_for_each_line_that_holds_an_object(tmp_path: Path) -> None:
@@ -141,3 +152,132 @@ def test_the_kind_of_a_source_is_said_or_told_from_its_name(tmp_path: Path) -> N
     assert kind_of_source(Path("rows"), "parquet") == "parquet"
     with pytest.raises(ConfigError, match="say --input-format jsonl"):
         kind_of_source(Path("rows"))
+
+
+def test_a_json_array_gives_a_record_for_each_item_and_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "in.json"
+    objects = [{"id": "a", "n": [1, {"x": "]"}]}, {"id": "é"}, {}]
+    for indent, lines in ((1, [2, 11, 14]), (None, [1, 1, 1])):
+        file.write_text(json.dumps(objects, indent=indent), encoding="utf-8-sig")
+        assert list(read_records(file, "jsonl")) == [
+            Record(line, values) for line, values in zip(lines, objects, strict=True)
+        ]
+    file.write_text("\n [ ]\n", encoding="utf-8")
+    assert list(read_records(file, "jsonl")) == []
+
+
+def test_objects_over_several_lines_each_are_records_too(tmp_path: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text("\n".join(json.dumps({"n": n}, indent=2) for n in range(3)), encoding="utf-8")
+    assert list(read_records(file, "jsonl")) == [Record(1, {"n": 0}), Record(4, {"n": 1}), Record(7, {"n": 2})]
+
+
+def test_an_item_of_an_array_that_is_no_object_costs_its_own_row(tmp_path: Path) -> None:
+    file = tmp_path / "in.json"
+    file.write_text('[{"a": 1},\n"text",\n{"a": 2}]', encoding="utf-8")
+    assert list(read_records(file, "jsonl")) == [
+        Record(1, {"a": 1}),
+        BadRecord(2, "must be a JSON object, got str"),
+        Record(3, {"a": 2}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[\n{"a": 1},\n{"a": \n', "line 4"),
+        ('[\n{"a": 1}\n', "is not closed"),
+        ('[\n{"a": 1}\n{"a": 2}]', "line 3"),
+        ('[\n{"a": NaN}]', "line 2"),
+        ("{\n'a': 1}", "line 2"),
+    ],
+)
+def test_a_broken_array_is_refused_in_one_sentence_with_its_line(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "in.json"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=said):
+        list(read_records(file, "jsonl"))
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_text_is_read_and_damage_is_named(tmp_path: Path, pack: Any) -> None:
+    jsonl, table = tmp_path / "in.jsonl.gz", tmp_path / "in.csv.gz"
+    jsonl.write_bytes(pack(b'{"a": 1}\n' * 3))
+    table.write_bytes(pack("a,b\n1,é\n".encode()))
+    assert [record.line for record in read_records(jsonl, kind_of_source(jsonl))] == [1, 2, 3]
+    assert list(read_records(table, kind_of_source(table))) == [Record(2, {"a": "1", "b": "é"})]
+    jsonl.write_bytes(pack(b'{"a": 1}\n' * 3)[:-9])
+    with pytest.raises(ConfigError, match=r"in\.jsonl\.gz: the \w+ file is damaged or was cut off"):
+        list(read_records(jsonl, "jsonl"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_text_in_utf_16_is_read(tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "in"
+    file.write_bytes('{"a": "é\u0a0a"}\n\n{"a": "日本"}\n'.encode(encoding))
+    read = [(record.line, record.values["a"]) for record in read_records(file, "jsonl")]
+    assert read == [(1, "é\u0a0a"), (3, "日本")]
+    file.write_bytes("id\ttext\n1\té\n".encode(encoding))
+    assert list(read_records(file, "tsv")) == [Record(2, {"id": "1", "text": "é"})]
+
+
+def test_text_that_stops_being_utf_16_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "in.csv"
+    file.write_bytes("a,b\n1,2\n".encode("utf-16") + b"x")
+    with pytest.raises(ConfigError, match=r"in\.csv: begins as UTF-16"):
+        list(read_records(file, "csv"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"PK\x03\x04rest", "Excel workbook"),
+        (b"\x28\xb5\x2f\xfdrest", "Zstandard"),
+        (b"PAR1rest", "say --input-format parquet"),
+        (gzip.compress(b"%PDF-1.7"), "holds a PDF"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_name(tmp_path: Path, content: bytes, said: str) -> None:
+    file = tmp_path / "in.csv"
+    file.write_bytes(content)
+    for kind in ("csv", "jsonl"):
+        with pytest.raises(ConfigError, match=said):
+            list(read_records(file, kind))
+
+
+def test_a_quote_that_is_not_closed_names_the_lines_that_it_swallowed(tmp_path: Path) -> None:
+    file = tmp_path / "in.csv"
+    file.write_text('id,q\n1,one\n2,"two\n3,three\n4,four\n', encoding="utf-8")
+    read = list(read_records(file, "csv"))
+    assert read[0] == Record(2, {"id": "1", "q": "one"})
+    [torn] = read[1:]
+    assert isinstance(torn, BadRecord)
+    assert "a quote that opens in line 3 makes lines 3 to 5 one row" in torn.error
+    file.write_text('id,q\n2,"two\n3,"three"\n4,four\n', encoding="utf-8")
+    torn, after = read_records(file, "csv")
+    assert isinstance(torn, BadRecord)
+    assert "lines 2 to 3" in torn.error
+    assert after == Record(4, {"id": "4", "q": "four"})
+    file.write_text('id,q\n2,"two\n3,three"\n4,"x\n5,y",z\n', encoding="utf-8")
+    [bad] = [record.error for record in read_records(file, "csv") if isinstance(record, BadRecord)]
+    assert bad.startswith("has 3 fields, the header has 2; a quote that opens in line 4 makes lines 4 to 5 one row")
+    file.write_text('"id,q\n1,one\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match="lines 1 to 2 one row"):
+        list(read_records(file, "csv"))
+
+
+def test_what_is_left_out_of_a_folder_is_known(tmp_path: Path) -> None:
+    for name in ("a.txt", ".hidden"):
+        (tmp_path / name).write_text("x", encoding="utf-8")
+    (tmp_path / "sub").mkdir()
+    assert skipped_in(tmp_path) == [".hidden", "sub"]
+
+
+def test_files_of_a_folder_may_be_compressed_or_utf_16(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("é".encode("utf-16"))
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"B"))
+    (tmp_path / "c.docx").write_bytes(b"PK\x03\x04")
+    first, second, third = read_records(tmp_path, "folder")
+    assert (first.values["text"], second.values["text"]) == ("é", "B")
+    assert isinstance(third, BadRecord)
+    assert third.error.startswith("c.docx: is a ZIP archive or an Excel workbook")

@@ -21,6 +21,16 @@ from ensemble_server.server.batch.source.template import PromptTemplate
         ("[{{ nothing }}]", {"nothing": None}, "[]"),
         ("{% if hint is defined %}{{ hint }}{% else %}no hint{% endif %}", {}, "no hint"),
         ("{{ hint | default('none') }}", {}, "none"),
+        ("{{ row.items }} {{ items }}", {"items": "apples"}, "apples apples"),
+        (
+            "{{ row.keys }}{{ row.values }}{{ row.get }}{{ row.copy }}",
+            dict.fromkeys(["keys", "values", "get", "copy"], 1),
+            "1111",
+        ),
+        ("{{ meta.update }}", {"meta": {"update": "daily"}}, "daily"),
+        ("{{ range }} {{ dict }}", {"range": "R", "dict": "D"}, "R D"),
+        ("{% for key, value in row.items() %}{{ key }}={{ value }};{% endfor %}", {"a": 1, "b": 2}, "a=1;b=2;"),
+        ("{{ q.upper() }} {{ '{}'.format(q) }} {{ ', '.join(row.keys()) }}", {"q": "why"}, "WHY why q"),
     ],
 )
 def test_columns_become_a_prompt(source: str, columns: dict[str, Any], prompt: str) -> None:
@@ -39,6 +49,10 @@ def test_columns_become_a_prompt(source: str, columns: dict[str, Any], prompt: s
         ("{{ q.__class__.__mro__ }}", "SecurityError"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
         ("{{ options.clear() }}", "SecurityError"),
+        ("{{ row.items }}", "there is no column or key 'items'"),
+        ("{{ 'a' ~ options.keys }}", "there is no column or key 'keys'"),
+        ("{{ options.values | upper }}", "there is no column or key 'values'"),
+        ("{{ range }}", "there is no column or key 'range'"),
     ],
 )
 def test_a_row_that_a_template_cannot_use_is_an_error_that_says_why(source: str, error: str) -> None:

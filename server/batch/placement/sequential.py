@@ -33,6 +33,7 @@ from ensemble_server.server.batch.placement.call_log import Call, CallLog, NotRe
 from ensemble_server.server.batch.placement.phases import Phase, check_can_be_sequential, phases
 from ensemble_server.server.batch.placement.replayed_hosting import replayed_hosting
 from ensemble_server.server.batch.running.answering import answer as answer_row
+from ensemble_server.server.batch.running.failures import FailureWatch
 from ensemble_server.server.batch.running.room import num_sequences
 from ensemble_server.server.batch.running.runner import Summary
 from ensemble_server.server.config.blocks import Config
@@ -52,12 +53,14 @@ async def run_sequential(
     stop: asyncio.Event | None = None,
     is_over: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda text: None,
+    watch: FailureWatch | None = None,
 ) -> Summary:
     """Answer every pending row of `store`, with one phase of the models in memory at a time.
 
     Errors of rows are results. `stop`: set it to end soon. `is_over`: whether a deadline has passed; then no more calls
     begin, members that were not asked count as silent, and what comes of that is kept as cut: it runs again when the
-    job is continued. `say` is told of every phase. Raises `ConfigError` if a model that rows name cannot run this way,
+    job is continued. `say` is told of every phase. `watch` sees calls of members that fail, and rows that end; once it
+    is over for it no more is asked. Raises `ConfigError` if a model that rows name cannot run this way,
     and what loading a model raises. Continue with the same call.
     """
     began = time.monotonic()
@@ -66,13 +69,14 @@ async def run_sequential(
         check_can_be_sequential(config, name)
     await asyncio.to_thread(store.bind_models, model_fingerprints(store.model_names(), config))
     await asyncio.to_thread(log.forget_errors)
-    run = _SequentialRun(store, config, log, names, concurrency, stop or asyncio.Event(), is_over, say)
+    watch = watch or FailureWatch(max_errors=0)
+    run = _SequentialRun(store, config, log, names, concurrency, stop or asyncio.Event(), is_over, say, watch)
     while await run.next_round():
         pass
     counts = store.counts()
     is_done = not counts.pending and not counts.cut
     return Summary(
-        "finished" if is_done else "deadline" if is_over() else "stopped",
+        "finished" if is_done else "failing" if watch.is_over else "deadline" if is_over() else "stopped",
         counts,
         run.prompt_tokens,
         run.completion_tokens,
@@ -92,6 +96,7 @@ class _SequentialRun:
         stop: asyncio.Event,
         is_over: Callable[[], bool],
         say: Callable[[str], None],
+        watch: FailureWatch,
     ) -> None:
         self._store = store
         self._config = config
@@ -101,6 +106,7 @@ class _SequentialRun:
         self._stop = stop
         self._is_over = is_over
         self._say = say
+        self._watch = watch
         self._is_late = False  # rows get the best that the log has
         self._replayed = replayed_hosting(config, names, log, self._note)
         self.prompt_tokens = 0  # of the rows that were answered
@@ -111,14 +117,14 @@ class _SequentialRun:
         for phase in self._phases:
             if not self._must_end:
                 await self._load_and_answer(phase)
-        if self._stop.is_set():
+        if self._stop.is_set() or self._watch.is_over:
             return False
         self._is_late = self._is_over()
         return await self._replay() > 0 and not self._is_late
 
     @property
     def _must_end(self) -> bool:
-        return self._stop.is_set() or self._is_over()
+        return self._stop.is_set() or self._watch.is_over or self._is_over()
 
     def _note(self, call: Call) -> None:
         _noted.get().append(call)
@@ -142,8 +148,16 @@ class _SequentialRun:
                 if hosting.failure is not None:
                     raise EngineDeadError(hosting.failure)
                 await asyncio.to_thread(self._log.record, results)
+                self._look_at_calls(results)
         del hosting
         _free_memory()
+
+    def _look_at_calls(self, results: Sequence[tuple[bytes, Answer | EnsembleError]]) -> None:
+        for _, result in results:
+            if isinstance(result, EnsembleError):
+                self._watch.failed("of a member", {"error": {"message": str(result)}})
+            else:
+                self._watch.answered()
 
     # --- rows over the log ---
 
@@ -157,12 +171,18 @@ class _SequentialRun:
                 await asyncio.to_thread(self._log.note, noted.values())
                 results = [(row.index, result) for row, (result, _) in zip(rows, outcomes, strict=True) if result]
                 await asyncio.to_thread(self._store.record, results)
+                self._look_at_rows(rows, outcomes)
                 self._count(result for _, result in results)
                 num_noted += len(noted)
                 after = rows[-1].index
         counts = self._store.counts()
         self._say(f"{counts.ok + counts.failed} of {counts.total} rows are done, {num_noted} calls to make")
         return num_noted
+
+    def _look_at_rows(self, rows: Sequence[Row], outcomes: Sequence[tuple[RowResult | None, list[Call]]]) -> None:
+        for row, (result, _) in zip(rows, outcomes, strict=True):
+            if result is not None and not result.is_ok:
+                self._watch.failed(row.custom_id, result.body)
 
     async def _over_the_log(self, row: Row) -> tuple[RowResult | None, list[Call]]:
         """The row's result, or None and the calls that it waits for."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Protocol, TypeGuard, runtime_checkable
 
 from ensemble_server.ensembles.base import DistributionModel, Model
 from ensemble_server.ensembles.method import Method
@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from ensemble_server.server.hosting import Hosting
 
 _BATCHES = 2  # of the engine: one that runs, and one whose prompts are being prepared meanwhile
+
+
+@runtime_checkable
+class MayBeOutOfReach(Protocol):
+    """A model behind an endpoint. `is_out_of_reach`: the last try found nobody there who takes requests."""
+
+    name: str
+    is_out_of_reach: bool
 
 
 class Room:
@@ -62,6 +70,19 @@ def lacks_members(row: Row, hosting: Hosting) -> bool:
     """Whether the row's model is an ensemble of texts that would go on now without members whose engine is down."""
     model = _model_of(row, hosting)
     return model is not None and _asks_others(model) and bool(model.singles & hosting.down)
+
+
+def model_name(row: Row, hosting: Hosting) -> str:
+    """Whom the row asks; a name that the hosting may not have."""
+    return str(row.body.get("model") or hosting.listed[0])
+
+
+def is_out_of_reach(row: Row, hosting: Hosting) -> bool:
+    """Whether a model that the row asks, by itself or through an ensemble, is behind an endpoint that is down."""
+    model = _model_of(row, hosting)
+    names = model.singles if isinstance(model, Method) else () if model is None else (model.name,)
+    parts = (hosting.models.get(name) for name in names)
+    return any(isinstance(part, MayBeOutOfReach) and part.is_out_of_reach for part in parts)
 
 
 def _model_of(row: Row, hosting: Hosting) -> Model | None:

@@ -23,7 +23,17 @@ from ensemble_server.ensembles.errors import EngineDeadError, OverloadedError
 from ensemble_server.server.batch.job.identity import seeded
 from ensemble_server.server.batch.job.rows import Row, RowResult
 from ensemble_server.server.batch.running.answering import answer as answer_row
-from ensemble_server.server.batch.running.room import Room, is_text_level, lacks_members, num_sequences, sequences_of
+from ensemble_server.server.batch.running.failures import FailureWatch
+from ensemble_server.server.batch.running.outages import Outages
+from ensemble_server.server.batch.running.room import (
+    Room,
+    is_out_of_reach,
+    is_text_level,
+    lacks_members,
+    model_name,
+    num_sequences,
+    sequences_of,
+)
 from ensemble_server.server.requests.classify import Priors
 
 if TYPE_CHECKING:
@@ -32,7 +42,9 @@ if TYPE_CHECKING:
     from ensemble_server.server.hosting import Hosting
 
 MAX_TRIES = 2  # of a row on which a member failed; remote members have been tried again several times before
+MAX_TRIES_OUT_OF_REACH = 20  # of a row whose member nothing gets through to: a quarter of an hour, see `outages`
 TRIED_AGAIN = frozenset({"member_failed", "member_timed_out", "turnout_too_low"})
+NO_MEMBERS_FAULT = frozenset({"deadline_exceeded", "internal_error"})
 GROUP_S = 0.05  # answers that come within this time are written together
 TICK_S = 1.0  # the longest silence of `on_progress`
 GRACE_S = 10.0  # how long rows may take to end after the deadline, of which they were told when they began
@@ -54,14 +66,18 @@ class Progress:
     elapsed_s: float
 
 
+Ended = Literal["finished", "deadline", "stopped", "failing"]
+
+
 @dataclass(frozen=True)
 class Summary:
-    """How a run ended: every row has its result, or the deadline left some without or cut, or it was asked to stop.
+    """How a run ended: every row has its result, or the deadline left some without or cut, or it was asked to stop, or
+    too many rows failed (`FailureWatch.is_over`).
 
     The other fields as in `Progress`.
     """
 
-    ended: Literal["finished", "deadline", "stopped"]
+    ended: Ended
     counts: Counts
     prompt_tokens: int
     completion_tokens: int
@@ -93,27 +109,37 @@ async def run(
     stop: asyncio.Event | None = None,
     answer: Answer | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    watch: FailureWatch | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Summary:
     """Answer every pending row of `store` and record the answers. Errors of a row are results; the run goes on.
+
+    While nothing gets through to the endpoint that a row needs, the row waits and is tried again.
 
     `concurrency`: rows in flight; by default enough to keep the engine full. `deadline_s`: seconds from now at which
     the run stops: rows in flight then end with the text they have and are kept as `cut`, rows that have none stay
     pending; both run again when the job is continued. `stop`: set it to stop soon; rows in flight stay pending.
     Cancelling the task does the same and raises `CancelledError`. `on_progress` is called after each group of results
-    and at least once a second.
+    and at least once a second. `watch` sees every row that ends, and ends the run when it is over for it; rows in
+    flight stay pending then. `say` is told of waits.
 
     Raises `EngineDeadError` if the engine died, `StorageError` if results cannot be written, and `ConfigError` if a
     model is not what it was when the job began. What was recorded is kept, and the job can be continued.
     """
     await asyncio.to_thread(_bind_models, store, hosting)
     answer = answer or partial(answer_row, priors=Priors())
-    one = _Run(store, hosting, concurrency, deadline_s, priority, budget, stop, answer, on_progress)
+    watch = watch or FailureWatch(max_errors=0)
+    one = _Run(store, hosting, concurrency, deadline_s, priority, budget, stop, answer, on_progress, watch, say)
     return await one.to_end()
 
 
 def _bind_models(store: JobStore, hosting: Hosting) -> None:
     names = {hosting.listed[0] if name is None and len(hosting.listed) == 1 else name for name in store.model_names()}
     store.bind_models({name: hosting.fingerprint(name) for name in hosting.models if name in names})
+
+
+def _is_members_fault(result: RowResult) -> bool:
+    return result.status_code >= 500 and result.body["error"]["code"] not in NO_MEMBERS_FAULT
 
 
 class _Run:
@@ -128,6 +154,8 @@ class _Run:
         stop: asyncio.Event | None,
         answer: Answer,
         on_progress: Callable[[Progress], None] | None,
+        watch: FailureWatch,
+        say: Callable[[str], None],
     ) -> None:
         self._store = store
         self._hosting = hosting
@@ -136,11 +164,13 @@ class _Run:
         self._stop = stop or asyncio.Event()
         self._answer = answer
         self._on_progress = on_progress
+        self._watch = watch
         self._counts_rows = concurrency is not None
         self._room = Room(num_sequences(hosting) if concurrency is None else concurrency)
         self._clock = asyncio.get_running_loop().time
         self._began = self._clock()
         self._deadline = None if deadline_s is None else self._began + deadline_s
+        self._outages = Outages(self._clock, say)
         self._num_left = 0  # rows to begin
         self._running = 0
         self._done = 0
@@ -149,6 +179,7 @@ class _Run:
         self._members: Mapping[str, MemberUsage] = {}
         self._answered: list[tuple[int, RowResult]] = []  # not yet recorded
         self._has_news = asyncio.Event()
+        self._is_given_up = asyncio.Event()
         self._is_over = False
 
     async def to_end(self) -> Summary:
@@ -157,13 +188,14 @@ class _Run:
         self._tell()
         answering = asyncio.create_task(self._answer_all())
         ending = asyncio.create_task(self._asked_to_end())
+        giving_up = asyncio.create_task(self._is_given_up.wait())
         keeping = asyncio.create_task(self._keep())
         try:
-            await asyncio.wait({answering, ending, keeping}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({answering, ending, giving_up, keeping}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            answering.cancel()
-            ending.cancel()
-            await asyncio.gather(answering, ending, return_exceptions=True)
+            for task in (answering, ending, giving_up):
+                task.cancel()
+            await asyncio.gather(answering, ending, giving_up, return_exceptions=True)
             self._is_over = True
             self._has_news.set()
             await keeping
@@ -171,13 +203,20 @@ class _Run:
             answering.result()
         counts = self._store.counts()
         return Summary(
-            "finished" if not counts.pending and not counts.cut else "stopped" if self._stop.is_set() else "deadline",
+            self._ended(counts),
             counts,
             self._prompt_tokens,
             self._completion_tokens,
             self._members,
             self._clock() - self._began,
         )
+
+    def _ended(self, counts: Counts) -> Ended:
+        if not counts.pending and not counts.cut:
+            return "finished"
+        if self._stop.is_set():
+            return "stopped"
+        return "failing" if self._watch.is_over else "deadline"
 
     # --- answering -----------------------------------------------------------------------------------------------
 
@@ -208,18 +247,33 @@ class _Run:
         finally:
             self._running -= 1
             self._room.give_back(num_places)
-        if result is not None:
-            self._answered.append((row.index, result))
-            self._has_news.set()
+        if result is None:
+            return
+        self._answered.append((row.index, result))
+        self._has_news.set()
+        if result.is_ok:
+            self._watch.answered()
+        else:
+            self._failed(row, result)
+
+    def _failed(self, row: Row, result: RowResult) -> None:
+        self._watch.failed(row.custom_id, result.body)
+        if self._watch.is_over:
+            self._is_given_up.set()
 
     async def _result(self, row: Row) -> RowResult | None:
         """What to record for a row; None if it stays pending because the time was over before it had an answer."""
-        num_tries = 0
+        num_tries = num_tries_out_of_reach = 0
+        model = model_name(row, self._hosting)
         while not self._is_time_up():
             if self._hosting.failure is not None:
                 raise EngineDeadError(self._hosting.failure)
             if lacks_members(row, self._hosting):
                 await asyncio.sleep(TICK_S)
+                continue
+            was_turn = model in self._outages
+            if was_turn and (wait_s := self._outages.wait_s(model)):
+                await asyncio.sleep(min(wait_s, TICK_S))
                 continue
             began, num_restarts = self._clock(), self._hosting.num_restarts
             left_s = None if self._deadline is None else self._deadline - began
@@ -230,8 +284,15 @@ class _Run:
                     self._hosting, row, priority=self._priority, deadline_s=min(limits, default=None)
                 )
             except OverloadedError as exc:
+                self._outages.over(model)
                 await asyncio.sleep(exc.retry_after_s)
                 continue
+            if _is_members_fault(result) and is_out_of_reach(row, self._hosting):
+                num_tries_out_of_reach += self._wait_for(model, row, result, was_turn=was_turn)
+                if num_tries_out_of_reach < MAX_TRIES_OUT_OF_REACH:
+                    continue
+                return result
+            self._outages.over(model)
             if self._hosting.failure is not None:  # an ensemble may have taken dead members for silent ones
                 raise EngineDeadError(self._hosting.failure)
             has_restarted = self._hosting.num_restarts != num_restarts and is_text_level(row, self._hosting)
@@ -252,6 +313,16 @@ class _Run:
                 return replace(result, is_cut=result.is_cut or (is_late and is_text_level(row, self._hosting)))
             return None if is_late else result
         return None
+
+    def _wait_for(self, model: str, row: Row, result: RowResult, *, was_turn: bool) -> bool:
+        """Begin or lengthen the outage of the row's model. Returns whether the row was the one that tried.
+
+        As long as nothing was answered, tries count as failures: an address that is wrong never answers.
+        """
+        is_try = self._outages.failed(model, result.body["error"]["message"], was_turn=was_turn)
+        if is_try and not self._watch.num_ok:
+            self._failed(row, result)
+        return is_try
 
     # --- keeping -------------------------------------------------------------------------------------------------
 

@@ -176,6 +176,7 @@ class LiveBatch:
                     deadline_s=self.batch.expires_at - time.time(),
                     answer=partial(answer, new_observer=self._metrics.generation_meter, priors=Priors()),
                     on_progress=self._note,
+                    say=partial(logger.warning, "batch %s: %s", self.batch.id),
                 )
 
     def _note(self, progress: Progress) -> None:

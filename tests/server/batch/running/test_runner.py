@@ -18,8 +18,9 @@ from ensemble_server.ensembles.method import Services
 from ensemble_server.server.batch.job.identity import Identity
 from ensemble_server.server.batch.job.rows import BadRow, Row, RowResult
 from ensemble_server.server.batch.job.store import Counts, JobStore
-from ensemble_server.server.batch.running import runner
+from ensemble_server.server.batch.running import outages, runner
 from ensemble_server.server.batch.running.answering import answer
+from ensemble_server.server.batch.running.failures import MAX_HOPELESS, FailureWatch
 from ensemble_server.server.batch.running.room import Room, num_sequences, sequences_of
 from ensemble_server.server.batch.running.runner import Progress, RowBudget, Summary, run
 from ensemble_server.server.config.loading import parse_config
@@ -335,6 +336,87 @@ async def test_results_that_cannot_be_kept_end_the_run(
     monkeypatch.undo()
     await run(store, scripted())
     assert store.counts().ok == 8
+
+
+# --- nobody there, and nothing but failures ---
+
+
+class Endpoint(ScriptedModel):
+    """Refuses requests as a remote model does whose server is down. `is_down`: of the n-th request, for row i."""
+
+    def __init__(self, is_down: Callable[[int, int], bool]) -> None:
+        super().__init__("m", self._script)
+        self.is_out_of_reach = False
+        self._is_down = is_down
+
+    def _script(self, request: GenerationRequest, index: int) -> Script:
+        self.is_out_of_reach = self._is_down(len(self.requests), number_of(request))
+        refused = Script(("a",), fails_at=0, error=MemberError("m", "cannot reach it"))
+        return refused if self.is_out_of_reach else Script(("well",))
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FIRST_S", "MAX_S"):
+        monkeypatch.setattr(outages, name, 0.002)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("num_refusals", [3, 9])
+async def test_rows_wait_while_an_endpoint_is_down_and_none_is_spent(
+    store: JobStore, scripted, num_refusals: int
+) -> None:
+    store.take_rows(rows(6))
+    said: list[str] = []
+    async with asyncio.timeout(5):
+        summary = await run(store, scripted(m=Endpoint(lambda n, i: n <= num_refusals)), concurrency=3, say=said.append)
+    assert (summary.ended, summary.counts.ok, summary.counts.failed) == ("finished", 6, 0)
+    assert said[0] == "waits 0.002 s and tries again: member 'm': cannot reach it"
+    assert said[-1] == "model 'm' answers again"
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_an_address_that_never_answers_ends_the_run_and_keeps_all_rows(store: JobStore, scripted) -> None:
+    store.take_rows(rows(6))
+    said: list[str] = []
+    endpoint = Endpoint(lambda n, i: True)
+    async with asyncio.timeout(5):
+        summary = await run(store, scripted(m=endpoint), concurrency=2, watch=FailureWatch(said.append))
+    assert (summary.ended, summary.counts.pending) == ("failing", 6)
+    assert said == ["row 'r0' failed: member 'm': cannot reach it"]
+    assert len(endpoint.requests) <= MAX_HOPELESS + 2
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_row_that_an_endpoint_never_gets_through_is_given_up_in_the_end(
+    store: JobStore, scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "MAX_TRIES_OUT_OF_REACH", 3)
+    store.take_rows(rows(4))
+    endpoint = Endpoint(lambda n, i: i == 2)
+    async with asyncio.timeout(5):
+        await run(store, scripted(m=endpoint), concurrency=1)
+    assert texts(store) == ["well", "well", "member_failed", "well"]
+
+
+async def test_a_run_in_which_everything_fails_stops_early_and_says_why_once(store: JobStore, scripted) -> None:
+    store.take_rows(rows(200))
+    said: list[str] = []
+    sick = scripted(m=says(lambda i: Script(("a",), fails_at=0, error=MemberError("m", f"no key for row {i}"))))
+    summary = await run(store, sick, concurrency=1, watch=FailureWatch(said.append))
+    assert summary.ended == "failing"
+    assert MAX_HOPELESS <= summary.counts.failed <= MAX_HOPELESS + 1, "the one that had begun"
+    assert said == ["row 'r0' failed: member 'm': no key for row 0"]
+
+
+async def test_a_run_ends_after_as_many_errors_as_it_may_have(store: JobStore, scripted) -> None:
+    store.take_rows(rows(20))
+    sick = Script(("a",), fails_at=0)
+    hosting = scripted(m=says(lambda i: sick if i % 2 else "well"))
+    summary = await run(store, hosting, concurrency=1, watch=FailureWatch(max_errors=3))
+    assert summary.ended == "failing"
+    assert summary.counts.failed == 3
+    assert summary.counts.pending
 
 
 # --- ending early ---

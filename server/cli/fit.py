@@ -162,11 +162,12 @@ def report_lines(name: str, entry: ProbabilityAverage.Config, judged: JudgedFit)
 
 
 def _write(config: Path, target: Path, name: str, judged: JudgedFit) -> None:
-    from ensemble_server.server.config.edit import with_share, with_weights, write_config
+    from ensemble_server.server.config.edit import with_share, with_weights
+    from ensemble_server.server.disk.whole_file import write_whole
 
     source = config.read_bytes().decode("utf-8")  # not read_text, which would change line ends
     fitted = judged.fitted
     if fitted.share is not None:
-        write_config(target, with_share(source, name, fitted.share))
+        write_whole(target, with_share(source, name, fitted.share).encode())
     else:
-        write_config(target, with_weights(source, name, fitted.weights))
+        write_whole(target, with_weights(source, name, fitted.weights).encode())

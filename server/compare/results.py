@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ensemble_server.ensembles.comparison.verdict import Verdict
-from ensemble_server.server.compare.running.atomic_write import write_atomically
+from ensemble_server.server.disk.whole_file import write_whole
 
 Interval = tuple[float, float]
 ArmKind = Literal["member", "remote", "ensemble", "merge", "cost_matched"]
@@ -251,7 +251,7 @@ class Results(Part):
     provenance: Mapping[str, Any] = Field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        write_atomically(path, self.model_dump_json(indent=1).encode() + b"\n")
+        write_whole(path, self.model_dump_json(indent=1).encode() + b"\n")
 
     @classmethod
     def load(cls, path: Path) -> Results:

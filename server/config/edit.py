@@ -7,10 +7,7 @@ alias, a merge key) is refused, because it would change other entries, too.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -37,20 +34,6 @@ def with_share(text: str, model: str, share: float) -> str:
     root, entry = _entry(text, model)
     _check_alone(root, [entry], model)
     return _edited(text, root, model, [_share_edit(entry, share, model)], {"share": float(_number(share))})
-
-
-def write_config(path: Path, text: str) -> None:
-    """Put `text` in the place of the file, all of it or nothing; its permissions stay."""
-    mode = path.stat().st_mode if path.exists() else None
-    with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(text.encode())
-    try:
-        if mode is not None:
-            os.chmod(file.name, mode)
-        os.replace(file.name, path)
-    except OSError:
-        os.unlink(file.name)
-        raise
 
 
 Edit = tuple[int, int, str]  # characters from, to, and what comes in their place

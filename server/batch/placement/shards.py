@@ -21,7 +21,8 @@ from ensemble_server.ensembles.errors import ConfigError
 from ensemble_server.server.batch.job.identity import Identity
 from ensemble_server.server.batch.job.rows import BadRow, Row
 from ensemble_server.server.batch.job.store import JobStore, StoredRow, job_path
-from ensemble_server.server.batch.results.output_line import NOT_RUN, line_id, whole_file
+from ensemble_server.server.batch.results.output_line import NOT_RUN, line_id
+from ensemble_server.server.disk.whole_file import whole_file
 
 MAX_SHARDS = 10_000
 MAX_GAP = 200_000  # rows between two of one shard: shards x cells

@@ -6,17 +6,14 @@ https://platform.openai.com/docs/api-reference/batch/request-output
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import orjson
 
-from ensemble_server.ensembles.errors import StorageError
 from ensemble_server.server.batch.job.rows import BadRow
 from ensemble_server.server.batch.job.store import JobStore, StoredRow
+from ensemble_server.server.disk.whole_file import whole_file
 
 NOT_RUN = {
     "message": "the run ended before this row was answered; run the same command again to go on",
@@ -65,42 +62,3 @@ def write_output(store: JobStore, path: Path) -> None:
     with whole_file(path) as file:
         for stored in store.rows():
             file.write(output_line(stored))
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` when the block ends well; nothing happens to `path` otherwise.
-
-    Raises `StorageError` if it cannot be written. What the block raises for other reasons passes through.
-    """
-    path = path.resolve()  # what a link points to is replaced, and the link stays
-    try:
-        if path.exists() and not path.is_file():  # a pipe or a device takes what comes; a folder is an error
-            with path.open("wb") as file:
-                yield file
-            return
-        beside = path.with_name(f".{path.name}.part")
-        try:
-            with beside.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
-        _sync_folder(path.parent)
-    except OSError as exc:
-        raise StorageError(
-            f"{path} cannot be written ({exc.strerror or exc}); what was there before is unchanged. Free some space, or"
-            " choose another place"
-        ) from exc
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put the new name on disk too; not every file system can."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

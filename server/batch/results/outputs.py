@@ -18,9 +18,10 @@ import orjson
 from ensemble_server.server.batch.job.rows import Row
 from ensemble_server.server.batch.job.store import JobStore, StoredRow
 from ensemble_server.server.batch.results.columns import CELL_NAMES, Column
-from ensemble_server.server.batch.results.output_line import output_line, whole_file
+from ensemble_server.server.batch.results.output_line import output_line
 from ensemble_server.server.batch.results.submission import TableReport, write_table
 from ensemble_server.server.batch.source.grid import Grid
+from ensemble_server.server.disk.whole_file import whole_file
 
 OutputFormat = Literal["jsonl", "csv"]
 STDOUT = Path("-")

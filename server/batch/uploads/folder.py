@@ -11,7 +11,6 @@ Whatever has no row was cut short by a crash, and is removed when the folder is 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from ensemble_server.ensembles.errors import FolderInUseError, StorageError
 from ensemble_server.server.batch.uploads.catalogue import Catalogue, Purpose, StoredFile, new_id
+from ensemble_server.server.disk.whole_file import give_name
 
 DAY_S = 24 * 3600
 
@@ -129,11 +129,8 @@ class NewFile:
     def finished(self, *, owner: str, filename: str, purpose: Purpose, expires_after_s: int | None) -> StoredFile:
         """Bring all bytes to the disk and give the file its name. It expires as asked, or after `retention_days`."""
         with disk_heeded("the file cannot be written"):
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._file.close()
-            self._partial.rename(self._path)
-            _sync_folder(self._path.parent)
+            give_name(self._partial, self._path)
         now = int(time.time())
         expires_at = now + (expires_after_s or self._retention_s)
         return StoredFile(self.id, owner, filename, purpose, self.num_bytes, now, expires_at)
@@ -153,12 +150,3 @@ def disk_heeded(what: str) -> Iterator[None]:
         yield
     except OSError as exc:
         raise StorageError(f"{what}: {exc.strerror or exc}") from exc
-
-
-def _sync_folder(path: Path) -> None:
-    """Bring the names in a folder to the disk, as fsync does with a file's bytes."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,7 +9,7 @@ from ensemble_server.server.compare.report.contents import contents
 from ensemble_server.server.compare.report.documents import as_html, as_markdown
 from ensemble_server.server.compare.report.figures import draw_figures
 from ensemble_server.server.compare.results import Results
-from ensemble_server.server.compare.running.atomic_write import write_atomically
+from ensemble_server.server.disk.whole_file import write_whole
 
 FIGURE_FOLDER = "figures"
 
@@ -22,7 +22,7 @@ def write_report(results: Results, folder: Path) -> None:
     figures = draw_figures(results)
     shutil.rmtree(folder / FIGURE_FOLDER, ignore_errors=True)  # figures of measures that are gone
     for figure in figures:
-        write_atomically(folder / FIGURE_FOLDER / f"{figure.name}.svg", figure.svg.encode())
+        write_whole(folder / FIGURE_FOLDER / f"{figure.name}.svg", figure.svg.encode())
     report = contents(results)
-    write_atomically(folder / "report.md", as_markdown(report, figures, FIGURE_FOLDER).encode())
-    write_atomically(folder / "report.html", as_html(report, figures).encode())
+    write_whole(folder / "report.md", as_markdown(report, figures, FIGURE_FOLDER).encode())
+    write_whole(folder / "report.html", as_html(report, figures).encode())

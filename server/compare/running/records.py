@@ -15,7 +15,7 @@ from urllib.parse import quote
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ensemble_server.server.compare.results import ArmKind, Choice, TokenView
-from ensemble_server.server.compare.running.atomic_write import write_atomically
+from ensemble_server.server.disk.whole_file import write_whole
 
 FACTS_FILE = "facts.json"
 
@@ -126,7 +126,7 @@ class Facts(Stored):
     provenance: dict[str, Any] = Field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        write_atomically(folder / FACTS_FILE, self.model_dump_json(indent=1).encode() + b"\n")
+        write_whole(folder / FACTS_FILE, self.model_dump_json(indent=1).encode() + b"\n")
 
     @classmethod
     def load(cls, folder: Path) -> Facts:
@@ -160,7 +160,7 @@ class Records:
         return self._records[key]
 
     def save(self, record: ArmRecord) -> None:
-        write_atomically(self.path(record.name, record.replicate), record.model_dump_json().encode() + b"\n")
+        write_whole(self.path(record.name, record.replicate), record.model_dump_json().encode() + b"\n")
 
 
 def inputs_hash(parts: Mapping[str, Any]) -> str:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import stat
-from pathlib import Path
-
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ensemble_server.ensembles.errors import ConfigError
-from ensemble_server.server.config.edit import with_share, with_weights, write_config
+from ensemble_server.server.config.edit import with_share, with_weights
 
 WEIGHTS = {"base": 0.25, "co-de": 0.75}
 
@@ -99,15 +95,3 @@ def test_what_cannot_be_changed_alone_is_refused(text, message):
 def test_a_share_needs_a_pool_to_stand_before():
     with pytest.raises(ConfigError, match="no key `pool`"):
         with_share("models: {mix: {members: [a]}}", "mix", 0.1)
-
-
-def test_a_file_is_replaced_whole_and_keeps_its_permissions(tmp_path: Path):
-    path = tmp_path / "c.yaml"
-    path.write_text("old")
-    path.chmod(0o640)
-    write_config(path, "new é\r\n")
-    assert path.read_bytes() == "new é\r\n".encode()
-    assert stat.S_IMODE(path.stat().st_mode) == 0o640
-    assert os.listdir(tmp_path) == ["c.yaml"]
-    write_config(tmp_path / "other.yaml", "x")
-    assert (tmp_path / "other.yaml").read_text() == "x"

@@ -12,14 +12,16 @@
     ├── OverloadedError           try again later
     │   └── EngineRestartingError the engine died and is being started again
     ├── StorageError              the disk is full or cannot be written
-    │   └── FolderInUseError      another process keeps its things in that folder
+    │   ├── FolderInUseError      another process keeps its things in that folder
+    │   ├── StorageBusyError      another program holds it for now
+    │   └── StorageDamagedError   what was kept cannot be read any more
     ├── DeadlineError             the time that the request allowed is over
     ├── MemberError               this one generation failed on a member; the member lives
     │   ├── MemberTimeoutError    it did not answer within the time that its config allows
     │   └── TurnoutError          too few members answered
     └── EngineDeadError           the engine is gone; nothing it hosts can answer
 
-`server.api.errors` maps each class to an HTTP status and an OpenAI error type.
+`server.requests.errors` maps each class to an HTTP status and an OpenAI error type.
 """
 
 from __future__ import annotations
@@ -85,6 +87,14 @@ class StorageError(EnsembleError):
 
 class FolderInUseError(StorageError):
     """The folder is another process's as long as that one lives."""
+
+
+class StorageBusyError(StorageError):
+    """Another program holds what should be read or written; it may be free in a moment."""
+
+
+class StorageDamagedError(StorageError):
+    """What was kept cannot be read any more."""
 
 
 class DeadlineError(EnsembleError):

@@ -104,6 +104,8 @@ def headers_of(exc: BaseException) -> dict[str, str]:
     match exc:
         case errors.OverloadedError():
             return {"retry-after": str(max(1, math.ceil(exc.retry_after_s)))}
+        case errors.StorageBusyError():
+            return {"retry-after": "1"}
         case errors.ConflictError() | errors.StorageError():
             return {"x-should-retry": "false"}  # OpenAI's clients would try again, as they do on 409 and 5xx
         case HTTPException():

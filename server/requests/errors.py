@@ -61,6 +61,8 @@ KINDS: Mapping[type[errors.EnsembleError], ErrorKind] = {
     errors.EngineRestartingError: ErrorKind(503, "server_error", "engine_restarting"),
     errors.StorageError: ErrorKind(507, "server_error", "storage_full"),
     errors.FolderInUseError: ErrorKind(503, "server_error", "folder_in_use"),
+    errors.StorageBusyError: ErrorKind(503, "server_error", "storage_busy"),
+    errors.StorageDamagedError: ErrorKind(503, "server_error", "storage_damaged"),
     errors.DeadlineError: ErrorKind(504, "timeout_error", "deadline_exceeded"),
     errors.MemberError: ErrorKind(502, "server_error", "member_failed"),
     errors.MemberTimeoutError: ErrorKind(504, "timeout_error", "member_timed_out"),

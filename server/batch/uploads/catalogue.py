@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ensemble_server.ensembles.errors import StorageError
+from ensemble_server.ensembles.errors import StorageBusyError, StorageDamagedError, StorageError
 from ensemble_server.server.batch.job.rows import Url
 from ensemble_server.server.batch.sqlite_transaction import transaction
 
@@ -27,6 +27,7 @@ Status = Literal["validating", "failed", "in_progress", "finalizing", "completed
 Order = Literal["asc", "desc"]
 
 LIVE: frozenset[Status] = frozenset({"validating", "in_progress", "finalizing", "cancelling"})
+BUSY_S = 0.1  # nobody but a backup or an administrator holds it, and clients wait meanwhile
 _VERSION = 1
 _SCHEMA = f"""
     CREATE TABLE IF NOT EXISTS files (
@@ -112,7 +113,7 @@ class Catalogue:
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
         with self._transaction() as db:
             [version] = db.execute("PRAGMA user_version").fetchone()
             if version not in (0, _VERSION):
@@ -241,7 +242,17 @@ class Catalogue:
         try:
             yield
         except sqlite3.Error as exc:
-            raise StorageError(f"the catalogue of files and batches cannot be used: {exc}") from exc
+            raise _storage_error(exc) from exc
+
+
+def _storage_error(exc: sqlite3.Error) -> StorageError:
+    what = f"the catalogue of files and batches cannot be used: {exc}"
+    match (getattr(exc, "sqlite_errorcode", None) or 0) & 0xFF:  # without SQLite's finer distinctions
+        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+            return StorageBusyError(f"{what}; another program holds it")
+        case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
+            return StorageDamagedError(f"{what}; restore batch.folder from a copy, or name another folder")
+    return StorageError(what)
 
 
 def _now() -> int:

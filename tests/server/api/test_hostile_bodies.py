@@ -25,16 +25,15 @@ def chat_with(rest: bytes) -> bytes:
 
 
 HOSTILE = {
-    "wrong messages": b'{"messages":[' + b",".join([b"{}"] * 900_000) + b"]}",
-    "right messages": b'{"messages":[' + b",".join([b'{"role":"user","content":"x"}'] * 150_000) + b"]}",
-    "wrong biases": chat_with(b'"logit_bias":{' + b",".join(b'"%d":"x"' % n for n in range(300_000)) + b"}"),
-    "right biases": chat_with(b'"logit_bias":{' + b",".join(b'"%d":1' % n for n in range(60_000)) + b"}"),
-    "unknown names": chat_with(b",".join(b'"x%d":1' % n for n in range(200_000))),
-    "wrong stop tokens": chat_with(b'"stop_token_ids":[' + b",".join([b'"x"'] * MB) + b"]"),
-    "deep": b'{"messages":' + b"[" * MB + b"]" * MB + b"}",
-    "quotes": b'{"messages":"' + b'\\"' * (3 * MB) + b'"}',
-    "commas in a text": b'{"messages":"' + b"," * (3 * MB) + b'"}',
-    "a number": b'{"messages":' + b"9" * MB + b"}",
+    "wrong messages": lambda: b'{"messages":[' + b",".join([b"{}"] * 90_000) + b"]}",
+    "right messages": lambda: b'{"messages":[' + b",".join([b'{"role":"user","content":"x"}'] * 20_000) + b"]}",
+    "too many values": lambda: b'{"messages":[' + b",".join([b"{}"] * 260_000) + b"]}",
+    "wrong biases": lambda: chat_with(b'"logit_bias":{' + b",".join(b'"%d":"x"' % n for n in range(30_000)) + b"}"),
+    "unknown names": lambda: chat_with(b",".join(b'"x%d":1' % n for n in range(20_000))),
+    "wrong stop tokens": lambda: chat_with(b'"stop_token_ids":[' + b",".join([b'"x"'] * 90_000) + b"]"),
+    "deep": lambda: b'{"messages":' + b"[" * MB + b"]" * MB + b"}",
+    "quotes": lambda: b'{"messages":"' + b'\\"' * MB + b'"}',
+    "a number": lambda: b'{"messages":' + b"9" * MB + b"}",
 }
 
 
@@ -56,11 +55,11 @@ async def test_a_stream_goes_on_while_a_hostile_body_is_refused(host, name):
         listening = asyncio.create_task(listen())
         while not answered:
             await asyncio.sleep(0.005)
-        refused = await client.post("/v1/chat/completions", content=HOSTILE[name], headers=JSON)
+        refused = await client.post("/v1/chat/completions", content=HOSTILE[name](), headers=JSON)
         healthy = await client.get("/health")
         listening.cancel()
     assert refused.status_code in (200, 400) and healthy.status_code == 200
-    assert refused.status_code == 400 or name in ("right biases", "unknown names")
+    assert refused.status_code == 400 or name == "unknown names"
     assert len(refused.content) < 4000
     assert answered.count("piece") > 2
 

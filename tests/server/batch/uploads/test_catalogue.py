@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ensemble_server.ensembles.errors import ConflictError, StorageError
+from ensemble_server.ensembles.errors import ConflictError, StorageBusyError, StorageDamagedError, StorageError
 from ensemble_server.server.batch.uploads.catalogue import Batch, Catalogue, LineError, StoredFile, new_id
 
 
@@ -129,3 +129,21 @@ def test_a_catalogue_of_another_version_or_none_at_all_is_left_alone(tmp_path):
     path.write_bytes(b"no database at all" * 100)
     with pytest.raises(StorageError, match="not a database"):
         Catalogue(path)
+
+
+def test_a_catalogue_that_another_program_holds_is_busy_at_once(tmp_path):
+    catalogue = Catalogue(tmp_path / "c.sqlite")
+    other = sqlite3.connect(tmp_path / "c.sqlite", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(StorageBusyError, match="another program holds it"):
+        catalogue.remove_file("file-1")
+    other.execute("ROLLBACK")
+    catalogue.remove_file("file-1")
+    other.close()
+    catalogue.close()
+
+
+def test_a_damaged_catalogue_says_so(tmp_path):
+    (tmp_path / "c.sqlite").write_bytes(b"no database " * 1000)
+    with pytest.raises(StorageDamagedError, match=r"batch\.folder"):
+        Catalogue(tmp_path / "c.sqlite")

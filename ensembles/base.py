@@ -94,14 +94,15 @@ class GenerationRequest:
 class Mixture:
     """Which members run, with which weights, and how their distributions are pooled. Weights of zero are left out.
 
-    `share` (posterior only) is the fixed share that flows back to the prior at every token (or byte); 0 is plain Bayes.
+    `share` (posterior only) is the fixed share that flows back to the prior at every token (or byte); 0 is plain Bayes,
+    "auto" a share that is learnt (`ensembles.pooling.learned_share`).
     `vocabulary`: "auto" pools over tokens where all members have the same, else over bytes; "bytes" always does that.
     `heals`: whether members that are pooled over bytes begin before the last word of a raw prompt.
     """
 
     weights: Mapping[str, float]
     pool: PoolName = "arithmetic"
-    share: float = 0.0
+    share: float | Literal["auto"] = 0.0
     vocabulary: Literal["auto", "bytes"] = "auto"
     heals: bool = True
 

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from ensemble_server.ensembles.base import DistributionModel, Event, GenerationRequest, Mixture, Model, PoolName
 from ensemble_server.ensembles.errors import ModelLoadError, RequestError
@@ -27,7 +27,23 @@ from ensemble_server.ensembles.overrides import check_overrides
 
 OVERRIDABLE = ("weights", "pool", "share")
 POOLS = ("arithmetic", "geometric", "posterior")
+AUTO = "auto"
 MAX_WEIGHT = 1e6  # in size; a log-probability times a weight must fit into float32 with digits to spare
+
+
+def _checked_share(value: Any) -> Any:
+    if value == AUTO:
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"must be auto, or a number from 0 to below 1, got {value!r}")
+    return float(value)
+
+
+Share = Annotated[
+    float | Literal["auto"],
+    BeforeValidator(_checked_share),
+    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0, "exclusiveMaximum": 1}, {"const": AUTO}]}),
+]
 
 
 class ProbabilityAverage(Method):
@@ -37,11 +53,9 @@ class ProbabilityAverage(Method):
 
     class Config(MethodConfig):
         pool: PoolName = Field(default="arithmetic", description="arithmetic | geometric | posterior")
-        share: float = Field(
+        share: Share = Field(
             default=0.0,
-            ge=0,
-            lt=1,
-            description="posterior only: the part of the weights that returns to the prior at each token (or byte)",
+            description="posterior only: part of the weights that goes back to the prior at each token (or byte); or auto",
         )
         vocabulary: Literal["auto", "bytes"] = Field(
             "auto",
@@ -88,7 +102,7 @@ class ProbabilityAverage(Method):
         return self.host.generate(mixture, request, method=self.config.method)
 
 
-def mixture_of(weights: Mapping[str, float], pool: PoolName, share: float) -> Mixture:
+def mixture_of(weights: Mapping[str, float], pool: PoolName, share: float | Literal["auto"]) -> Mixture:
     """A checked mixture. Raises `ValueError` if the weights do not fit the pool.
 
     Arithmetic and posterior weights are probabilities up to a factor: none negative. Geometric weights may be negative
@@ -118,13 +132,15 @@ def overridden(mixture: Mixture, members: Sequence[str], overrides: Mapping[str,
     if pool not in POOLS:
         raise RequestError(f"ensemble.pool must be one of {', '.join(POOLS)}, got {pool!r}", param="ensemble.pool")
     share = overrides.get("share", mixture.share if pool == "posterior" else 0.0)
-    if not isinstance(share, int | float) or isinstance(share, bool) or not 0 <= share < 1:
-        raise RequestError(f"ensemble.share must be a number from 0 to below 1, got {share!r}", param="ensemble.share")
+    try:
+        share = _checked_share(share)
+    except ValueError as exc:
+        raise RequestError(f"ensemble.share {exc}", param="ensemble.share") from exc
     if share and pool != "posterior":
         raise RequestError(f"share belongs to the posterior pool, not to {pool!r}", param="ensemble.share")
     try:
         # in the config's order: the first member's view of text is the ensemble's, however a client sorts its weights
-        wanted = mixture_of({name: weights[name] for name in members if name in weights}, pool, float(share))
+        wanted = mixture_of({name: weights[name] for name in members if name in weights}, pool, share)
     except ValueError as exc:
         raise RequestError(str(exc), param="ensemble.weights") from exc
     heals = overrides.get("heal", mixture.heals)

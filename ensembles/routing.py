@@ -49,7 +49,7 @@ from ensemble_server.ensembles.errors import (
 from ensemble_server.ensembles.gating import gate_vector, mixture_weights, softmax
 from ensemble_server.ensembles.mergekit_moe import MoeConfig, routes
 from ensemble_server.ensembles.method import Method, MethodConfig, Services
-from ensemble_server.ensembles.probability_averaging import mixture_of
+from ensemble_server.ensembles.probability_averaging import Share, mixture_of
 from ensemble_server.ensembles.text_level import overridden
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Routing(Method):
             default=0.1, gt=0, allow_inf_nan=False, description="of the softmax over cosines: lower is sharper"
         )
         pool: PoolName = Field(default="arithmetic", description="how those chosen are averaged, where they can be")
-        share: float = Field(default=0.0, ge=0, lt=1, description="posterior pool only, see probability_average")
+        share: Share = Field(default=0.0, description="posterior pool only, see probability_average")
 
         @model_validator(mode="before")
         @classmethod

@@ -36,7 +36,7 @@ def member_logprobs(folder: Path, adapter: Path | None, token_ids: Sequence[int]
 
 
 def pooled(
-    pool: str, logprobs: np.ndarray, weights: Sequence[float], token_ids: Sequence[int], share: float = 0.0
+    pool: str, logprobs: np.ndarray, weights: Sequence[float], token_ids: Sequence[int], share: float | str = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """logprobs: (K, T, V), after each of `token_ids` (T). -> pooled (T, V), weights (K, T) used after each token.
 
@@ -51,6 +51,9 @@ def pooled(
         )
         return mixed, np.repeat(scaled[:, None], len(token_ids), axis=1)
     prior = weights / weights.sum()
+    if share == "auto":
+        by_token = _with_learnt_share(logprobs, prior, token_ids)
+        return np.log(np.einsum("kt,ktv->tv", by_token, np.exp(logprobs))), by_token
     path = [prior]
     for t in range(1, len(token_ids)):
         current = path[-1]
@@ -61,6 +64,19 @@ def pooled(
         path.append(current)
     by_token = np.stack(path, axis=1)
     return np.log(np.einsum("kt,ktv->tv", by_token, np.exp(logprobs))), by_token
+
+
+def _with_learnt_share(logprobs: np.ndarray, prior: np.ndarray, token_ids: Sequence[int]) -> np.ndarray:
+    """Weights (K, T) of the mixture over six shares: each share's pool on its own, and what it has earned so far."""
+    shares = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3)
+    pools = [pooled("posterior", logprobs, prior, token_ids, share) for share in shares]
+    earned, path = np.full(6, 1 / 6), []
+    for t, _ in enumerate(token_ids):
+        if t:
+            earned = earned * np.exp([mixed[t - 1, token_ids[t]] for mixed, _ in pools])
+            earned = 0.9999 * earned / earned.sum() + 0.0001 / 6
+        path.append(sum(part * by_token[:, t] for part, (_, by_token) in zip(earned, pools, strict=True)))
+    return np.stack(path, axis=1)
 
 
 def differences(choice: Choice, after: np.ndarray) -> list[float]:

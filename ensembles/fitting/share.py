@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ensemble_server.ensembles.pooling import posterior
+from ensemble_server.ensembles.pooling import following
+from ensemble_server.ensembles.pooling.following import Share
 
 GRID = (0.0, 0.0003, 0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5)
 
@@ -51,8 +52,8 @@ def fit_share(
     return ShareFit(float(grid[int(np.argmin(nats))]), tuple(grid), tuple(nats))
 
 
-def posterior_logprobs(token_logprobs: np.ndarray, prior: np.ndarray, share: float) -> np.ndarray:
+def posterior_logprobs(token_logprobs: np.ndarray, prior: np.ndarray, share: Share) -> np.ndarray:
     """What the posterior pool gave the tokens of one text: (K, T) nats of its members -> (T,) nats."""
-    weights = posterior.track(prior, token_logprobs, prior, share)[:, :-1]
+    weights = following.track(following.start(prior, share), token_logprobs, prior, share)[0][:, :-1]
     with np.errstate(divide="ignore"):  # log 0 is -inf, as it should be
         return np.logaddexp.reduce(np.log(weights) + token_logprobs, axis=0)

@@ -28,7 +28,7 @@ class EnsembleConfig(PreTrainedConfig):
 
     members: list[dict[str, Any]] = field(default_factory=list)
     pool: PoolName = "arithmetic"
-    share: float = 0.0
+    share: float | str = 0.0
     vocab_size: int = 0
     hidden_size: int = 0
     num_hidden_layers: int = 0

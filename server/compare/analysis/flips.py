@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ensemble_server.ensembles.base import DistributionModel, Message
-from ensemble_server.ensembles.pooling import effective_weights, posterior
+from ensemble_server.ensembles.pooling import effective_weights, following
 from ensemble_server.server.compare.analysis.pairing import has_figures, same_items, same_texts, text_columns
 from ensemble_server.server.compare.arms.candidates import ArmModel
 from ensemble_server.server.compare.measures.documents import Documents
@@ -187,7 +187,7 @@ async def _view(hosting: Hosting, name: str, model: DistributionModel, flipped: 
     prior = effective_weights(list(mixture.weights.values()))
     weights = np.broadcast_to(prior[:, None], of_members.shape)
     if mixture.pool == "posterior":
-        weights = posterior.track(prior, of_members, prior, mixture.share)
+        weights, _ = following.track(following.start(prior, mixture.share), of_members, prior, mixture.share)
     return [
         TokenView(
             text=surface.decode([ids[place + 1]]),

@@ -141,7 +141,7 @@ def _described(candidate: Candidate, entry: ModelEntry) -> str:
     if isinstance(entry, MethodConfig):
         pool = getattr(entry, "pool", None)
         share = getattr(entry, "share", 0)
-        settings = [*([pool] if pool else []), *([f"share {share:g}"] if share or pool == "posterior" else [])]
+        settings = [*([pool] if pool else []), *([f"share {share}"] if share or pool == "posterior" else [])]
         settings += ["fitted"] if candidate.is_fitted else []
         return f"{entry.method} of {', '.join(entry.members)}" + (f" ({', '.join(settings)})" if settings else "")
     if candidate.variant is not None and isinstance(recipe := candidate.variant.merge, dict):

@@ -23,7 +23,7 @@ from ensemble_server.ensembles.base import (
     Sampling,
     TokenLogprob,
 )
-from ensemble_server.ensembles.pooling import pool, posterior, sampling
+from ensemble_server.ensembles.pooling import following, pool, sampling
 from ensemble_server.ensembles.pooling.disagreement import entropy, jensen_shannon
 from ensemble_server.ensembles.spelling import END, ROW, utf8
 from ensemble_server.ensembles.spelling.lattice import EPSILON, History
@@ -53,7 +53,8 @@ class ByteReport:
 class ByteChoice:
     """`spellers`: one per member, at the end of the prompt, none of them waiting; the first is the surface's.
 
-    `weights`: (K,), of the first byte; `rereads`: for a member that cannot go on from what it has.
+    `state`: what the weights of the first byte follow from (`ensembles.pooling.following`); `rereads`: for a member
+    that cannot go on from what it has.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class ByteChoice:
         mixture: Mixture,
         spellers: Sequence[Speller],
         *,
-        weights: np.ndarray,
+        state: np.ndarray,
         prior: np.ndarray,
         max_new_tokens: int,
         grammar: GrammarMask | None,
@@ -73,7 +74,8 @@ class ByteChoice:
         self.members: Sequence[Member] = [speller.member for speller in spellers]
         self.spellers = spellers
         self.mixture = mixture
-        self.weights = weights
+        self._state = state
+        self.weights = following.member_weights(state, mixture.share)
         self._prior = prior
         self._request = request
         self._sampling: Sampling = request.sampling
@@ -221,7 +223,8 @@ class ByteChoice:
             self._restart_lost()
         if self.mixture.pool == "posterior" and len(self.spellers) > 1:
             evidence = [speller.evidence for speller in self.spellers]
-            self.weights = posterior.update(self.weights, evidence, self._prior, self.mixture.share)
+            self._state = following.update(self._state, evidence, self._prior, self.mixture.share)
+            self.weights = following.member_weights(self._state, self.mixture.share)
         surface = self.spellers[0]
         if surface.lattice is not None:
             self._show(surface.lattice.settled())

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ensemble_server.ensembles.base import Done, GenerationRequest, Mixture
-from ensemble_server.ensembles.pooling import effective_weights, posterior
+from ensemble_server.ensembles.pooling import effective_weights, following
 from ensemble_server.server.engines.shared.grammar import CompiledGrammar
 from ensemble_server.server.engines.shared.reading import Reading
 from ensemble_server.server.engines.transformers_engine.attention import Span
@@ -62,7 +62,7 @@ class ByteGeneration(Generation):
         )
         self._views = views
         self._prior = effective_weights(list(mixture.weights.values()))
-        self._weights = self._prior  # of the first byte
+        self._state = following.start(self._prior, mixture.share)  # what the weights of the first byte follow from
         self._spellers: list[Speller] = []  # at the end of the prompt, for choices to continue from
         self._num_fed = [0] * len(members)  # bytes of each tail
         self._tail_evidence: list[list[float]] = [[] for _ in members]
@@ -122,7 +122,7 @@ class ByteGeneration(Generation):
             self.request,
             self.mixture,
             self._spellers if is_last else [speller.fork() for speller in self._spellers],
-            weights=self._weights,
+            state=self._state,
             prior=self._prior,
             max_new_tokens=self._max_new_tokens,
             grammar=None if self._grammar is None else self._grammar.new_mask(),
@@ -160,7 +160,7 @@ class ByteGeneration(Generation):
             nats.append(np.concatenate([of_head, self._tail_evidence[k]]))
         length = common_end(texts)
         evidence = np.stack([row[len(row) - length :] for row in nats])
-        self._weights = posterior.track(self._prior, evidence, self._prior, self.mixture.share)[:, -1]
+        _, self._state = following.track(self._state, evidence, self._prior, self.mixture.share)
 
     def _ended(self, choice: ByteChoice) -> None:
         for k, speller in enumerate(choice.spellers):
@@ -168,7 +168,7 @@ class ByteGeneration(Generation):
 
     @property
     def weights_after_prompt(self) -> np.ndarray:
-        return self._weights
+        return following.member_weights(self._state, self.mixture.share)
 
     def _done(self) -> Done:
         return replace(super()._done(), vocabulary="bytes")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ensemble_server.ensembles.base import Delta, FinishReason, GenerationRequest, Mixture, Sampling, TokenLogprob
-from ensemble_server.ensembles.pooling import posterior, sampling
+from ensemble_server.ensembles.pooling import following, sampling
 from ensemble_server.server.engines.shared.choice_text import ChoiceText, ends_of_text
 from ensemble_server.server.engines.shared.grammar import GrammarMask
 from ensemble_server.server.engines.transformers_engine.attention import Span
@@ -38,6 +38,7 @@ class LiveChoice:
         self.caches = caches
         self.mixture = mixture
         self.weights = prompt.weights  # (K,), of the next token
+        self._state = prompt.state
         self.last_token: int | None = None
         self._prior = prompt.prior
         self._request = request
@@ -74,7 +75,8 @@ class LiveChoice:
         report = self._report(token_id, pooled, member_logprobs)
         if self.mixture.pool == "posterior" and len(self.members) > 1:
             evidence = [float(row[token_id]) for row in member_logprobs]
-            self.weights = posterior.update(self.weights, evidence, self._prior, self.mixture.share)
+            self._state = following.update(self._state, evidence, self._prior, self.mixture.share)
+            self.weights = following.member_weights(self._state, self.mixture.share)
         if self._grammar is not None:
             self._grammar.advance(token_id)
         self.last_token = token_id

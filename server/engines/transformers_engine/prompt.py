@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ensemble_server.ensembles.base import Mixture, TokenLogprob
-from ensemble_server.ensembles.pooling import effective_weights, pool, posterior
+from ensemble_server.ensembles.pooling import effective_weights, following, pool
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.family import known_rows
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
@@ -49,6 +49,7 @@ class Prompt:
         self.prior = effective_weights(list(mixture.weights.values()))
         self.weights = self.prior  # of the next token to be predicted
         self.scored: list[TokenLogprob] = []
+        self.state = following.start(self.prior, mixture.share)  # what the weights follow from
         self._pool = mixture.pool
         self._share = mixture.share
         self._num_top = prompt_logprobs
@@ -98,7 +99,7 @@ class Prompt:
         if self._is_lockstep and predicted and len(predicted[0][0]):
             self._advance_in_lockstep(predicted)
         elif self._follows_evidence and self.is_done and not self._is_lockstep:
-            self.weights = posterior.track(self.prior, self._common_evidence(), self.prior, self._share)[:, -1]
+            self._follow(self._common_evidence())
 
     @property
     def _scores_all(self) -> bool:
@@ -160,7 +161,7 @@ class Prompt:
                 self._evidence[index].append(judged)
                 gained.append(judged)
         if gained and self._shares_weights_path:
-            self.weights = posterior.track(self.weights, np.stack(gained), self.prior, self._share)[:, -1]
+            self._follow(np.stack(gained))
 
     def _offer(self, index: int) -> None:
         """Keep the blocks that member `index` has just completed for prompts that begin alike."""
@@ -180,8 +181,7 @@ class Prompt:
         weights = np.repeat(self.weights[:, None], len(targets), axis=1)
         if self._follows_evidence:
             evidence = np.stack([parts[-1] for parts in self._evidence])
-            path = posterior.track(self.weights, evidence, self.prior, self._share)
-            weights, self.weights = path[:, :-1], path[:, -1]
+            weights = self._follow(evidence)[:, :-1]
         if self._num_top is None:
             return
         pooled = first
@@ -193,6 +193,13 @@ class Prompt:
             )
         for row, token_id in zip(pooled, targets.tolist(), strict=True):
             self.scored.append(describe(self.members[0].surface, row, token_id, self._num_top))
+
+    def _follow(self, evidence: np.ndarray) -> np.ndarray:
+        """Move the weights along tokens that member k gave `evidence[k]`, (K, T) nats. -> (K, T + 1), weights before
+        each and after the last."""
+        path, self.state = following.track(self.state, evidence, self.prior, self._share)
+        self.weights = path[:, -1]
+        return path
 
     def _common_evidence(self) -> np.ndarray:
         """(K, T): what each member gave the longest common end of the prompts: different views of one conversation."""

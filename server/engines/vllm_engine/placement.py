@@ -17,7 +17,7 @@ from pathlib import Path
 from ensemble_server.ensembles.base import Mixture
 from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.ensembles.method import MethodConfig
-from ensemble_server.ensembles.probability_averaging import ProbabilityAverage, mixture_of
+from ensemble_server.ensembles.probability_averaging import AUTO, ProbabilityAverage, mixture_of
 from ensemble_server.server.config.blocks import HostedModel, ModelEntry
 
 
@@ -125,6 +125,12 @@ def _placement(
     order = list(parts)
     slots = {member: order.index(weights[member]) for member in members if weights[member] in parts}
     placement = Placement({name: part for part, name in parts.items()}, slots, Mixture(dict.fromkeys(slots, 1.0)))
+    for name, average in averages.items():
+        if average.share == AUTO:
+            raise ModelLoadError(
+                f"model {name!r}: share: auto is learnt by the transformers engine; vLLM keeps evidence for one share, "
+                "so give it a number such as 0.01, or set engine.kind: transformers"
+            )
     following = {
         name: mixture_of(average.members, average.pool, average.share)
         for name, average in averages.items()

@@ -32,6 +32,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from ensemble_server.ensembles.pooling import posterior
+from ensemble_server.ensembles.probability_averaging import AUTO
 from ensemble_server.server.one_model.vllm.live_requests import request_of_token
 from ensemble_server.server.one_model.vllm.request_mixture import Directory
 from ensemble_server.server.one_model.vllm.rows import BAYES, NUM_EXTRA, SHARED
@@ -142,6 +143,8 @@ class Evidence(nn.Module):
         self._member_logits = member_logits
         self._widths = widths
         self._num_members = len(directory.members)
+        if directory.mixture.share == AUTO:
+            raise ValueError("share: auto is learnt by transformers alone; export the ensemble with a share below 1")
         self._share = directory.mixture.share
         prior = torch.tensor(directory.default.weights, dtype=torch.float64)
         self.register_buffer("_prior", prior, persistent=False)

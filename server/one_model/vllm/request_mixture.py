@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ensemble_server.ensembles.base import Mixture, PoolName
 from ensemble_server.ensembles.pooling import effective_weights
-from ensemble_server.ensembles.probability_averaging import POOLS, mixture_of
+from ensemble_server.ensembles.probability_averaging import AUTO, POOLS, mixture_of
 from ensemble_server.server.config.problems import nearest
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ def request_mixture(
             f"{WEIGHTS} must have {len(members)} numbers, one per member ({', '.join(members)}), got {len(weights)}"
         )
     share = found.get(SHARE, default.share if pool == "posterior" else 0.0)
+    if share == AUTO:
+        raise ValueError(f"{SHARE}: auto is learnt by transformers alone; give vLLM a number from 0 to below 1")
     if not _is_number(share) or not 0 <= share < 1:
         raise ValueError(f"{SHARE} must be a number from 0 to below 1, got {share!r}")
     mixture = mixture_of(dict(zip(members, map(float, weights), strict=True)), pool, float(share))

@@ -26,6 +26,7 @@ MIXTURES = {
     "geometric with a negative weight": {"members": {"llama": -0.5, "red": 1.5}, "pool": "geometric"},
     "posterior": {"members": ["llama", "deep", "gemma", "gpt2"], "pool": "posterior"},
     "posterior with a share": {"members": {"llama": 1, "red": 2, "green": 1}, "pool": "posterior", "share": 0.05},
+    "posterior with a learnt share": {"members": {"llama": 1, "red": 2}, "pool": "posterior", "share": "auto"},
     "one member": {"members": {"red": 1, "llama": 0}, "pool": "posterior"},
 }
 
@@ -84,7 +85,7 @@ def test_a_padded_batch_generates_what_each_text_does_alone(name, tiny, tmp_path
         assert row[-10:].tolist() == alone[-10:].tolist()
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "posterior with a share"])
+@pytest.mark.parametrize("name", ["arithmetic", "posterior with a share", "posterior with a learnt share"])
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}])
 def test_the_cache_changes_nothing(name, settings, tiny, tmp_path):
     folder = exported(tiny, MIXTURES[name], tmp_path / "out")

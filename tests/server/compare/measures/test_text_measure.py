@@ -26,6 +26,7 @@ POOLS = {
     "contrast": {"pool": "geometric", "members": {"llama": 1, "red": 0.7, "blue": -0.5}},
     "bayes": {"pool": "posterior", "members": ["llama", "red", "deep"], "share": 0},
     "adaptive": {"pool": "posterior", "members": {"llama": 1, "red": 3}, "share": 0.05},
+    "learnt": {"pool": "posterior", "members": {"llama": 1, "red": 3}, "share": "auto"},
 }
 
 

@@ -25,6 +25,7 @@ MIXTURES = {
     "geometric, contrastive": Mixture({"red": 1, "llama": 1, "deep": -0.7}, "geometric"),
     "posterior": Mixture({"llama": 1, "deep": 1, "gemma": 1}, "posterior"),
     "posterior with share": Mixture({"llama": 2, "red": 1, "gpt2": 1}, "posterior", 0.02),
+    "posterior with a learnt share": Mixture({"llama": 1, "red": 2, "deep": 1}, "posterior", "auto"),
 }
 
 

@@ -109,6 +109,12 @@ def test_with_a_share_the_models_own_mixture_is_the_ensembles() -> None:
     assert found.mixture == Mixture({"a": 3.0, "b": 1.0, "c": 0.0}, "posterior", 0.1)
 
 
+def test_a_learnt_share_is_refused_by_name_with_the_way_out() -> None:
+    learnt = {"method": "probability_average", "members": ["a", "b"], "pool": "posterior", "share": "auto"}
+    with pytest.raises(ModelLoadError, match=r"model 'adaptive': share: auto is learnt by the transformers engine"):
+        placed(a=A, b=B, adaptive=learnt)
+
+
 def test_two_shares_on_one_model_are_refused_with_the_way_out() -> None:
     one, other = (average("a", "b", pool="posterior", share=share) for share in (0.1, 0.2))
     with pytest.raises(ModelLoadError, match=r"'one' and 'other' are on one vLLM model.*`share: 0`"):

@@ -55,7 +55,7 @@ class ProbabilityAverage(Method):
         pool: PoolName = Field(default="arithmetic", description="arithmetic | geometric | posterior")
         share: Share = Field(
             default=0.0,
-            description="posterior only: part of the weights that returns to the prior at each token (or byte), or auto",
+            description="posterior only: part of the weights that returns to the prior at each token or byte, or auto",
         )
         vocabulary: Literal["auto", "bytes"] = Field(
             "auto",

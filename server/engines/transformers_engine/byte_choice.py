@@ -74,7 +74,7 @@ class ByteChoice:
         self.members: Sequence[Member] = [speller.member for speller in spellers]
         self.spellers = spellers
         self.mixture = mixture
-        self._state = state
+        self._following = state
         self.weights = following.member_weights(state, mixture.share)
         self._prior = prior
         self._request = request
@@ -223,8 +223,8 @@ class ByteChoice:
             self._restart_lost()
         if self.mixture.pool == "posterior" and len(self.spellers) > 1:
             evidence = [speller.evidence for speller in self.spellers]
-            self._state = following.update(self._state, evidence, self._prior, self.mixture.share)
-            self.weights = following.member_weights(self._state, self.mixture.share)
+            self._following = following.update(self._following, evidence, self._prior, self.mixture.share)
+            self.weights = following.member_weights(self._following, self.mixture.share)
         surface = self.spellers[0]
         if surface.lattice is not None:
             self._show(surface.lattice.settled())

@@ -62,6 +62,13 @@ async def test_pieces_have_the_probability_that_plain_forwards_give_them(mixed, 
     assert answer.done.vocabulary == "bytes"
 
 
+async def test_a_learnt_share_follows_the_text_by_bytes(mixed):
+    answer = await ask(mixed, Mixture({"gemma": 1, "llama": 1}, "posterior", "auto"), explain=True, max_tokens=8)
+    weights = np.array([[view.weight for view in token.members.values()] for token in answer.choices[0].tokens])
+    assert weights.sum(axis=1) == pytest.approx(np.ones(len(weights)))
+    assert answer.done.vocabulary == "bytes" and np.ptp(weights[:, 0]) > 0
+
+
 async def test_requests_of_both_kinds_share_their_steps(families):
     """Chunked prefill, few places, background rows that pause: the same numbers."""
     with families.running(max_batch=3, prefill_chunk=4) as engine:

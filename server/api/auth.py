@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterable
 from hmac import compare_digest
 
@@ -42,7 +43,7 @@ class RequireKey:
 
     def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
         self._app = app
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._digests = [key_digest(key) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] == "OPTIONS" or _is_open(scope["path"]):
@@ -61,6 +62,14 @@ class RequireKey:
         digest = hashlib.sha256(key.encode("latin-1")).digest()  # the bytes as they were sent
         matches = [compare_digest(digest, known) for known in self._digests]
         return any(matches)
+
+
+def key_digest(key: str) -> bytes:
+    """The SHA-256 of a key. A config may give that alone: "sha256:" and 64 hex digits."""
+    kind, _, digits = key.partition(":")
+    if kind == "sha256" and re.fullmatch(r"[0-9a-f]{64}", digits):
+        return bytes.fromhex(digits)
+    return hashlib.sha256(key.encode()).digest()
 
 
 def _is_open(path: str) -> bool:

@@ -109,7 +109,8 @@ class ServerConfig(Block):
     api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(),
         repr=False,
-        description="keys besides those of `api_keys_env`; without any key the server is open to all",
+        description="keys besides those of `api_keys_env`, or `sha256:` and a key's digest; without any key the server "
+        "is open to all",
     )
     max_queue: Annotated[Count, Unit("requests")] = Field(
         default=256, description="how many may wait; more are refused with 429"

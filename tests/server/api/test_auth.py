@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+
 import openai
 import pytest
 
@@ -106,3 +108,11 @@ async def test_cors_is_off_unless_configured(host):
     async with asgi_client(host()) as client:
         response = await client.get("/health", headers={"origin": "https://page.example"})
     assert "access-control-allow-origin" not in response.headers
+
+
+async def test_a_config_may_hold_the_digest_of_a_key_in_its_place(host):
+    digest = f"sha256:{hashlib.sha256(b'secret').hexdigest()}"
+    async with asgi_client(host({"api_keys": (digest, "sha256:plain")})) as client:
+        for key, status in (("secret", 200), (digest, 401), ("sha256:plain", 200)):
+            answer = await client.get("/v1/models", headers={"authorization": f"Bearer {key}"})
+            assert answer.status_code == status, key

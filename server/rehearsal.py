@@ -131,3 +131,6 @@ class _Unloaded:
 
     async def visit_logprobs(self, *arguments: Any, **options: Any) -> None:
         raise AssertionError("a rehearsal has no weights to read with")
+
+    async def visit_bytes(self, *arguments: Any, **options: Any) -> None:
+        raise AssertionError("a rehearsal has no weights to read with")

@@ -63,6 +63,7 @@ class GivenText:
         self._epsilon = epsilon
         self._walks: dict[Key, Walk] = {BEGIN: self._walk(None, distribution)}
         self._totals = np.zeros(len(text) + 1)  # log P of the text up to each byte
+        self._asleep = np.zeros(len(text) + 1)  # share of what ends at each byte and was not looked at
 
     def follow(self, token_ids: Sequence[int], token_bytes: Sequence[bytes]) -> list[History]:
         """The histories of the member's own reading of the text: wanted first of all. `token_bytes`: of every id."""
@@ -91,7 +92,10 @@ class GivenText:
             return np.nan_to_num(np.diff(self._totals), nan=-np.inf, neginf=-np.inf)
 
     def rows(self) -> np.ndarray:
-        """(T + 1, 257) float64: log-probabilities of what comes next, before each byte and after the last."""
+        """(T + 1, 257) float64: log-probabilities of what comes next, before each byte and after the last.
+
+        The share of what sleeps at a byte goes to all bytes alike, as in `Lattice.row` with `spreads`.
+        """
         masses = np.zeros((len(self.text) + 1, ROW))
         for walk in self._walks.values():
             if walk.logprob == -math.inf:
@@ -101,7 +105,8 @@ class GivenText:
                 masses[place, following] += math.exp(walk.logprob - self._totals[place]) * probs
             masses[walk.end, END] += math.exp(walk.logprob - self._totals[walk.end] + walk.log_end)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.log(masses / masses.sum(1, keepdims=True))
+            probs = masses / masses.sum(1, keepdims=True)
+            return np.log((1 - self._asleep[:, None]) * probs + self._asleep[:, None] / ROW)
 
     def _walk(self, history: History | None, distribution: Distribution) -> Walk:
         walk = Walk(history, distribution.log_end)
@@ -142,10 +147,14 @@ class GivenText:
                 weights[closing] = float(np.logaddexp(weights[closing], weight)) if closing in weights else weight
                 if weight > heaviest.get(closing, -math.inf):
                     heaviest[closing], parents[closing] = weight, walk.history
+        sleeping: list[list[float]] = [[] for _ in at]
         for key, weight in weights.items():
             if key not in self._walks:
                 at[key[0]].append(weight)
+                sleeping[key[0]].append(weight)
         self._totals = np.array([np.logaddexp.reduce(ways) if ways else -np.inf for ways in at])
+        shares = [np.logaddexp.reduce(ways) if ways else -np.inf for ways in sleeping]
+        self._asleep = np.exp(np.array(shares) - np.where(np.isfinite(self._totals), self._totals, 0.0))
         return weights, parents
 
     def _looked_at(self, weights: dict[Key, float], parents: dict[Key, History | None]) -> list[History]:

@@ -18,6 +18,7 @@ from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.byte_choice import ByteChoice, Reread
 from ensemble_server.server.engines.transformers_engine.byte_prompt import BytePrompt, common_end
 from ensemble_server.server.engines.transformers_engine.generation import Generation
+from ensemble_server.server.engines.transformers_engine.given_reading import GivenReading, scored_pieces
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey, PrefixCache
 from ensemble_server.server.engines.transformers_engine.speller import Speller
@@ -67,6 +68,7 @@ class ByteGeneration(Generation):
         self._num_fed = [0] * len(members)  # bytes of each tail
         self._tail_evidence: list[list[float]] = [[] for _ in members]
         self._num_asked: list[int] = []  # rows of each member in this step
+        self._scoring: GivenReading | None = None  # of the prompt, if it was asked for
         self._is_ready = False
         self._counts = np.zeros((len(members), 3), dtype=np.int64)  # rows, tokens, restarts of choices that have ended
 
@@ -76,8 +78,14 @@ class ByteGeneration(Generation):
 
     def begin(self) -> None:
         self.prompt = BytePrompt(self.members, [view.head for view in self._views], self.mixture, self._prefixes)
+        if self.request.prompt_logprobs is not None:
+            token_bytes = self._views[0].vocabulary.token_bytes
+            text = b"".join(token_bytes[token_id] for token_id in self.token_ids[0])
+            self._scoring = GivenReading(self.members, self.token_ids, text)
 
     def next_spans(self, budget: int, being_read: dict[BlockKey, bool]) -> list[tuple[Member, Span]]:
+        if self._scoring is not None:
+            return self._scoring.next_spans(budget)
         if not self.prompt.is_done:
             return super().next_spans(budget, being_read)
         pairs = []
@@ -90,6 +98,9 @@ class ByteGeneration(Generation):
 
     @torch.inference_mode()
     def take(self, rows: Sequence[torch.Tensor]) -> None:
+        if self._scoring is not None:
+            self._take_scoring(rows)
+            return
         if not self.prompt.is_done:
             self._take_prompt(rows)
             if not self.prompt.is_done:
@@ -131,6 +142,18 @@ class ByteGeneration(Generation):
         self.num_started += 1
         self.live.append(choice)
         return choice
+
+    def _take_scoring(self, rows: Sequence[torch.Tensor]) -> None:
+        assert self._scoring is not None, "the prompt is to be scored"
+        self._scoring.take(rows)
+        if not self._scoring.is_done:
+            return
+        judged, self._scoring = self._scoring.judgement(), None
+        view = self._views[0]
+        self.prompt.scored = scored_pieces(judged, self.mixture, view.token_ids, view.vocabulary.token_bytes)
+        if not self.num_choices:
+            self._is_ready = True
+            self._begin_answering()
 
     def _heal(self) -> None:
         """Give each lattice the end of the prompt, as far as it goes without a forward."""

@@ -46,10 +46,16 @@ def check_request(request: GenerationRequest) -> None:
             "over text; leave top out of explain",
             param="ensemble.explain",
         )
-    if request.prompt_logprobs is not None:
+    if request.prompt_logprobs:
         raise UnsupportedError(
-            "log-probabilities of the prompt are not told yet where members of different vocabularies are averaged "
-            "over text",
+            "alternatives to tokens of the prompt are not told yet where members of different vocabularies are "
+            "averaged over text; ask for log-probabilities without them (prompt_logprobs: 0, echo with logprobs: 0)",
+            param="prompt_logprobs",
+        )
+    if request.prompt_logprobs is not None and request.messages is not None:
+        raise UnsupportedError(
+            "log-probabilities of the prompt need one text for all members; each of these has its own rendering of a "
+            "conversation",
             param="prompt_logprobs",
         )
 
@@ -88,13 +94,27 @@ def _raw_view(
     with tokenizing:
         ids = _kept(surface.encode(text), request)
     check_prompt(ids, member.vocab_size, "prompt")
-    head, tail = healed(text.encode(errors="replace"), vocabulary.token_bytes, ids) if heals else (ids, b"")
+    data = text.encode(errors="replace")
+    head, tail = healed(data, vocabulary.token_bytes, ids) if heals else (ids, b"")
+    if request.prompt_logprobs is not None:
+        check_spelled(member, ids, data)
 
     def reread(answer: str) -> list[int]:
         with tokenizing:
             return _kept(surface.encode(text + answer), request)
 
     return ByteView(ids, head, tail, vocabulary, reread)
+
+
+def check_spelled(member: Member, token_ids: Sequence[int], text: bytes) -> None:
+    """Raise `RequestError` unless these tokens of a member are `text`, byte for byte."""
+    token_bytes = spelled_vocabulary(member).token_bytes
+    if b"".join(token_bytes[token_id] for token_id in token_ids) != text:
+        raise RequestError(
+            f"member {member.name!r} does not read this text byte for byte (it has special tokens in it, or was cut), "
+            "so it cannot be scored beside members of other vocabularies",
+            param="prompt",
+        )
 
 
 def _kept(token_ids: list[int], request: GenerationRequest) -> list[int]:

@@ -40,7 +40,8 @@ from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.backbone import Backbone
 from ensemble_server.server.engines.transformers_engine.byte_choice import ByteChoice
 from ensemble_server.server.engines.transformers_engine.byte_generation import ByteGeneration
-from ensemble_server.server.engines.transformers_engine.byte_request import byte_views, check_request
+from ensemble_server.server.engines.transformers_engine.byte_request import byte_views, check_request, check_spelled
+from ensemble_server.server.engines.transformers_engine.byte_visit import ByteVisit
 from ensemble_server.server.engines.transformers_engine.choice import LiveChoice
 from ensemble_server.server.engines.transformers_engine.family import as_family, check_shared_ids, known_rows
 from ensemble_server.server.engines.transformers_engine.generation import Generation
@@ -187,6 +188,37 @@ class TransformersEngine:
                 raise error
         finally:
             job.is_cancelled = True
+
+    async def visit_bytes(self, members: Sequence[str], text: str, visit: Visitor, *, priority: int = 1) -> None:
+        """See `ensembles.base.MixtureHost`. `visit` runs on the engine's thread."""
+        self.averages_over(Mixture(dict.fromkeys(members, 1.0), vocabulary="bytes"))
+        asked = [self._members[name] for name in members]
+        token_ids = await asyncio.to_thread(self._read_bytes, asked, text)
+        if self._failure is not None:
+            raise EngineDeadError(self._failure)
+        if not text:
+            return
+        loop = asyncio.get_running_loop()
+        job = ByteVisit(asked, token_ids, text.encode(), visit, loop, priority=priority)
+        self._enqueue(job)
+        try:
+            if (error := await job.inbox.get()) is not None:
+                raise error
+        finally:
+            job.is_cancelled = True
+
+    def _read_bytes(self, members: Sequence[Member], text: str) -> list[list[int]]:
+        """The text in every member's own tokens. Raises `ContextLengthError`, and `RequestError` if it is not that."""
+        with self._reader.tokenizing:
+            token_ids = [member.surface.encode(text) for member in members]
+        for member, ids in zip(members, token_ids, strict=True):
+            check_spelled(member, ids, text.encode())
+            if len(ids) > member.max_model_len:
+                raise ContextLengthError(
+                    f"the text has {len(ids)} tokens as {member.name!r} reads it; its context holds "
+                    f"{member.max_model_len}; read it in windows"
+                )
+        return token_ids
 
     def _enqueue(self, job: Job) -> None:
         with self._scheduler.changed:

@@ -109,6 +109,10 @@ class VllmEngine:
             "engine.kind transformers for that"
         )
 
+    async def visit_bytes(self, members: Sequence[str], text: str, visit: object, *, priority: int = 1) -> None:
+        """Raises `UnsupportedError`, as `visit_logprobs` does."""
+        await self.visit_logprobs(members, (), visit, priority=priority)
+
     async def generate(self, mixture: Mixture, request: GenerationRequest, *, method: str) -> AsyncGenerator[Event]:
         """See `ensembles.base.MixtureHost`. Raises `OverloadedError` when the queue is full, and its subclass
         `EngineRestartingError` when vLLM is down or goes down before the end.

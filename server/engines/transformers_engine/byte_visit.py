@@ -1,0 +1,65 @@
+"""A text that members of different vocabularies read only to be judged by it, byte by byte: the twin of `visit`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import torch
+
+from ensemble_server.server.engines.transformers_engine.attention import Span
+from ensemble_server.server.engines.transformers_engine.given_reading import GivenReading
+from ensemble_server.server.engines.transformers_engine.job import Job
+from ensemble_server.server.engines.transformers_engine.members import Member
+from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey
+from ensemble_server.server.engines.transformers_engine.visit import Visitor
+
+
+class ByteVisit(Job):
+    """`visit` is shown all of the text at once, when it is read: rows of 257 and the bytes that came."""
+
+    num_places = 1
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        token_ids: Sequence[Sequence[int]],
+        text: bytes,
+        visit: Visitor,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        priority: int,
+    ) -> None:
+        super().__init__(members, loop, priority=priority)
+        self._token_ids = token_ids
+        self._text = text
+        self._visit = visit
+        self._reading: GivenReading | None = None
+
+    @property
+    def is_reading(self) -> bool:
+        return self._reading is None or not self._reading.is_done
+
+    def begin(self) -> None:
+        self._reading = GivenReading(self.members, self._token_ids, self._text)
+
+    def next_spans(self, budget: int, being_read: dict[BlockKey, bool]) -> list[tuple[Member, Span]]:
+        assert self._reading is not None, "it has begun"
+        return self._reading.next_spans(budget)
+
+    @torch.inference_mode()
+    def take(self, rows: Sequence[torch.Tensor]) -> None:
+        """What the visitor raises is this job's error, as it is."""
+        assert self._reading is not None, "it has begun"
+        self._reading.take(rows)
+        if not self._reading.is_done:
+            return
+        judged = self._reading.judgement()
+        try:
+            if len(judged.targets):
+                self._visit(torch.from_numpy(judged.rows), torch.from_numpy(judged.targets))
+        except Exception as exc:
+            self.fail(exc)
+            return
+        self.outbox.append(None)
+        self.is_finished = True

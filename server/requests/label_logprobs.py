@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ensemble_server.ensembles.base import GenerationRequest, Usage, collect
+from ensemble_server.ensembles.base import DistributionModel, GenerationRequest, Model, Usage, collect
 from ensemble_server.ensembles.errors import RequestError, UnsupportedError
 from ensemble_server.ensembles.fan_out import total_usage
 from ensemble_server.ensembles.label_probabilities import common_prefix_length
@@ -84,7 +84,7 @@ async def label_logprobs(
 ) -> tuple[dict[str, float], Usage]:
     """log p(label | condition) of each label, in nats."""
     usages: list[Usage] = []
-    if all(len(ids) == 1 for ids in placed.tails.values()):
+    if all(len(ids) == 1 for ids in placed.tails.values()) and not _is_over_bytes(hosting.models[name]):
         found, usage = await _from_one_distribution(hosting, name, placed, base)
         usages.append(usage)
         if len(found) == len(placed.tails):
@@ -98,6 +98,11 @@ async def label_logprobs(
         logprobs[label] = sum(token.logprob for token in scored if token.logprob is not None)
         usages.append(answer.done.usage)
     return logprobs, total_usage(usages)
+
+
+def _is_over_bytes(model: Model) -> bool:
+    """Whether alternatives to a token are not told: its members share no tokens."""
+    return isinstance(model, DistributionModel) and model.host.averages_over(model.mixture) == "bytes"
 
 
 async def _from_one_distribution(

@@ -97,6 +97,10 @@ async def measure_text(
             scores[arm] = NotScored(
                 f"its context holds {model.max_model_len} tokens, the window is {window}; choose a smaller window"
             )
+        elif isinstance(model, DistributionModel) and model.host.averages_over(model.mixture) == "bytes":
+            scores[arm] = NotScored(
+                "its members have different vocabularies and are averaged over text, which is not compared yet"
+            )
         elif isinstance(model, DistributionModel):
             mixtures[arm] = model
         elif hosting.surface(name) is None:

@@ -34,7 +34,7 @@ AnswerKind = Literal["number", "choice", "yes_no", "text"]
 
 _TAGGED = re.compile(r"<(?P<tag>(?:final_?)?answer)>(?P<content>.*?)(?:</(?P=tag)>|\Z)", re.IGNORECASE | re.DOTALL)
 _MARKER = re.compile(
-    r"^\W*(?:final |correct |my )?(?:answer|ans)\.?[ \t]*(?=[(\[*]*[A-J][)\]*.]*[ \t]*$)"
+    r"^[ \t*_#>-]{0,9}(?:final |correct |my )?(?:answer|ans)\.?[ \t]*(?=[(\[*]*[A-J][)\]*.]*[ \t]*$)"
     r"|\bfinal answer\b|\b(?:answers?|ans)\b[^\n.:=]{0,40}?(?:\bis\b|\bare\b|\bbe\b|:|=)"
     r"|\b(?:correct|right|best|final|my) (?:option|choice)\b[^\n.:=]{0,20}?(?:\bis\b|:|=)"
     r"|\b(?:respuesta|réponse|reponse|antwort|lösung|risposta|resposta|odpowiedź|antwoord|svar(?:et)?|vastaus|odpověď"

@@ -16,6 +16,7 @@ NOUNS = _words("option options choice answer alternative letter candidate opció
 # Verbs, prepositions and small words before an option that is chosen, compared or named.
 VERBS = _words(
     """
+    see view regard
     choose chose chosen choosing pick picked picking picks select selected selecting selects chooses with for on
     toward towards to say saying says mark marked circle circled tick favor favour prefer prefers favors
     conclude than over of like by about from unlike except against excluding eliminate eliminated reject exclude
@@ -33,7 +34,8 @@ COPULAS = _words("is be was are been being it's that's here's es est ist è é j
 # Nouns whose letter is a part of their name: vitamin C.
 ENTITIES = _words(
     """
-    vitamin vitamins plan hepatitis type types grade grades class section figure fig appendix point points line
+    train pipe machine city vitamin vitamins plan hepatitis type types grade grades class section figure fig
+    appendix point points line
     lines angle segment side matrix vector set sets event events node team room level part mr mrs dr prof note
     key
     """
@@ -106,7 +108,10 @@ FIRST_PERSON = _words(
 
 # Words that follow "I," where it is an option.
 AFTER_I_AND_COMMA = _words(
-    "because since as definitely clearly obviously surely certainly probably i given due which of that it and not"
+    """
+    because since as definitely clearly obviously surely certainly probably i given due which of that it and not the
+    without i'd
+    """
 )
 
 # What joins options that are named together.

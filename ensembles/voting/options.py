@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ensemble_server.ensembles.voting.option_words import (
     ADVERBS,
@@ -52,7 +52,7 @@ _QUOTED = re.compile(
     r"(?<![\w'’])(?:[\"“”„«‹'‘「『【<{]|\*{1,3}|_{1,2}|`)\s?(?P<letter>[A-J])\s?"
     r"(?:[\"”“»›'’」』】>}]|\*{1,3}|_{1,2}|`)(?!\w)"
 )
-_EMPHASIS = re.compile(r"[*`\"“”„«»]|(?<!\w)_|_(?!\w)")
+_EMPHASIS = re.compile(r"[*`\"“”„«»]|(?<!\w)_|_(?!\w)|</?[a-zA-Z]{1,6}>")
 _ROMAN = re.compile(r"\b(?:II|III|IV|ii|iii|iv)\b")
 _OPTION_LINE = re.compile(
     r"^[ \t>*_#-]*[(\[]?(?:option |choice )?\**(?P<letter>[A-J])\**[)\].:](?!\w)[^\n]*", re.MULTILINE | re.IGNORECASE
@@ -64,7 +64,7 @@ _SAID_CORRECT = re.compile(
 # What follows a letter, in lower case, a blank between tokens.
 _GLUE = r"(?:: |- |– |— |\( ?|\) )*(?:(?:\w+ly|also|both|all|itself|indeed|alone) )*"
 _BEING = (
-    r"(?:is|are|was|were|seems?|looks?|appears?|remains?|stands?|turns? out(?: to be)?|to be|being"
+    r"(?:is|are|was|were|seems?|looks?|appears?|turns? out(?: to be)?|to be|being"
     r"|(?:would|must|should|could|can|will|has to|have to) (?:\w+ly )?be)"
 )
 _NEGATED_AFTER = re.compile(
@@ -80,13 +80,13 @@ _ASSERTED_AFTER = re.compile(
     rf"{_GLUE}(?:"
     rf"{_BEING}(?: \S+){{0,4}}? (?:correct|right|true|best|better|stronger|answers?|one|choice|option|pick|winner"
     r"|solution|it|accurate|valid|fits?)\b"
-    r"|it is\b|wins\b|fits\b|works\b|makes (?:the most |more )?sense|matches\b|satisfies\b|holds\b|gets my"
-    r"|(?:best|correctly) |correct\b|right\b|true\b|✓|✔|✅)"
+    r"|remains\b|stands\b|it is\b|wins\b|fits\b|works\b|makes (?:the most |more )?sense|matches\b|satisfies\b|holds\b"
+    r"|gets my\b|(?:best|correctly) |correct\b|right\b|true\b|✓|✔|✅)"
 )
 _I_WOULD_BE_RIGHT = re.compile(  # said of option I; "I would be happy" is not
     r"(?:would|must|should|could|can|will|may|might) (?:clearly |definitely |then |therefore |also )*"
     r"be (?:my |the |it\b|our |your |(?:correct|right|true|best)(?: |$)(?!to\b|if\b|in\b))"
-    r"|rather than |for sure|for certain"
+    r"|rather than |for (?:sure|certain|the reasons?)\b|as (?:it|this|that|they|these|those|its|all|only)\b"
 )
 
 _CLAUSE_ENDS = frozenset(".;!?\n") | {"but", "because", "since", "so", "although", "though", "while", "whereas"}
@@ -187,7 +187,10 @@ def _mentions(tokens: Sequence[_Token], text: str) -> list[_Mention]:
             if len(token.text) == 1 and token.text in letters and _is_option(tokens, place, is_roman)
         ]
         if places:
-            return [_judged(group, tokens) for group in _groups(places[-MAX_MENTIONS:], tokens)]
+            mentions: list[_Mention] = []
+            for group in _groups(places[-MAX_MENTIONS:], tokens):
+                mentions.append(_judged(group, tokens, mentions[-1] if mentions else None))
+            return mentions
     return []
 
 
@@ -209,6 +212,8 @@ def _is_option(tokens: Sequence[_Token], place: int, is_roman: bool) -> bool:
         return _is_lower_option(tokens, place, before.word, after)
     if after.text in _MARKS_AFTER or not _is_latin(after) or before.word in NOUNS:
         return True
+    if after.text == "(":
+        return before.word in VERBS or before.word in COPULAS or _ends_in_brackets(tokens, place + 1)
     if _goes_after(tokens, place + 1) or before.word in VERBS:
         return True
     return before.word in COPULAS and after.text[0].isupper() and len(after.text) > 1
@@ -217,7 +222,7 @@ def _is_option(tokens: Sequence[_Token], place: int, is_roman: bool) -> bool:
 def _is_part_of_a_name(tokens: Sequence[_Token], place: int, before: _Token, after: _Token) -> bool:
     """ "vitamin C", "C++", "e.g.", "A-level", "5 C", "R&D" """
     token = tokens[place]
-    if before.word in ENTITIES or before.text[0].isdecimal():
+    if before.word in ENTITIES or before.text[0].isdecimal() or before.text in tuple("BCDEFGHJ"):
         return True
     if token.is_before(after):
         if after.text in "'’+#&°^_%" or after.text[0].isdecimal():
@@ -232,12 +237,20 @@ def _is_part_of_a_name(tokens: Sequence[_Token], place: int, before: _Token, aft
         previous = tokens[place - 2].text if place > 1 else ""
         if before.text in "/-–":
             return previous.upper() not in tuple(LETTERS)
-        return before.text in "'’#&$+^_" or (before.text == "." and len(previous) == 1 and previous.isalpha())
+        return before.text in "'’#&$+^_°" or (before.text == "." and len(previous) == 1 and previous.isalpha())
     return False
 
 
 def _is_latin(token: _Token) -> bool:
     return token.text[0].isascii() or (token.text[0].isalpha() and token.text[0] <= "\u024f")
+
+
+def _ends_in_brackets(tokens: Sequence[_Token], place: int) -> bool:
+    """Whether the brackets that open at `place` are the last words of a sentence: "C (the largest)." """
+    words = [token.text for token in tokens[place : place + 4 * NUM_TOKENS_AROUND]]
+    if ")" not in words:
+        return False
+    return (*words, "\n")[words.index(")") + 1] in _MARKS_AFTER
 
 
 def _goes_after(tokens: Sequence[_Token], place: int) -> bool:
@@ -278,6 +291,8 @@ def _is_pronoun(tokens: Sequence[_Token], place: int, before: str, after: str) -
             return True
         if after == "," and not is_named:
             follows, beyond = (*rest[1:], "", "")[:2]
+            if follows == "for":
+                return beyond not in ("sure", "certain")
             return follows not in AFTER_I_AND_COMMA or (follows == "as" and beyond in ("a", "an", "your", "the"))
         return False
     if not after[0].isascii() and after[0] > "\u024f":
@@ -286,6 +301,8 @@ def _is_pronoun(tokens: Sequence[_Token], place: int, before: str, after: str) -
         return False
     if after in AFTER_I or _is_third_person(tokens, place + 1):
         return after in ("all", "rather", "that", "right") and not is_named
+    if before in ("and", "or") and (place < 2 or tokens[place - 2].text not in (*LETTERS, *LETTERS.lower(), ")")):
+        return True
     is_after_conjunction = before in ("and", "that", "so", "then", "or", "than")
     return after in FIRST_PERSON or not is_named or (is_after_conjunction and after not in AFTER)
 
@@ -342,22 +359,30 @@ def _groups(places: Sequence[int], tokens: Sequence[_Token]) -> list[_Mention]:
     return mentions
 
 
-def _judged(mention: _Mention, tokens: Sequence[_Token]) -> _Mention:
-    """`mention` with what its clause says of it."""
+def _judged(mention: _Mention, tokens: Sequence[_Token], previous: _Mention | None) -> _Mention:
+    """`mention` with what its clause says of it: "... and so is D" says what was said of `previous`."""
     before = _clause_before(tokens, mention.start)
+    if previous is not None and [token.word for token in tokens[mention.start - 2 : mention.start]] in _LIKEWISE:
+        return replace(mention, is_negated=previous.is_negated, is_asserted=previous.is_asserted)
     after = " ".join(token.word for token in tokens[mention.end : mention.end + NUM_TOKENS_AROUND])
     after = re.split(r" ?[.;!?\n]", after, maxsplit=1)[0].removeprefix(") ")
     is_negated = _is_negation(before) or _NEGATED_AFTER.match(after) is not None
     is_said = bool(before and before[-1] in ASSERTING) or _ASSERTED_AFTER.match(after) is not None
     is_alone = not before and not after
-    return _Mention(mention.letters, mention.start, mention.end, is_negated, not is_negated and (is_said or is_alone))
+    return replace(mention, is_negated=is_negated, is_asserted=not is_negated and (is_said or is_alone))
+
+
+_LIKEWISE = (["so", "is"], ["so", "are"], ["so", "does"], ["neither", "is"], ["nor", "is"], ["neither", "does"])
 
 
 def _clause_before(tokens: Sequence[_Token], place: int) -> list[str]:
     """The last words of the clause before a mention, in lower case, less those that belong to its name."""
     words: list[str] = []
-    for token in reversed(tokens[max(0, place - NUM_TOKENS_AROUND) : place]):
+    around = tokens[max(0, place - NUM_TOKENS_AROUND) : place]
+    for number, token in reversed(list(enumerate(around))):
         if token.word in _CLAUSE_ENDS and not (token.word == "so" and not words):
+            if token.word == "but" and number and around[number - 1].word in ("anything", "everything", "all"):
+                words.append("except")
             break
         words.append(token.word)
         if token.word == "so":
@@ -376,11 +401,13 @@ _BEFORE_NAMES = frozenset(("(", "[", "option", "choice", "letter", "the", "answe
 def _is_negation(before: Sequence[str]) -> bool:
     """Whether a clause that begins with these words rules out what it says next."""
     for distance, word in enumerate(reversed(before)):
-        if word == "than":  # none other than
-            earlier = before[: len(before) - distance - 1]
-            return not {"none", "no", "nothing"} & set(earlier[-2:])
+        earlier = before[: len(before) - distance - 1]
         if word in ("over", "no"):  # "no C"; but "there is no doubt that it is C"
             return distance == 0
+        if word == "than":  # none other than
+            return not {"none", "no", "nothing"} & set(earlier[-2:])
+        if word in ("doubt", "doubtful"):
+            return not {"no", "not", "without", "don't", "don’t", "never"} & set(earlier[-2:])
         if word == "instead" or word in NEGATIONS or word.endswith(("n't", "n’t")):
             return True
         if word not in BETWEEN_NEGATION_AND_LETTER or distance > 6:

@@ -807,5 +807,5 @@ def test_several_and_none_are_told_apart() -> None:
 @pytest.mark.parametrize("piece", ["A ", "I ", "A, ", "A or B, ", "not A ", "B is ", "A)\n", "B)\n", '"A', "a.", "A-"])
 def test_long_hostile_texts_take_no_long_time(piece: str) -> None:
     started = time.process_time()
-    chosen_option(piece * (50_000 // len(piece)))
-    assert time.process_time() - started < 3
+    chosen_option(piece * (20_000 // len(piece)))
+    assert time.process_time() - started < 2

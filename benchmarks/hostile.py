@@ -1,6 +1,6 @@
 """How long bodies that are made to hold others up delay /health and another stream's next token.
 
-    python -P benchmarks/hostile.py [--seconds 3]
+    python -m benchmarks.hostile [--seconds 3]
 
 One process serves a scripted model that gives a token every 10 ms (no engine, so that all delay is HTTP's), another one
 listens to a stream and asks for /health every 10 ms while hostile bodies arrive, one kind after the other. Printed: the
@@ -15,10 +15,11 @@ import multiprocessing
 import socket
 import tempfile
 import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import httpx
-import orjson
 
 CHAT = {"messages": [{"role": "user", "content": "x"}], "stream": True}
 JSON = {"content-type": "application/json"}
@@ -26,26 +27,28 @@ TOKEN_S = 0.01
 MB = 10**6
 
 
-def bodies() -> dict[str, bytes]:
-    def chat(rest: bytes) -> bytes:
-        return b'{"messages":[{"role":"user","content":"x"}],' + rest + b"}"
+def chat(rest: bytes) -> bytes:
+    return b'{"messages":[{"role":"user","content":"x"}],' + rest + b"}"
 
-    return {
-        "nothing": b"",
-        "1.2 million wrong messages, 15 MB": b'{"messages":[' + b",".join([b'{"role":""}'] * 1_200_000) + b"]}",
-        "100,000 wrong messages": b'{"messages":[' + b",".join([b'{"role":""}'] * 100_000) + b"]}",
-        "480,000 right messages, 14 MB": b'{"messages":['
-        + b",".join([b'{"role":"user","content":"x"}'] * 480_000)
-        + b"]}",
-        "16,000 right messages": b'{"messages":[' + b",".join([b'{"role":"user","content":"x"}'] * 16_000) + b"]}",
-        "900,000 wrong biases": chat(b'"logit_bias":{' + b",".join(b'"%d":"x"' % n for n in range(900_000)) + b"}"),
-        "60,000 right biases": chat(b'"logit_bias":{' + b",".join(b'"%d":1' % n for n in range(60_000)) + b"}"),
-        "200,000 unknown names": chat(b",".join(b'"x%d":1' % n for n in range(200_000))),
-        "a text of 15 MB": orjson.dumps({"messages": [{"role": "user", "content": "x" * 15 * MB}]}),
-        "a text of 7 million quotes": b'{"messages":"' + b'\\"' * 7 * MB + b'"}',
-        "7 million brackets": b'{"messages":' + b"[" * 7 * MB,
-        "400,000 token ids": b'{"prompt":[' + b",".join([b"7"] * 400_000) + b"]}",
-    }
+
+def messages(number: int, message: bytes) -> bytes:
+    return b'{"messages":[' + b",".join([message] * number) + b"]}"
+
+
+BODIES: dict[str, Callable[[], bytes]] = {
+    "nothing": bytes,
+    "1.2 million wrong messages, 15 MB": lambda: messages(1_200_000, b'{"role":""}'),
+    "100,000 wrong messages": lambda: messages(100_000, b'{"role":""}'),
+    "480,000 right messages, 14 MB": lambda: messages(480_000, b'{"role":"user","content":"x"}'),
+    "16,000 right messages": lambda: messages(16_000, b'{"role":"user","content":"x"}'),
+    "900,000 wrong biases": lambda: chat(b'"logit_bias":{' + b",".join(b'"%d":"x"' % n for n in range(900_000)) + b"}"),
+    "60,000 right biases": lambda: chat(b'"logit_bias":{' + b",".join(b'"%d":1' % n for n in range(60_000)) + b"}"),
+    "200,000 unknown names": lambda: chat(b",".join(b'"x%d":1' % n for n in range(200_000))),
+    "a text of 15 MB": lambda: messages(1, b'{"role":"user","content":"' + b"x" * 15 * MB + b'"}'),
+    "a text of 7 million quotes": lambda: b'{"messages":"' + b'\\"' * 7 * MB + b'"}',
+    "7 million brackets": lambda: b'{"messages":' + b"[" * 7 * MB,
+    "400,000 token ids": lambda: b'{"prompt":[' + b",".join([b"7"] * 400_000) + b"]}",
+}
 
 
 def serve(port: int, folder: str) -> None:
@@ -65,12 +68,12 @@ def serve(port: int, folder: str) -> None:
     asyncio.run(run())
 
 
-async def measure(url: str, body: bytes, seconds: float) -> tuple[float, float, int]:
+async def measure(url: str, name: str, orders: Connection, seconds: float) -> tuple[float, float, int]:
     """(longest gap of the stream beyond TOKEN_S, longest /health, bodies answered), seconds."""
     gap = slowest = 0.0
     num_sent = 0
-    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
-        end = time.perf_counter() + seconds
+    has_begun = asyncio.Event()
+    async with httpx.AsyncClient(base_url=url, timeout=300, verify=False) as client:
 
         async def listen() -> None:
             nonlocal gap
@@ -81,9 +84,11 @@ async def measure(url: str, body: bytes, seconds: float) -> tuple[float, float, 
                         now = time.perf_counter()
                         gap = max(gap, now - last - TOKEN_S if last else 0.0)
                         last = now
+                        has_begun.set()
 
         async def ask() -> None:
             nonlocal slowest
+            await has_begun.wait()
             while True:
                 began = time.perf_counter()
                 await client.get("/health")
@@ -91,30 +96,36 @@ async def measure(url: str, body: bytes, seconds: float) -> tuple[float, float, 
                 await asyncio.sleep(TOKEN_S)
 
         watching = [asyncio.create_task(listen()), asyncio.create_task(ask())]
+        await has_begun.wait()
+        end = time.perf_counter() + seconds
         while time.perf_counter() < end:
-            if body:
-                path = "/v1/completions" if b'"prompt"' in body[:20] else "/v1/chat/completions"
-                await _send(url, path, body)
+            if name != "nothing":
+                orders.send("send")
+                while not orders.poll():
+                    await asyncio.sleep(0.005)
+                orders.recv()
                 num_sent += 1
-            else:
-                await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1)  # what a held-up token or answer needs to be seen
         for task in watching:
             task.cancel()
         await asyncio.gather(*watching, return_exceptions=True)
     return gap, slowest, num_sent
 
 
-async def _send(url: str, path: str, body: bytes) -> None:
-    """From a process of its own, so that sending holds up neither the listener nor its clock."""
-    sender = multiprocessing.get_context("spawn").Process(target=_post, args=(url + path, body))
-    sender.start()
-    while sender.is_alive():
-        await asyncio.sleep(0.005)
-
-
-def _post(url: str, body: bytes) -> None:
-    with httpx.Client(timeout=120) as client, client.stream("POST", url, content=body, headers=JSON) as response:
-        next(response.iter_bytes(), b"")
+def send(url: str, orders: Connection) -> None:
+    """In a process of its own, so that sending holds up neither the listener nor its clock. Orders: the name of the
+    body to make, or to send the one that was made."""
+    body, path = b"", ""
+    with httpx.Client(base_url=url, timeout=300) as client:
+        while True:
+            order = orders.recv()
+            if order == "send":
+                with client.stream("POST", path, content=body, headers=JSON) as response:
+                    next(response.iter_bytes(), b"")
+            else:
+                body = BODIES[order]()
+                path = "/v1/completions" if b'"prompt"' in body[:20] else "/v1/chat/completions"
+            orders.send("done")
 
 
 def main() -> None:
@@ -134,10 +145,16 @@ def main() -> None:
                 break
             except httpx.TransportError:
                 time.sleep(0.1)
+        orders, other_end = multiprocessing.Pipe()
+        sender = multiprocessing.get_context("spawn").Process(target=send, args=(url, other_end), daemon=True)
+        sender.start()
         print(f"{'body':36} {'token ms':>9} {'health ms':>9} {'sent':>5}")
-        for name, body in bodies().items():
-            gap, slowest, num_sent = asyncio.run(measure(url, body, seconds))
+        for name in BODIES:
+            orders.send(name)
+            orders.recv()
+            gap, slowest, num_sent = asyncio.run(measure(url, name, orders, seconds))
             print(f"{name:36} {1000 * gap:9.0f} {1000 * slowest:9.0f} {num_sent:5}", flush=True)
+        sender.kill()
         server.kill()
 
 

@@ -58,8 +58,8 @@ async def test_a_stream_goes_on_while_a_hostile_body_is_refused(host, name):
         refused = await client.post("/v1/chat/completions", content=HOSTILE[name](), headers=JSON)
         healthy = await client.get("/health")
         listening.cancel()
-    assert refused.status_code in (200, 400) and healthy.status_code == 200
-    assert refused.status_code == 400 or name == "unknown names"
+    assert healthy.status_code == 200
+    assert refused.status_code == 400
     assert len(refused.content) < 4000
     assert answered.count("piece") > 2
 
@@ -82,7 +82,7 @@ def test_values_are_counted_outside_of_texts_wherever_the_pieces_end(monkeypatch
     monkeypatch.setattr(json_body, "COUNTED_BYTES", size)
     value = {"a": ['x,[{"', "\\", '\\"', "\\\\,,", {"b\\": "[,]"}, 'end"'], "c": ["{", "\\\\\\", 1, 2]}
     body = orjson.dumps(value)
-    num_values = 13  # commas and brackets outside of texts
+    num_values = 9 + 4 * 4  # commas, and four for each of the brackets that open outside of texts
     monkeypatch.setattr(json_body, "MAX_VALUES", num_values)
     require_few_values(body)
     monkeypatch.setattr(json_body, "MAX_VALUES", num_values - 1)

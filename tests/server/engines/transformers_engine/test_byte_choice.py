@@ -57,7 +57,7 @@ def check(families: Families, mixture: Mixture, answer: Answer, prompt: str = PR
 
 @pytest.mark.parametrize("mixture", MIXTURES.values(), ids=MIXTURES)
 async def test_pieces_have_the_probability_that_plain_forwards_give_them(mixed, families, mixture):
-    answer = await ask(mixed, mixture, explain=True, max_tokens=8)
+    answer = await ask(mixed, mixture, explain=True, max_tokens=4)
     check(families, mixture, answer)
     assert answer.done.vocabulary == "bytes"
 
@@ -74,14 +74,14 @@ async def test_requests_of_both_kinds_share_their_steps(families):
     with families.running(max_batch=3, prefill_chunk=4) as engine:
         tokens = Mixture({"llama": 1, "red": 1})
         jobs = [
-            ask(engine, mixture, asked(explain=True, max_tokens=5, priority=place % 2))
-            for place, mixture in enumerate(list(MIXTURES.values())[:3])
+            ask(engine, mixture, asked(explain=True, max_tokens=3, priority=place % 2))
+            for place, mixture in enumerate(list(MIXTURES.values())[:2])
         ]
         answers = await asyncio.gather(*jobs, *(ask(engine, tokens, max_tokens=20) for _ in range(4)))
         alone = await ask(engine, tokens, max_tokens=20)
-    for mixture, answer in zip(list(MIXTURES.values())[:3], answers[:3], strict=True):
+    for mixture, answer in zip(list(MIXTURES.values())[:2], answers[:2], strict=True):
         check(families, mixture, answer)
-    for answer in answers[3:]:
+    for answer in answers[2:]:
         assert answer.choices[0].token_ids == alone.choices[0].token_ids
         assert answer.done.vocabulary == "tokens"
 
@@ -105,12 +105,12 @@ async def test_text_is_utf8_under_every_seed_and_seeds_repeat(mixed):
     mixture = Mixture({"llama": 1, "gemma": 1})
 
     async def sampled(seed: int) -> Answer:
-        return await ask(mixed, mixture, temperature=1.5, seed=seed, n=2, prompt="数学 😀 é", max_tokens=10)
+        return await ask(mixed, mixture, temperature=1.5, seed=seed, n=2, prompt="数学 😀 é", max_tokens=6)
 
-    answers = await asyncio.gather(*(sampled(seed) for seed in range(4)))
+    answers = await asyncio.gather(*(sampled(seed) for seed in range(3)))
     again = await sampled(2)
     assert [choice.text for choice in again.choices] == [choice.text for choice in answers[2].choices]
-    assert len({choice.text for answer in answers for choice in answer.choices}) > 4
+    assert len({choice.text for answer in answers for choice in answer.choices}) > 3
     for answer in answers:
         for choice in answer.choices:
             data = b"".join(token.bytes for token in choice.tokens)
@@ -131,9 +131,9 @@ async def test_max_tokens_counts_pieces_of_the_surface(mixed, families):
 
 async def test_stop_strings_end_the_text_across_pieces(mixed):
     mixture = Mixture({"llama": 1, "gemma": 1})
-    text = (await ask(mixed, mixture, max_tokens=16)).choices[0].text
+    text = (await ask(mixed, mixture, max_tokens=10)).choices[0].text
     stop = text[len(text) // 2 : len(text) // 2 + 3]
-    cut = (await ask(mixed, mixture, max_tokens=16, stop=(stop,))).choices[0]
+    cut = (await ask(mixed, mixture, max_tokens=10, stop=(stop,))).choices[0]
     assert cut.text == text[: text.index(stop)]
     assert (cut.finish_reason, cut.stop_reason) == ("stop", stop)
 
@@ -142,14 +142,13 @@ async def test_structured_output_holds(mixed):
     schema = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "é"]}}}
     schema |= {"required": ["a", "b"], "additionalProperties": False}
     grammar = Grammar("json_schema", json.dumps(schema))
-    mixture = Mixture({"llama": 1, "gemma": 1, "qwen": 1})
-    for seed in range(2):
-        answer = await ask(mixed, mixture, grammar=grammar, max_tokens=120, temperature=1, seed=seed)
-        choice = answer.choices[0]
-        if choice.finish_reason == "stop":
-            assert set(json.loads(choice.text)) == {"a", "b"}
-        else:
-            assert choice.text.lstrip().startswith("{")
+    mixture = Mixture({"llama": 1, "gemma": 1})
+    answer = await ask(mixed, mixture, grammar=grammar, max_tokens=40, temperature=1, seed=0)
+    choice = answer.choices[0]
+    if choice.finish_reason == "stop":
+        assert set(json.loads(choice.text)) == {"a", "b"}
+    else:
+        assert choice.text.lstrip().startswith("{")
 
 
 async def test_a_regular_expression_ends_the_text_where_it_is_complete(mixed):
@@ -187,9 +186,9 @@ async def test_prompts_of_token_ids_are_read_as_the_text_that_they_stand_for(mix
 
 async def test_a_text_that_one_member_cannot_write_does_not_end_the_request(mixed):
     answer = await ask(
-        mixed, Mixture({"narrow": 1, "llama": 1}), grammar=Grammar("regex", "a😀b{30}"), explain=True, max_tokens=60
+        mixed, Mixture({"narrow": 1, "llama": 1}), grammar=Grammar("regex", "a😀b{5}"), explain=True, max_tokens=20
     )
-    assert answer.choices[0].text == "a😀" + "b" * 30
+    assert answer.choices[0].text == "a😀" + "b" * 5
     assert answer.done.trace["members"]["narrow"]["restarts"] >= 1
     assert answer.choices[0].tokens[-1].members["narrow"].weight > 0
 

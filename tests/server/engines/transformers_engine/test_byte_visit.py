@@ -19,7 +19,7 @@ from tests.server.engines.transformers_engine.families import Families, asked
 from tests.server.engines.transformers_engine.test_numerics import OnEngine
 
 TOLERANCE_NATS = 1e-3
-TEXT = "The quick brown fox: 数学 and\n\ncafé."
+TEXT = "The quick 数 and\n\ncafé."
 
 
 class Seen:
@@ -46,7 +46,7 @@ def plain(families: Families, name: str, text: str) -> tuple[int, np.ndarray]:
     return begins_at, given.evidence()
 
 
-@pytest.mark.parametrize("prefill_chunk", [3, 512])
+@pytest.mark.parametrize("prefill_chunk", [7])
 async def test_every_byte_has_the_evidence_that_plain_forwards_give_it(families, prefill_chunk):
     names, seen = ("llama", "gemma", "red"), Seen()
     with families.running(prefill_chunk=prefill_chunk) as engine:

@@ -16,7 +16,7 @@ from ensemble_server.server.requests.models import unknown_model
 from ensemble_server.server.requests.responses import ModelEnsemble, ModelList, ModelObject
 
 if TYPE_CHECKING:
-    from ensemble_server.server.hosting import House
+    from ensemble_server.server.hosting import Hosting
 
 OWNER = "ensemble-server"
 
@@ -44,7 +44,7 @@ async def retrieve_model(model_id: str, request: Request) -> JSONResponse:
     return JSONResponse(model_object(hosting.models[model_id], hosting))
 
 
-def model_object(model: Model, hosting: House) -> ModelObject:
+def model_object(model: Model, hosting: Hosting) -> ModelObject:
     shown: ModelObject = {
         "id": model.name,
         "kind": _kind(model, hosting),
@@ -59,7 +59,7 @@ def model_object(model: Model, hosting: House) -> ModelObject:
     return shown
 
 
-def _kind(model: Model, hosting: House) -> Literal["hosted", "remote", "ensemble"]:
+def _kind(model: Model, hosting: Hosting) -> Literal["hosted", "remote", "ensemble"]:
     """A model that is no ensemble and that nobody here can read a prompt for is elsewhere."""
     if isinstance(model, Method):
         return "ensemble"
@@ -74,5 +74,5 @@ def _ensemble(model: Method) -> ModelEnsemble:
         "overrides": list(model.overridable),
     }
     if (pool := getattr(model.config, "pool", None)) is not None:
-        shown |= {"pool": pool, "share": getattr(model.config, "share", 0.0)}
+        shown["pool"], shown["share"] = pool, getattr(model.config, "share", 0.0)
     return shown

@@ -7,8 +7,7 @@ replicates varies for two reasons, which add up:
 
 What documents do in one replicate alone is in both (as in Owen's "pigeonhole" bootstrap, 2007,
 https://doi.org/10.1214/07-AOAS122), which makes the interval a little too wide where that is most of it. Its tails are
-Student's, with the degrees of freedom of Welch and Satterthwaite: three seeds are three numbers, and normal tails held
-the truth in 81% of cases.
+Student's, with the degrees of freedom of Welch and Satterthwaite: three seeds are three numbers.
 """
 
 from __future__ import annotations

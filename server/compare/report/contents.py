@@ -94,22 +94,34 @@ def _summary(results: Results, family: Family) -> Iterator[str]:
             by_verdict.setdefault(found.against_baseline.verdict, []).append(name)
     for verdict, sentence in (
         ("better", "Better than {baseline}: {arms}."),
+        ("better by less than the margin", "Better than {baseline} by less than the margin: {arms}."),
         ("worse", "Worse than {baseline}: {arms}."),
+        ("worse by less than the margin", "Worse than {baseline} by less than the margin: {arms}."),
         ("no difference shown", "No difference from {baseline} shown: {arms}."),
         ("inconclusive", "Inconclusive, more items would tell: {arms}."),
+        ("too few items", "Too few items for any verdict: {arms}."),
+        ("nothing was answered", "Nothing was answered, by {baseline} or by {arms}."),
     ):
         if arms := by_verdict.get(verdict):
             yield sentence.format(baseline=results.baseline, arms=words.joined(arms))
+    if counted := results.mean_over.get(family.name):
+        for measure, reason in results.left_out.items():
+            kind, _, name = measure.partition(" ")
+            if kind == family.name and name not in counted:
+                yield f"The mean leaves out {name}: {reason}."
 
 
 def _reading(results: Results) -> list[str]:
     used = results.statistics
     return [
-        f"A range is the {100 * (1 - used.alpha):g}% interval of {used.num_resamples:,} bootstrap resamples of the "
-        f"items (seed {used.seed}); differences are paired by item. p is Holm-adjusted over the arms of a measure.",
+        f"A range is a {100 * (1 - used.alpha):g}% interval: Tango's score interval for right and wrong, Student's for "
+        f"few documents, else of {used.num_resamples:,} bootstrap resamples of the items (seed {used.seed}). "
+        "Differences are paired by item; neighbouring documents of one text count for as many as their lag leaves. p "
+        "is Holm-adjusted over the arms of a measure.",
         f"Better or worse: the interval of the difference leaves out zero, and p is at most {used.alpha:g}. "
-        f"No difference shown: the interval stays within {used.margin_bpb:g} bits per byte or {used.margin_score:g} of "
-        "score around zero. Inconclusive: neither, so both nothing and a difference that matters are possible.",
+        f"The margin is {used.margin_bpb:g} bits per byte or {used.margin_score:g} of score; a difference whose "
+        "interval stays within it around zero is too small to matter. No difference shown: the interval stays within "
+        "the margin. Inconclusive: neither, so both nothing and a difference that matters are possible.",
         "Bits per byte are better low, scores better high. Answers that failed or are missing count as wrong.",
     ]
 
@@ -213,8 +225,9 @@ def _cost(results: Results) -> Table | None:
         return None
     return Table(
         "Cost",
-        "Measured in turns on one machine; medians over the rounds, with their intervals. Weights that several members "
-        "share count once. Forwards: of one token through one member, prompt included.",
+        "Measured in turns on one machine; medians over the rounds, with their intervals, or from the lowest to the "
+        "highest of too few rounds for one. Weights that several members share count once. Forwards: of one token "
+        "through one member, prompt included.",
         [
             "arm",
             *(f"tokens/s at {key}" for key in streams),
@@ -235,7 +248,11 @@ def _as_int(key: str) -> int:
 def _timing(timing: Timing | None, digits: int) -> str:
     if timing is None:
         return words.NOTHING
-    return f"{words.number(timing.median, digits)} ({words.interval(timing.ci, digits)})"
+    if timing.ci is None and timing.range is not None:
+        known = f"{words.interval(timing.range, digits)}, lowest to highest of {len(timing.values)}"
+    else:
+        known = words.interval(timing.ci, digits)
+    return f"{words.number(timing.median, digits)} ({known})"
 
 
 # --- how it came to be -------------------------------------------------------------------------------------------

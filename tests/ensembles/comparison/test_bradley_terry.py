@@ -47,13 +47,13 @@ def test_one_item_has_no_interval_and_pairs_may_be_missing():
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
-    """200 simulated sets of 80 items; 95% ± 4.6% is three standard errors of such a count."""
+    """40 simulated sets of 40 items; three standard errors of such a count are 10%."""
     rng = np.random.default_rng(3)
     truth = np.array([0.6, 0.0, -0.6])
     hits = 0
-    for _ in range(200):
-        outcomes = np.full((3, 3, 80), np.nan)
+    for _ in range(40):
+        outcomes = np.full((3, 3, 40), np.nan)
         for i, j in ((0, 1), (0, 2), (1, 2)):
-            outcomes[i, j] = rng.random(80) < 1 / (1 + np.exp(truth[j] - truth[i]))
+            outcomes[i, j] = rng.random(40) < 1 / (1 + np.exp(truth[j] - truth[i]))
         hits += truth[0] in bradley_terry(outcomes)[0].interval
-    assert 0.95 - 0.046 <= hits / 200 <= 1.0
+    assert hits / 40 >= 0.95 - 0.104

@@ -53,14 +53,14 @@ def test_intervals_of_neighbours_hold_the_truth_nearly_as_often_as_they_say():
 
 
 def test_questions_on_one_passage_do_not_make_false_verdicts():
-    """200 comparisons of equals, 20 passages of 10 questions whose answers go together."""
+    """60 comparisons of equals, 20 passages of 10 questions whose answers go together."""
     rng = np.random.default_rng(3)
     clusters = [n // 10 for n in range(200)]
     counted = {"with": 0, "without": 0}
-    for _ in range(200):
+    for _ in range(60):
         model, baseline = (np.repeat(rng.random(20) < 0.5, 10) ^ (rng.random(200) < 0.1) for _ in range(2))
         found = compare_right_wrong(model * 1.0, baseline * 1.0, clusters=clusters, num_resamples=100)
         counted["with"] += found.p_value <= 0.05 and 0 not in found.difference.interval
         counted["without"] += compare_right_wrong(model * 1.0, baseline * 1.0, num_resamples=100).p_value <= 0.05
-    assert counted["with"] / 200 <= 0.05 + 0.046
-    assert counted["without"] / 200 > 0.3
+    assert counted["with"] / 60 <= 0.05 + 0.085
+    assert counted["without"] / 60 > 0.3

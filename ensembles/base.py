@@ -66,7 +66,7 @@ class GenerationRequest:
     `prompt_logprobs`: the same for the tokens of the prompt.
     `overrides`: the request's `"ensemble"` object less `explain`: weights, pool and what else a request may change.
     `explain`: tell how the answer came to be; `explain_top`: with each member's own most likely tokens, that many.
-    `tools`: OpenAI tool definitions that the chat template renders.
+    `tools`: OpenAI tool definitions that the chat template renders; `template_kwargs`: what else it is told.
     `deadline_s`: seconds from now after which the model answers with what it has, or raises `DeadlineError`.
     `priority`: lower values are scheduled first; 0 is interactive.
     """
@@ -81,6 +81,7 @@ class GenerationRequest:
     explain: bool = False
     explain_top: int = 0
     tools: tuple[Mapping[str, Any], ...] = ()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     truncate_prompt_tokens: int | None = None
     deadline_s: float | None = None
     priority: int = 0

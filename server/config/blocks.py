@@ -33,6 +33,13 @@ class Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class ThinkingMarkers(Block):
+    """Between what a model thinks aloud."""
+
+    start: str = Field(min_length=1, description="the marker that opens a thought")
+    end: str = Field(min_length=1, description="the marker that closes it")
+
+
 class HostedModel(Block):
     """A member that this server runs: weights of its own (`path`), or those of another entry (`base`) seen differently.
 
@@ -60,6 +67,14 @@ class HostedModel(Block):
     )
     chat_template: TemplateText | None = Field(
         default=None, description="Jinja text, or the path of a file with it, in place of the tokenizer's own template"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default={}, description="what else the template is told in every chat, such as `enable_thinking: false`"
+    )
+    reasoning: Literal["auto", "off"] | ThinkingMarkers = Field(
+        default="auto",
+        description="whether thoughts come apart from the answer, as reasoning_content: auto (if the template has "
+        'markers of thoughts), off, or {start: "<think>", end: "</think>"}',
     )
     listed: bool = Field(default=True, description=LISTED)
 

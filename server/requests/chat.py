@@ -61,6 +61,7 @@ def chat_request(
         explain=extension.explain,
         explain_top=extension.explain_top,
         tools=tools.rendered if tools else (),
+        template_kwargs=body.chat_template_kwargs or {},
         truncate_prompt_tokens=prompt_tokens_kept(body, hosting.models[model_name]),
         deadline_s=terms.deadline_s,
         priority=terms.priority,

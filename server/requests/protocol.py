@@ -167,6 +167,7 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     tools: Tools | None = None
+    chat_template_kwargs: dict[str, JsonValue] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
@@ -244,7 +245,6 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "allowed_token_ids": ((), "use logit_bias or structured_outputs"),
     "logits_processors": (([],), "code from clients is not run"),
     "chat_template": ((), _TEMPLATE),
-    "chat_template_kwargs": (({},), _TEMPLATE),
     "documents": (([],), "put them into the messages"),
     "add_generation_prompt": ((True,), "an answer always begins with the assistant's turn"),
     "continue_final_message": ((False,), "use /v1/completions to continue a text"),

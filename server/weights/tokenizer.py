@@ -124,9 +124,12 @@ class Vocabulary:
 class TextStream:
     """Token ids in, whole characters out. Text may lag behind the tokens while a character is incomplete."""
 
-    def __init__(self, vocabulary: Vocabulary, *, skip_special_tokens: bool) -> None:
+    def __init__(self, vocabulary: Vocabulary, *, skip_special_tokens: bool, shown: Sequence[str] = ()) -> None:
+        """`shown`: special tokens that are not skipped all the same."""
         self._vocabulary = vocabulary
         self._skipped = vocabulary.special_ids if skip_special_tokens else frozenset()
+        if shown and self._skipped:
+            self._skipped -= {vocabulary.token_ids[token] for token in shown if token in vocabulary.token_ids}
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._previous: int | None = None
 

@@ -7,33 +7,49 @@ are in its terms.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from ensemble_server.ensembles.base import Message
 from ensemble_server.ensembles.errors import ModelLoadError, RequestError, UnsupportedError
 from ensemble_server.server.config.blocks import HostedModel
+from ensemble_server.server.weights.thinking import Markers, markers_in
 from ensemble_server.server.weights.tokenizer import Vocabulary
 
 logger = logging.getLogger(__name__)
 
 _MARK = "f3b1c2"  # a text that no template has of its own
+# What transformers' renderer is told by us: the template itself, for one.
+RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
 
 
 class Surface(Vocabulary):
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, chat_template: str | None = None, system_prompt: str | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chat_template: str | None = None,
+        system_prompt: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        thinking: Markers | Literal["auto", "off"] = "auto",
     ) -> None:
         super().__init__(tokenizer)
         self.chat_template: str | None = chat_template or tokenizer.chat_template
         self.system_prompt = system_prompt
         if isinstance(self.chat_template, dict):  # several named templates: the one for plain chat is called "default"
             self.chat_template = self.chat_template.get("default")
+        self.template_kwargs = dict(template_kwargs or {})
+        if reserved := sorted(RESERVED & self.template_kwargs.keys()):
+            raise ModelLoadError(f"chat_template_kwargs: {reserved[0]!r} is set by the server; leave it out")
+        self.thinking: Markers | None = None
+        if thinking != "off":
+            self.thinking = markers_in(self.chat_template) if thinking == "auto" else thinking
         if system_prompt and self.chat_template is None:
             raise ModelLoadError("system_prompt needs a chat template, which this model lacks; set chat_template")
 
@@ -94,14 +110,26 @@ class Surface(Vocabulary):
         *,
         tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """The conversation as this member reads it. Its own system prompt stands before the client's. Where the
         template has no system role, what system messages say stands at the head of the next user message.
 
+        `template_kwargs`: what else the template is told, before what the config tells it.
         Raises `UnsupportedError` without a chat template, `RequestError` if the template refuses the messages.
         """
+        if reserved := sorted(RESERVED.intersection(template_kwargs or {})):
+            raise RequestError(
+                f"chat_template_kwargs: {reserved[0]!r} is not the request's to say; it takes what the template itself "
+                "asks for, such as enable_thinking",
+                param="chat_template_kwargs",
+            )
         return self._rendered(
-            messages, tools=list(tools) or None, add_generation_prompt=add_generation_prompt, tokenize=True
+            messages,
+            tools=list(tools) or None,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            **(template_kwargs or {}),
         )
 
     def render_text(self, messages: Sequence[Message]) -> str:
@@ -134,13 +162,18 @@ class Surface(Vocabulary):
 
     def _apply_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any:
         return self.tokenizer.apply_chat_template(
-            conversation, chat_template=self.chat_template, return_dict=False, **options
+            conversation, chat_template=self.chat_template, return_dict=False, **{**self.template_kwargs, **options}
         )
 
     def info(self) -> dict[str, Any]:
         """What a remote client needs to use this tokenizer (lm-evaluation-harness asks for these four)."""
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         return {name: getattr(self.tokenizer, name) for name in names} | {"chat_template": self.chat_template}
+
+
+def _thinking(model: HostedModel) -> Markers | Literal["auto", "off"]:
+    given = model.reasoning
+    return given if isinstance(given, str) else Markers(given.start, given.end)
 
 
 def member_surface(name: str, models: Mapping[str, HostedModel], tokenizer: PreTrainedTokenizerBase) -> Surface:
@@ -157,6 +190,8 @@ def member_surface(name: str, models: Mapping[str, HostedModel], tokenizer: PreT
             tokenizer,
             chat_template=chat_template,
             system_prompt=model.system_prompt if model.system_prompt is not None else parent.system_prompt,
+            template_kwargs={**parent.chat_template_kwargs, **model.chat_template_kwargs},
+            thinking=_thinking(model if "reasoning" in model.model_fields_set else parent),
         )
     except ModelLoadError as exc:
         raise ModelLoadError(f"model {name!r}: {exc}") from exc

@@ -57,6 +57,8 @@ def request_body(name: str, model: str, request: GenerationRequest) -> tuple[str
     if request.messages is not None:
         path = "chat/completions"
         body["messages"] = [dict(message) for message in request.messages]
+        if request.template_kwargs:
+            body["chat_template_kwargs"] = dict(request.template_kwargs)
         if request.top_logprobs is not None:
             body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
     else:

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from ensemble_server.ensembles.base import Delta, FinishReason, Sampling, TokenLogprob
 from ensemble_server.server.engines.shared.stop_strings import StopStrings
+from ensemble_server.server.engines.shared.thoughts import ThoughtStream
 from ensemble_server.server.weights.tokenizer import TextStream, Vocabulary
 
 
@@ -24,14 +25,22 @@ def ends_of_text(sampling: Sampling, eos_ids: frozenset[int]) -> frozenset[int]:
 
 
 class ChoiceText:
-    """Not shared between choices. `max_new_tokens` >= 1; `eos_ids`: ends of text of any member.
+    """Not shared between choices. `max_new_tokens` >= 1; `eos_ids`: ends of text of any member; `thoughts`: of a
+    model that thinks aloud.
 
     `finish_reason` is set with the delta that has it; nothing may be added after that. `last_token`: the last one that
     was shown.
     """
 
     def __init__(
-        self, index: int, sampling: Sampling, vocabulary: Vocabulary, *, max_new_tokens: int, eos_ids: frozenset[int]
+        self,
+        index: int,
+        sampling: Sampling,
+        vocabulary: Vocabulary,
+        *,
+        max_new_tokens: int,
+        eos_ids: frozenset[int],
+        thoughts: ThoughtStream | None = None,
     ) -> None:
         self.index = index
         self.num_generated = 0
@@ -41,7 +50,9 @@ class ChoiceText:
         self._min_tokens = sampling.min_tokens
         self._ends = ends_of_text(sampling, eos_ids)
         self._stop_token_ids = frozenset(sampling.stop_token_ids)
-        self._stream = TextStream(vocabulary, skip_special_tokens=sampling.skip_special_tokens)
+        self._thoughts = thoughts
+        markers = () if thoughts is None else (thoughts.markers.start, thoughts.markers.end)
+        self._stream = TextStream(vocabulary, skip_special_tokens=sampling.skip_special_tokens, shown=markers)
         self._stops = StopStrings(sampling.stop, include=sampling.include_stop_str_in_output)
         # Special tokens that are left out of the text are met as tokens, where a stop string is one of them.
         hidden = vocabulary.special_ids if sampling.skip_special_tokens and sampling.stop else frozenset()
@@ -61,21 +72,31 @@ class ChoiceText:
         """
         self.num_generated += 1
         if token_id in self._ends:
-            return self._last("stop", None)
+            return self.end("stop")
         if token_id in self._stop_token_ids:
-            return self._last("stop", token_id)
+            return self.end("stop", token_id)
         if token_id in self._stop_tokens and self.num_generated >= self._min_tokens:
-            return self._last("stop", self._stop_tokens[token_id])
+            return self.end("stop", self._stop_tokens[token_id])
         self.last_token = token_id
-        return self._shown(self._stream.add(token_id), (token_id,), report, is_complete=is_complete)
+        return self._told_apart(self._shown(self._stream.add(token_id), (token_id,), report, is_complete=is_complete))
 
     def end(self, finish_reason: FinishReason, stop_reason: str | int | None = None) -> Delta:
         """No token comes any more: the choice ends with what it has."""
-        return self._last(finish_reason, stop_reason)
+        return self._told_apart(self._last(finish_reason, stop_reason))
 
     def expire(self) -> Delta:
         """The request's deadline has passed."""
         return self.end("length", "deadline")
+
+    def _told_apart(self, delta: Delta) -> Delta:
+        """With the thoughts of a model that thinks as its reasoning."""
+        if self._thoughts is None:
+            return delta
+        answer, thought = self._thoughts.add(delta.text)
+        if delta.finish_reason is not None:
+            rest, rest_of_thought = self._thoughts.flush()
+            answer, thought = answer + rest, thought + rest_of_thought
+        return replace(delta, text=answer, reasoning=thought)
 
     def _shown(self, text: str, token_ids: tuple[int, ...], report: TokenLogprob | None, *, is_complete: bool) -> Delta:
         shown = Delta(self.index, text, token_ids, () if report is None else (report,))
@@ -107,6 +128,7 @@ def joined(deltas: Sequence[Delta]) -> Delta:
         "".join(delta.text for delta in deltas),
         tuple(token_id for delta in deltas for token_id in delta.token_ids),
         tuple(token for delta in deltas for token in delta.tokens),
+        reasoning="".join(delta.reasoning for delta in deltas),
         finish_reason=deltas[-1].finish_reason,
         stop_reason=deltas[-1].stop_reason,
     )

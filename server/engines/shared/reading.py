@@ -80,10 +80,18 @@ def _prompts(request: GenerationRequest, members: Sequence[Reader]) -> list[list
         token_ids = members[0].surface.encode(raw) if isinstance(raw, str) else list(raw or ())
         return [member.surface.own_ids(token_ids) for member in members]
     views = [
-        (id(member.surface.tokenizer), member.surface.chat_template, member.surface.system_prompt) for member in members
+        (
+            id(member.surface.tokenizer),
+            member.surface.chat_template,
+            member.surface.system_prompt,
+            repr(member.surface.template_kwargs),
+        )
+        for member in members
     ]
     read: dict[object, list[int]] = {}
     for view, member in zip(views, members, strict=True):
         if view not in read:
-            read[view] = member.surface.render(request.messages, tools=request.tools)
+            read[view] = member.surface.render(
+                request.messages, tools=request.tools, template_kwargs=request.template_kwargs
+            )
     return [read[view] for view in views]

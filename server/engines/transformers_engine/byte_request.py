@@ -77,7 +77,10 @@ def byte_views(
 def _chat_view(member: Member, request: GenerationRequest, tokenizing: threading.Lock) -> ByteView:
     surface = member.surface
     with tokenizing:
-        ids = _kept(surface.render(request.messages or (), tools=request.tools), request)
+        ids = _kept(
+            surface.render(request.messages or (), tools=request.tools, template_kwargs=request.template_kwargs),
+            request,
+        )
     check_prompt(ids, member.vocab_size, "messages")
 
     def reread(answer: str) -> list[int]:

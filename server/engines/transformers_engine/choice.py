@@ -13,6 +13,7 @@ from ensemble_server.ensembles.base import Delta, FinishReason, GenerationReques
 from ensemble_server.ensembles.pooling import following, sampling
 from ensemble_server.server.engines.shared.choice_text import ChoiceText, ends_of_text
 from ensemble_server.server.engines.shared.grammar import GrammarMask
+from ensemble_server.server.engines.shared.thoughts import thought_stream
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
@@ -46,7 +47,14 @@ class LiveChoice:
         self._ends = sorted(ends_of_text(self._sampling, eos_ids) | set(self._sampling.stop_token_ids))
         self._grammar = grammar
         self._surface = self.members[0].surface
-        self._text = ChoiceText(index, self._sampling, self._surface, max_new_tokens=max_new_tokens, eos_ids=eos_ids)
+        self._text = ChoiceText(
+            index,
+            self._sampling,
+            self._surface,
+            max_new_tokens=max_new_tokens,
+            eos_ids=eos_ids,
+            thoughts=thought_stream(request, self._surface, prompt.token_ids[0]),
+        )
         self._prompt_ids = torch.tensor(prompt.token_ids[0], dtype=torch.long)
         self._counts: Counter[int] = Counter()
         self._generator = generator(self._sampling.seed, index)

@@ -46,7 +46,13 @@ class FamilySurface(Surface):
     """One member's surface that also knows the added tokens of the others. `others`: id -> a vocabulary that has it."""
 
     def __init__(self, own: Surface, others: dict[int, Vocabulary], width: int) -> None:
-        super().__init__(own.tokenizer, chat_template=own.chat_template, system_prompt=own.system_prompt)
+        super().__init__(
+            own.tokenizer,
+            chat_template=own.chat_template,
+            system_prompt=own.system_prompt,
+            template_kwargs=own.template_kwargs,
+            thinking=own.thinking or "off",
+        )
         self._others = others
         self._width = width
 

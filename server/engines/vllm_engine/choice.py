@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ensemble_server.ensembles.base import Delta, GenerationRequest, MemberToken, TokenLogprob
 from ensemble_server.ensembles.errors import MemberError
 from ensemble_server.server.engines.shared.choice_text import ChoiceText, joined
+from ensemble_server.server.engines.shared.thoughts import thought_stream
 from ensemble_server.server.engines.shared.token_report import report
 from ensemble_server.server.weights.view import Surface
 
@@ -30,12 +31,20 @@ class VllmChoice:
         max_new_tokens: int,
         eos_ids: frozenset[int],
         explained_as: str | None,
+        prompt: Sequence[int] = (),
     ) -> None:
         self._num_top = request.top_logprobs
         self._surface = surface
         self._member = member
         self._explained_as = explained_as
-        self._text = ChoiceText(index, request.sampling, surface, max_new_tokens=max_new_tokens, eos_ids=eos_ids)
+        self._text = ChoiceText(
+            index,
+            request.sampling,
+            surface,
+            max_new_tokens=max_new_tokens,
+            eos_ids=eos_ids,
+            thoughts=thought_stream(request, surface, prompt),
+        )
 
     @property
     def num_generated(self) -> int:

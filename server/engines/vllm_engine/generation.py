@@ -63,6 +63,7 @@ class Prepared:
             max_new_tokens=self.max_new_tokens,
             eos_ids=self.eos_ids,
             explained_as=names[0] if self.request.explain and len(names) == 1 else None,
+            prompt=self.token_ids,
         )
 
     def done(self, num_generated: int) -> Done:

@@ -22,7 +22,7 @@ def check_one_model(mixture: Mixture, views: Sequence[MemberView]) -> None:
         raise ModelLoadError(f"{exc}; engine.kind transformers averages such members over text") from exc
     first, *others = views
     for other in others:
-        for key in ("system_prompt", "chat_template"):
+        for key in ("system_prompt", "chat_template", "template_kwargs"):
             if getattr(first.surface, key) != getattr(other.surface, key):
                 raise ModelLoadError(
                     f"members {first.name!r} and {other.name!r} differ in their {key}; in vLLM an ensemble is one "

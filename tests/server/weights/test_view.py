@@ -352,3 +352,32 @@ def test_a_broken_template_of_the_tokenizer_is_only_warned_about(
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     assert member_surface("a", {"a": HostedModel(path="org/name")}, tokenizer).encode("Hi")
     assert "model 'a': the chat template of its tokenizer cannot render" in caplog.text
+
+
+def test_a_template_is_told_what_config_and_request_say_the_request_last(byte_level: PreTrainedTokenizerFast) -> None:
+    surface = Surface(
+        byte_level, chat_template="{{ messages[0].content }}{{ a }}{{ b }}", template_kwargs={"a": 1, "b": 2}
+    )
+    assert surface.decode(surface.render([{"role": "user", "content": "x"}])) == "x12"
+    told = surface.render([{"role": "user", "content": "x"}], template_kwargs={"b": 3})
+    assert surface.decode(told) == "x13"
+
+
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "tools", "messages", "tokenizer_kwargs"])
+def test_what_the_server_tells_the_renderer_is_nobody_elses_to_say(
+    byte_level: PreTrainedTokenizerFast, name: str
+) -> None:
+    with pytest.raises(RequestError, match=f"chat_template_kwargs: '{name}'") as caught:
+        Surface(byte_level).render([{"role": "user", "content": "x"}], template_kwargs={name: "y"})
+    assert caught.value.param == "chat_template_kwargs"
+    with pytest.raises(ModelLoadError, match=f"chat_template_kwargs: '{name}'"):
+        Surface(byte_level, template_kwargs={name: "y"})
+
+
+def test_a_view_adds_to_what_its_base_tells_the_template(byte_level: PreTrainedTokenizerFast) -> None:
+    models = {
+        "a": HostedModel(path="org/name", chat_template_kwargs={"x": 1}, reasoning="off"),
+        "b": HostedModel(base="a", chat_template_kwargs={"y": 2}),
+    }
+    surface = member_surface("b", models, byte_level)
+    assert surface.template_kwargs == {"x": 1, "y": 2} and surface.thinking is None

@@ -1,0 +1,77 @@
+"""What a model thinks aloud, told apart from its answer while both stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from ensemble_server.ensembles.base import GenerationRequest
+from ensemble_server.server.weights.thinking import Markers
+from ensemble_server.server.weights.view import Surface
+
+_TAIL = 16  # tokens of a prompt in which an opening marker is looked for
+
+
+class ThoughtStream:
+    """Text in, (answer, thought) out. Thoughts are one block at the beginning of what is written.
+
+    `is_open`: the prompt ends with the opening marker, as many templates have it. Text that may be the beginning of a
+    marker is held back until that is clear. White space around a thought belongs to neither.
+    """
+
+    def __init__(self, markers: Markers, *, is_open: bool) -> None:
+        self.markers = markers
+        self._phase: Literal["before", "inside", "after", "none"] = "inside" if is_open else "before"
+        self._held = ""
+        self._has_shown = False  # of the thought, or, once it is over, of the answer
+
+    def add(self, piece: str) -> tuple[str, str]:
+        """-> (of the answer, of the thought)"""
+        text, self._held = self._held + piece, ""
+        start, end = self.markers.start, self.markers.end
+        if self._phase == "before":
+            begun = text.lstrip()
+            if begun != start and start.startswith(begun):  # nothing yet, or the beginning of the marker
+                self._held = text
+                return "", ""
+            if not begun.startswith(start):
+                self._phase = "none"
+                return text, ""
+            self._phase, text = "inside", begun.removeprefix(start)
+        if self._phase != "inside":
+            return (self._trimmed(text) if self._phase == "after" else text), ""
+        thought, marker, answer = text.partition(end)
+        if not marker:
+            settled = text[: len(text) - _beginning_of(end, text)].rstrip()
+            self._held = text[len(settled) :]
+            return "", self._trimmed(settled)
+        thought = self._trimmed(thought.rstrip())
+        self._phase, self._has_shown = "after", False
+        return self._trimmed(answer), thought
+
+    def flush(self) -> tuple[str, str]:
+        """What was held back, when nothing more comes."""
+        held, self._held = self._held, ""
+        return ("", self._trimmed(held.rstrip())) if self._phase == "inside" else (held, "")
+
+    def _trimmed(self, text: str) -> str:
+        """Without white space before the first that is shown."""
+        text = text if self._has_shown else text.lstrip()
+        self._has_shown = self._has_shown or bool(text)
+        return text
+
+
+def thought_stream(request: GenerationRequest, surface: Surface, prompt: Sequence[int]) -> ThoughtStream | None:
+    """For an answer to a conversation by a model that thinks; None where nothing is told apart: raw completions, models
+    without markers, and answers under a grammar, which holds from the first token.
+    """
+    markers = surface.thinking
+    if markers is None or request.messages is None or request.sampling.grammar is not None:
+        return None
+    is_open = surface.decode(prompt[-_TAIL:]).rstrip().endswith(markers.start)
+    return ThoughtStream(markers, is_open=is_open)
+
+
+def _beginning_of(marker: str, text: str) -> int:
+    """Length of the longest end of `text` that begins `marker`: ("</think>", "so </th") -> 4"""
+    return next((n for n in range(min(len(marker) - 1, len(text)), 0, -1) if text.endswith(marker[:n])), 0)

@@ -1,0 +1,34 @@
+"""The markers between which a model thinks aloud before it answers, as its chat template tells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Markers:
+    """`start` may stand at the end of the prompt already; `end` is the model's own."""
+
+    start: str
+    end: str
+
+
+KNOWN = tuple(
+    Markers(start, end)
+    for start, end in (
+        ("<think>", "</think>"),  # Qwen3, DeepSeek-R1, GLM, SmolLM3
+        ("[THINK]", "[/THINK]"),  # Magistral
+        ("<seed:think>", "</seed:think>"),  # Seed-OSS
+        ("◁think▷", "◁/think▷"),  # Kimi
+        ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
+        ("<thinking>", "</thinking>"),
+        ("<reasoning>", "</reasoning>"),
+    )
+)
+
+
+def markers_in(template: str | None) -> Markers | None:
+    """Those that a chat template has: a template that opens thoughts, or takes them out of earlier turns, names one."""
+    if template is None:
+        return None
+    return next((markers for markers in KNOWN if markers.start in template or markers.end in template), None)

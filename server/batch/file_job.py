@@ -15,18 +15,25 @@ from ensemble_server.server.batch.job.store import JobStore
 from ensemble_server.server.batch.placement.shards import SHARD, Shard
 from ensemble_server.server.batch.results.submission import SampleSubmission
 from ensemble_server.server.batch.source.inputs import Recipe, read_rows
-from ensemble_server.server.batch.source.records import SourceKind, read_records
+from ensemble_server.server.batch.source.records import Record, SourceKind, files_of, read_records, skipped_in
+from ensemble_server.server.config.problems import nearest
 
 NUM_BAD_SHOWN = 5
+INPUT = "the input"  # its name in a job's identity
+NEED_A_MODEL = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/classify"})
 
 
 @dataclass(frozen=True)
 class CheckedInput:
-    """What one reading of the input found. `bad`: the first few messages of rows that cannot be run."""
+    """What one reading of the input found. `bad`: the first few messages of rows that cannot be run. `models`: that
+    the others name; None stands for rows that name none. `skipped`: what is no row of a folder.
+    """
 
     num_rows: int
     num_bad: int
     bad: tuple[str, ...]
+    models: frozenset[str | None] = frozenset()
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,26 +59,34 @@ class FileJob:
         """Read the whole input once. Raises `ConfigError` if it has no rows or not those of the sample submission."""
         num_rows = num_bad = 0
         bad: list[str] = []
+        models: set[str | None] = set()
         for row in self.rows():
             num_rows += 1
             if isinstance(row, BadRow):
                 num_bad += 1
                 if len(bad) < NUM_BAD_SHOWN:
                     bad.append(row.error["message"])
+            elif row.url in NEED_A_MODEL or row.body.get("model") is not None:
+                model = row.body.get("model")
+                models.add(model if isinstance(model, str) else None)
         if not num_rows:
             raise ConfigError(f"{self.source}: has no rows")
         if sample is not None:
             sample.check_ids(lambda: (row.custom_id for row in self.rows()))
-        return CheckedInput(num_rows, num_bad, tuple(bad))
+        skipped = skipped_in(self.source) if self.kind == "folder" else ()
+        return CheckedInput(num_rows, num_bad, tuple(bad), frozenset(models), tuple(skipped))
 
     def identity(self) -> Identity:
         shard = {} if self.shard is None else {SHARD: str(self.shard)}
-        return Identity({"the input": _digest(self.source), **self.options, **shard}, self.seed)
+        return Identity({INPUT: _digest(self.source), **self.options, **shard}, self.seed)
 
-    def open_store(self, path: Path, *, restart: bool) -> JobStore:
-        """The job's store at `path`, with all rows taken in. `restart` forgets what was there. Raises `ConfigError`."""
+    def open_store(self, path: Path, *, restart: bool, extend: bool = False) -> JobStore:
+        """The job's store at `path`, with all rows taken in. `restart` forgets what was there; `extend` lets the input
+        have changed, and keeps the answers of the rows that have not. Raises `ConfigError`."""
         if restart:
             discard_job(path)
+        if extend and path.exists():
+            return self._extended(path)
         store = JobStore.open(path, self.identity())
         try:
             store.take_rows(self.rows())
@@ -79,6 +94,29 @@ class FileJob:
             store.close()
             raise
         return store
+
+    def _extended(self, path: Path) -> JobStore:
+        store = JobStore.reopen(path)
+        try:
+            store.extend(self.rows(), self.identity(), may_change={INPUT})
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def lacks_id_column(self) -> str | None:
+        """What is wrong with `recipe.id_column`, if no record has it; None if one has."""
+        column, seen = self.recipe.id_column, None
+        if column is None:
+            return None
+        for record in read_records(self.source, self.kind):
+            if column in record.values:
+                return None
+            if seen is None and isinstance(record, Record):
+                seen = list(map(str, record.values))
+        if seen is None:
+            return None
+        return f"there is no column {column!r}{nearest(column, seen)} (there are: {', '.join(seen)})"
 
 
 def discard_job(path: Path) -> None:
@@ -102,7 +140,7 @@ def discard_job(path: Path) -> None:
 def _digest(source: Path) -> str:
     """The contents of a file, or of all files of a folder with their names; where it lies does not matter."""
     digest = hashlib.sha256()
-    files = sorted(path for path in source.iterdir() if path.is_file()) if source.is_dir() else [source]
+    files = files_of(source) if source.is_dir() else [source]
     for path in files:
         if source.is_dir():
             digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())

@@ -177,6 +177,21 @@ def batch(
     restart: Annotated[
         bool, typer.Option("--restart", help="Forget the job's answers and begin again.", rich_help_panel=RUN)
     ] = False,
+    extend: Annotated[
+        bool,
+        typer.Option(
+            "--extend", help="The input has changed: keep the answers of rows that have not.", rich_help_panel=RUN
+        ),
+    ] = False,
+    max_errors: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Stop after N failed rows; 0 never. Default: after 20 if none was answered.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     job: Annotated[
         Path | None, typer.Option(dir_okay=False, help="Where the job is kept.", rich_help_panel=RUN)
     ] = None,
@@ -252,6 +267,8 @@ def batch(
                 **limits_s,
                 retry_errors=retry_errors,
                 restart=restart,
+                extend=extend,
+                max_errors=max_errors,
                 has_progress=not no_progress,
                 is_sequential=residency == "sequential",
                 ray_workers=ray,

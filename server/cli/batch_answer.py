@@ -19,6 +19,7 @@ from ensemble_server.server.batch.job.store import JobStore
 from ensemble_server.server.batch.results.outputs import OutputForm
 from ensemble_server.server.batch.results.submission import SampleSubmission
 from ensemble_server.server.batch.running.budget import TimeBudget
+from ensemble_server.server.batch.running.failures import FailureWatch
 from ensemble_server.server.batch.running.progress import ProgressView, duration
 from ensemble_server.server.config.blocks import Config
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from ensemble_server.server.batch.running.runner import Summary
     from ensemble_server.server.hosting import Hosting
 
-Ended = Literal["finished", "deadline", "stopped"]
+Ended = Literal["finished", "deadline", "stopped", "failing"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class BatchRun:
     `deadline_s`, `time_budget_s`: seconds from `began_s` (`time.monotonic`), so that loading models counts too. The
     budget is shared out among the rows, of which none may take more than `per_row_max_s`. `is_sequential`: one member
     is in memory at a time; then rows are not limited one by one. `ray_workers`: answered by so many workers of Ray.
+    `max_errors`: see `FailureWatch`. `extend`: see `FileJob.open_store`.
     """
 
     config: Config
@@ -51,6 +53,8 @@ class BatchRun:
     began_s: float = field(default_factory=time.monotonic)
     retry_errors: bool = False
     restart: bool = False
+    extend: bool = False
+    max_errors: int | None = None
     has_progress: bool = True
     is_sequential: bool = False
     ray_workers: int | None = None
@@ -86,6 +90,8 @@ async def _resident(run: BatchRun, store: JobStore, stop: asyncio.Event, view: P
             budget=_budget(run, store, hosting),
             stop=stop,
             on_progress=view.update,
+            watch=FailureWatch(view.say, run.max_errors),
+            say=view.say,
         )
 
 
@@ -110,6 +116,7 @@ async def _member_by_member(run: BatchRun, store: JobStore, stop: asyncio.Event,
             stop=stop,
             is_over=lambda: run.left_s(run.deadline_s) == 0,
             say=say,
+            watch=FailureWatch(say, run.max_errors),
         )
 
 

@@ -11,7 +11,7 @@ from ensemble_server.server.batch.job.rows import Row
 from ensemble_server.server.batch.running.estimate import Estimate, Probe, PromptCount, evenly_chosen, probe
 from ensemble_server.server.batch.running.progress import duration, spend
 from ensemble_server.server.cli.batch_answer import BatchRun
-from ensemble_server.server.cli.batch_run import report_bad_rows
+from ensemble_server.server.cli.batch_run import check_models, report_bad_rows, report_skipped
 from ensemble_server.server.hosting import Hosting
 
 OK, SOMETHING_IS_WRONG = 0, 1
@@ -24,6 +24,8 @@ def dry_run_job(run: BatchRun, *, num_probes: int) -> int:
     """
     checked = run.job.check(run.sample)
     typer.echo(f"{run.job.source}: {checked.num_rows} rows")
+    check_models(checked, run.config)
+    report_skipped(checked, typer.echo)
     report_bad_rows(checked, typer.echo)
     count, probed = asyncio.run(_measure(run, checked, num_probes))
     _report(count, probed, checked)

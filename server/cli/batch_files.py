@@ -69,7 +69,10 @@ class InputOptions:
             grid=requests.grid(),
         )
         source = _spooled(stack) if self.source == STDIO else self.source
-        return FileJob(source, kind, recipe, options, seed, parsed("--shard", Shard.parse, self.shard))
+        job = FileJob(source, kind, recipe, options, seed, parsed("--shard", Shard.parse, self.shard))
+        if (wrong := job.lacks_id_column()) is not None:
+            raise typer.BadParameter(wrong, param_hint="--id-column")
+        return job
 
 
 @dataclass(frozen=True)

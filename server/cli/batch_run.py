@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import typer
 from rich.console import Console
 
 from ensemble_server.ensembles.errors import EnsembleError
@@ -13,10 +14,14 @@ from ensemble_server.server.batch.job.identity import model_fingerprints
 from ensemble_server.server.batch.job.store import Counts, JobStore
 from ensemble_server.server.batch.results.columns import Column
 from ensemble_server.server.batch.results.outputs import write_job
+from ensemble_server.server.batch.running.failures import Reasons
 from ensemble_server.server.batch.running.progress import spend
 from ensemble_server.server.cli.batch_answer import BatchRun, Ended, answer_on_ray, answer_rows
+from ensemble_server.server.config.blocks import Config
+from ensemble_server.server.config.problems import nearest
 
-OK, SOME_ROWS_FAILED, INTERRUPTED = 0, 3, 130
+OK, FAILED, SOME_ROWS_FAILED, INTERRUPTED = 0, 1, 3, 130
+NUM_SKIPPED_SHOWN = 5
 
 
 def run_job(run: BatchRun) -> int:
@@ -27,9 +32,11 @@ def run_job(run: BatchRun) -> int:
     console = Console(stderr=True)
     say = _sayer(console)
     checked = run.job.check(run.sample)
+    check_models(checked, run.config)
+    report_skipped(checked, say)
     report_bad_rows(checked, say)
     is_continued = run.job_file.exists() and not run.restart
-    with run.job.open_store(run.job_file, restart=run.restart) as store:
+    with run.job.open_store(run.job_file, restart=run.restart, extend=run.extend) as store:
         store.bind_models(model_fingerprints(store.model_names(), run.config))
         if run.retry_errors:
             say(f"{store.forget_errors()} failed rows run again")
@@ -53,6 +60,28 @@ def run_job(run: BatchRun) -> int:
         return _write(run, store, checked, ended, say)
 
 
+def check_models(checked: CheckedInput, config: Config) -> None:
+    """Refuse to begin what every row would be refused for: no model named where there are several, or unknown ones."""
+    names = ", ".join(config.listed)
+    if None in checked.models and len(config.listed) != 1:
+        raise typer.BadParameter(f"rows name no model; {config.source} serves {names}", param_hint="--model")
+    named = checked.models - {None}
+    if named and not named & set(config.models) and None not in checked.models:
+        wrong = min(named)
+        raise typer.BadParameter(
+            f"the rows ask {wrong!r}{nearest(wrong, config.models)}; {config.source} serves {names}."
+            f" --set 'model=\"{config.listed[0]}\"' asks another",
+            param_hint="--model",
+        )
+
+
+def report_skipped(checked: CheckedInput, say: Callable[[str], None]) -> None:
+    if skipped := checked.skipped:
+        more = f" and {len(skipped) - NUM_SKIPPED_SHOWN} more" if len(skipped) > NUM_SKIPPED_SHOWN else ""
+        shown = ", ".join(skipped[:NUM_SKIPPED_SHOWN])
+        say(f"left out of the folder, as hidden or no file: {len(skipped)} ({shown}{more})")
+
+
 def report_bad_rows(checked: CheckedInput, say: Callable[[str], None]) -> None:
     if checked.num_bad:
         say(f"{checked.num_bad} of {checked.num_rows} rows cannot be run and will be errors in the output:")
@@ -74,8 +103,13 @@ def _write(run: BatchRun, store: JobStore, checked: CheckedInput, ended: Ended, 
         say(f"warning: {report.num_filled} of {report.num_rows} rows have no answer and {filled}")
     for column in report.absent if report is not None else ():
         say(f"warning: {_absence(column)}")
+    if counts.failed:
+        for sentence in Reasons.of(store.failures()).sentences():
+            say(f"  {sentence}")
     if spent := spend(store.spent()):
         say(f"members read+wrote: {', '.join(spent)}")
+    if ended == "failing":
+        return _given_up(store, say)
     if ended == "stopped":
         say("interrupted; the same command continues")
         return INTERRUPTED
@@ -84,6 +118,22 @@ def _write(run: BatchRun, store: JobStore, checked: CheckedInput, ended: Ended, 
     if counts.failed > checked.num_bad:
         say("--retry-errors runs the failed rows again")
     return SOME_ROWS_FAILED if counts.failed or counts.pending else OK
+
+
+def _given_up(store: JobStore, say: Callable[[str], None]) -> int:
+    counts = store.counts()
+    if counts.ok:
+        say(
+            f"stopped after {counts.failed} errors (--max-errors); the job is kept. Mend the cause and run the same "
+            "command with --retry-errors"
+        )
+        return FAILED
+    store.forget_errors()  # the output says what became of them; they were spent on nothing
+    say(
+        "stopped: no row could be answered; the job is kept with all its rows. Mend the cause and run the same command"
+        " again; --max-errors 0 would have gone on"
+    )
+    return FAILED
 
 
 def _described(counts: Counts) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from ensemble_server.server.batch.results.columns import Column
 
 SOME_ROWS_FAILED = 3
 
@@ -46,6 +49,7 @@ def submission(
         sample.check_columns(chosen)
         key = Column("id", chosen[0].source)
         sample.check_ids(lambda: (_id(key.value(line, 0)) for line in _lines(results)))
+    _check_each_once(results, chosen)
     form = OutputForm("csv", chosen, fallback, is_zipped=output.suffix == ".zip")
     report = write_lines(_lines(results), output, form)
     typer.echo(f"{report.num_rows} rows; wrote {output}", err=True)
@@ -55,6 +59,27 @@ def submission(
         filled = f"took the fallback {fallback!r}" if fallback else "are blank"
         typer.echo(f"warning: {report.num_filled} rows have no answer and {filled}", err=True)
         raise typer.Exit(SOME_ROWS_FAILED)
+
+
+def _check_each_once(results: Path, columns: Sequence[Column]) -> None:
+    """Raise `ConfigError` if an id has several rows that the columns do not tell apart: cells of a grid, or several
+    jobs in one file."""
+    from ensemble_server.ensembles.errors import ConfigError
+    from ensemble_server.server.batch.results.columns import CELL_NAMES, ID_SOURCES
+
+    told_apart = [column for column in columns if column.source in (*ID_SOURCES, *CELL_NAMES)]
+    if not any(column.source in ID_SOURCES for column in told_apart):
+        return
+    first_lines: dict[str, int] = {}
+    for number, line in enumerate(_lines(results), start=1):
+        found = next(_id(column.value(line, 0)) for column in told_apart if column.source in ID_SOURCES)
+        key = repr([column.value(line, 0) for column in told_apart])
+        if found is not None and (first := first_lines.setdefault(key, number)) != number:
+            raise ConfigError(
+                f"{results}: the id {found!r} stands in rows {first} and {number}, a submission has each once. If "
+                f"these are answers of a grid, `ensemble vote {results} -o votes.jsonl` makes one of them; then run "
+                "this on votes.jsonl"
+            )
 
 
 def _lines(results: Path) -> Iterator[Mapping[str, Any]]:

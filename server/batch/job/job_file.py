@@ -20,6 +20,10 @@ _PREPARE = (
 )
 
 
+class DamagedJobError(ConfigError):
+    """The file of a job is no database any more, or not a whole one."""
+
+
 class JobFile:
     """An SQLite database that this process alone has. Its methods may be called from any thread; they wait in turn."""
 
@@ -94,9 +98,9 @@ def _error(path: Path, exc: sqlite3.Error) -> EnsembleError:
                 " output"
             )
         case "NOTADB":
-            return ConfigError(f"{path} is not the file of a batch job; choose another output, or move it away")
+            return DamagedJobError(f"{path} is not the file of a batch job; choose another output, or move it away")
         case "CORRUPT":
-            return ConfigError(
+            return DamagedJobError(
                 f"{path} is damaged ({exc}); `sqlite3 {path.name} .recover` may save the answers in it. To begin anew,"
                 " delete it"
             )

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
+
+import orjson
 
 from ensemble_server.ensembles.base import MemberUsage
 from ensemble_server.ensembles.errors import ConfigError
@@ -46,6 +48,21 @@ _TO_RUN = (
     "FROM rows LEFT JOIN results USING (place) WHERE rows.place > ? AND leader = rows.place AND url IS NOT NULL"
     " AND (status_code IS NULL OR (is_cut AND ?))"
 )
+
+_INSERT_ROW = (
+    "INSERT INTO rows (place, custom_id, url, body, line, model, digest, leader) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7,"
+    " coalesce((SELECT place FROM rows WHERE digest IS NOT NULL AND digest = ?7 AND leader = place), ?1))"
+)
+_KEEP_RESULTS = """
+    INSERT INTO results
+    SELECT rows.place, status_code, request_id, answers.body, usage, is_cut FROM rows JOIN temp.answers ON
+        answers.place = coalesce(
+            (SELECT answered FROM temp.before WHERE rows.digest IS NOT NULL AND before.digest = rows.digest
+                AND answered IS NOT NULL LIMIT 1),
+            (SELECT answered FROM temp.before WHERE before.custom_id = rows.custom_id AND before.url = rows.url
+                AND before.body = rows.body AND answered IS NOT NULL LIMIT 1))
+    WHERE rows.leader = rows.place AND rows.url IS NOT NULL
+"""  # temp.before: the rows as they were, `answered` the place of their result; temp.answers: the results
 
 
 @dataclass(frozen=True)
@@ -161,14 +178,41 @@ class JobStore:
             _set(db, "is_complete", True)
         self._counts = self._counted()
 
+    def extend(self, rows: Iterable[Row | BadRow], identity: Identity, *, may_change: Collection[str]) -> None:
+        """Put `rows` in the place of the job's rows, all or nothing. A row that was there before, wherever it stood,
+        keeps its result: one with the same id and the same body, or one that has the same answer whoever asks.
+
+        Raises `ConfigError` if `identity` differs in more than the parts `may_change`.
+        """
+        before = self.identity
+        same = {name: part for name, part in identity.parts.items() if name not in may_change}
+        kept = {name: part for name, part in before.parts.items() if name in may_change}
+        if changes := before.changes_to(Identity({**same, **kept}, identity.seed)):
+            raise _changed(self.path, changes)
+        with self._file.transaction() as db:
+            db.execute(
+                "CREATE TEMP TABLE before AS SELECT rows.*, results.place AS answered FROM rows"
+                " LEFT JOIN results ON results.place = rows.leader"
+            )
+            db.execute("CREATE INDEX temp.by_id ON before (custom_id)")
+            db.execute("CREATE INDEX temp.by_digest ON before (digest)")
+            db.execute("CREATE TEMP TABLE answers AS SELECT * FROM results")
+            db.execute("CREATE INDEX temp.by_place ON answers (place)")
+            db.execute("DELETE FROM rows")
+            db.execute("DELETE FROM results")
+            for row in rows:
+                db.execute(_INSERT_ROW, row_columns(row))
+            db.execute(_KEEP_RESULTS)
+            for table in ("before", "answers"):
+                db.execute(f"DROP TABLE temp.{table}")
+            _set(db, "identity", asdict(identity))
+            _set(db, "is_complete", True)
+        self.identity = identity
+        self._counts = self._counted()
+
     def _insert(self, block: Sequence[tuple[Any, ...]]) -> None:
         with self._file.transaction() as db:
-            db.executemany(
-                "INSERT INTO rows (place, custom_id, url, body, line, model, digest, leader)"
-                " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7,"
-                " coalesce((SELECT place FROM rows WHERE digest IS NOT NULL AND digest = ?7 AND leader = place), ?1))",
-                block,
-            )
+            db.executemany(_INSERT_ROW, block)
 
     def _compare(self, rows: Iterable[Row | BadRow]) -> None:
         stored = self.rows()
@@ -280,6 +324,17 @@ class JobStore:
         self._counts = self._counted()
         return self._counts.pending - before.pending
 
+    def failures(self) -> Iterator[str]:
+        """The message of every row that has failed or cannot be run, rows that share an answer each for itself."""
+        with self._file.reading() as db:
+            found = db.execute(
+                "SELECT coalesce(results.body, rows.body), url FROM rows LEFT JOIN results"
+                " ON results.place = rows.leader WHERE url IS NULL OR status_code >= 400 ORDER BY rows.place"
+            ).fetchall()
+        for body, url in found:
+            error = orjson.loads(body)
+            yield (error if url is None else error["error"])["message"]
+
     def _counted(self) -> Counts:
         with self._file.reading() as db:
             counted = db.execute(
@@ -327,7 +382,8 @@ def _set(db: sqlite3.Connection, name: str, value: Any) -> None:
 def _changed(path: Path, changes: Sequence[str]) -> ConfigError:
     return ConfigError(
         f"{path} is the job of another run: {'; '.join(changes)}. Run the command as it was to continue it, choose"
-        " another output, or delete the file to begin anew"
+        " another output, or delete the file to begin anew. If the input has more rows now, --extend keeps the answers"
+        " of those that are as they were"
     )
 
 

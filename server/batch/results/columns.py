@@ -19,6 +19,7 @@ from ensemble_server.server.config.problems import nearest
 ABSENT: Any = object()  # what a line has no place for, which is not the same as null
 
 CELL_NAMES = ("model", "temperature", "seed")
+ID_SOURCES = ("custom_id", "id")
 SHORT_NAMES = ("custom_id", "content", "finish_reason", "error", "sample", *CELL_NAMES)
 BODY_NAMES = (
     "id",

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from ensemble_server.ensembles.errors import ConfigError, ConflictError, EngineDeadError, StorageError
 from ensemble_server.server.batch.job.identity import Identity
+from ensemble_server.server.batch.job.job_file import DamagedJobError
 from ensemble_server.server.batch.job.store import Counts, JobStore
 from ensemble_server.server.batch.running.answering import answer
 from ensemble_server.server.batch.running.runner import Progress, run
@@ -89,6 +90,9 @@ class LiveBatch:
                 if self.batch.status == "in_progress":
                     logger.error("batch %s waits for a restart of the server: %s", self.batch.id, exc)
                     return
+            except DamagedJobError as exc:  # waiting mends nothing
+                await self._give_up(exc)
+                return
             except (StorageError, ConfigError) as exc:
                 if time.time() > self.batch.expires_at:
                     await self._give_up(exc)
@@ -116,6 +120,8 @@ class LiveBatch:
             elif self.batch.status == "in_progress":
                 try:
                     await self._run(job)
+                except DamagedJobError:
+                    raise
                 except ConfigError as exc:
                     logger.error("batch %s cannot go on: %s", self.batch.id, exc)
                     errors = (MODEL_CHANGED,)
@@ -200,9 +206,8 @@ class LiveBatch:
     async def _give_up(self, exc: Exception) -> None:
         """End a batch that this server cannot bring to its end."""
         logger.error("batch %s has failed: %s", self.batch.id, exc, exc_info=exc)
-        _, told = error_object(exc)
         with suppress(StorageError):  # then the next server comes to the same end
-            await self._change(partial(_failed, errors=(LineError("server_error", told["message"]),)))
+            await self._change(partial(_failed, errors=(_told(exc),)))
             await asyncio.to_thread(self._folder.delete_job, self.batch.id)
 
     async def _change(self, change: Callable[[Batch], Batch], new_files: Sequence[StoredFile] = ()) -> None:
@@ -210,6 +215,15 @@ class LiveBatch:
             self._folder.catalogue.change_batch, self.batch.id, change, new_files=new_files
         )
         self._on_change()
+
+
+def _told(exc: Exception) -> LineError:
+    """What a client is told. Errors of the job's file name its path, which is for the log alone."""
+    if isinstance(exc, DamagedJobError):
+        return ROWS_GONE
+    if isinstance(exc, StorageError | ConfigError):
+        return LineError("server_error", "the server cannot keep the rows of this batch; its log has the cause")
+    return LineError("server_error", error_object(exc)[1]["message"])
 
 
 # --- from one status to the next ---------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from ensemble_server.server.batch.running import outages
 from tests.server.cli.conftest import Run
 
 CHAT = "/v1/chat/completions"
@@ -394,6 +396,107 @@ def test_no_hub_is_ever_asked(batch: Ensemble, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     batch(write_lines(tmp_path / "in.jsonl", []), tmp_path / "out.jsonl")
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+# --- what is wrong is said before it costs anything, and what fails says why -----------------------------------
+
+
+@pytest.fixture
+def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ensemble_server.server.hosting.Hosting.open", None)
+
+
+def plain(text: str) -> str:
+    return re.sub(r"[│\s]+", " ", text)
+
+
+@pytest.mark.usefixtures("no_models")
+def test_rows_that_name_no_model_are_a_wrong_call_before_anything_runs(batch: Ensemble, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [line("a"), line("b", model="a")])
+    run = batch(source, tmp_path / "out.jsonl")
+    assert run.code == 2
+    assert "Invalid value for --model: rows name no model" in plain(run.err)
+    write_lines(source, [line("a", model="bsae")])
+    run = batch(source, tmp_path / "out.jsonl")
+    assert run.code == 2
+    assert "the rows ask 'bsae'" in plain(run.err)
+    assert not list(tmp_path.glob("out.jsonl*"))
+
+
+@pytest.mark.usefixtures("no_models")
+def test_a_wrong_id_column_is_a_wrong_call(batch: Ensemble, tmp_path: Path) -> None:
+    source = tmp_path / "in.csv"
+    source.write_text("key,q\n1,x\n", encoding="utf-8")
+    run = batch(source, tmp_path / "out.jsonl", "--model", "a", "--template", "{{ q }}", "--id-column", "kye")
+    assert run.code == 2
+    assert "Invalid value for --id-column: there is no column 'kye'" in plain(run.err)
+    assert "(there are: key, q)" in plain(run.err)
+
+
+@pytest.fixture
+def dead_remote(tmp_path: Path) -> Path:
+    """A config of one remote model whose address nobody listens on; a request is tried once."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    file = tmp_path / "remote.yaml"
+    file.write_text(f"models: {{r: {{url: 'http://127.0.0.1:{port}/v1', max_retries: 0}}}}", encoding="utf-8")
+    return file
+
+
+def test_a_dead_endpoint_is_said_at_once_and_spends_no_row(
+    ensemble: Ensemble, dead_remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outages, "FIRST_S", 0.001)
+    source = write_lines(tmp_path / "in.jsonl", [line(str(n)) for n in range(30)])
+    run = ensemble("batch", source, "-o", tmp_path / "out.csv", "-c", dead_remote, "--max-errors", 3)
+    assert run.code == 1
+    assert "failed: member 'r': cannot be reached" in run.err
+    assert "the job is kept" in run.err
+    assert run.err.count("row '") == 1, "each reason once"
+    again = ensemble("batch", source, "-o", tmp_path / "out.csv", "-c", dead_remote, "--max-errors", 1)
+    assert "continues" in again.err
+    assert "0 of 30 rows are done" in again.err
+
+
+def test_why_rows_failed_is_counted_at_the_end_of_a_table_too(batch: Ensemble, tmp_path: Path) -> None:
+    rows = [line("x", model="a"), line("y", "z" * 500, model="a"), line("w", "z" * 400, model="a")]
+    run = batch(write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.csv")
+    assert run.code == 3
+    assert re.search(r"row '[yw]' failed: .*context", run.err)
+    assert re.search(r"\n  2 rows: .*context", run.err)
+
+
+def test_rows_added_to_an_input_reuse_what_is_answered(
+    batch: Ensemble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    first = [line("x", model="a"), line("y", model="a", temperature=0)]
+    write_lines(source, first)
+    assert batch(source, output).code == 0
+    before = {answer["custom_id"]: answer["response"] for answer in read_lines(output)}
+    write_lines(source, [line("new", "Ho", model="a"), *reversed(first)])
+    refused = batch(source, output)
+    assert refused.code == 1
+    assert "--extend keeps the answers" in refused.err
+    run = batch(source, output, "--extend")
+    assert run.code == 0, run.err
+    assert "2 of 3 rows are done" in run.err
+    after = read_lines(output)
+    assert [answer["custom_id"] for answer in after] == ["new", "y", "x"]
+    assert {name: answer["response"] for answer in after if (name := answer["custom_id"]) != "new"} == before
+    assert batch(source, output, "--extend", "--max-tokens", 3).code == 1, "another option is another job"
+    assert batch(source, output).code == 0, "the input is the job's own now"
+
+
+def test_what_a_folder_has_besides_texts_is_said_aloud(batch: Ensemble, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.txt", ".hidden"):
+        (folder / name).write_text("a", encoding="utf-8")
+    run = batch(folder, tmp_path / "out.jsonl", "--model", "a", "--max-tokens", 1)
+    assert run.code == 0, run.err
+    assert "left out of the folder, as hidden or no file: 2 (.hidden, sub)" in run.err
 
 
 # --- part of a job, and part of the time --------------------------------------------------------------------------

@@ -57,3 +57,21 @@ def test_results_that_are_none_are_named(ensemble: Ensemble, tmp_path: Path) -> 
     assert run.code == 1
     assert run.err.startswith(f"error: {file}, line 1: is not JSON")
     assert not (tmp_path / "sub.csv").exists()
+
+
+def test_a_grid_is_no_submission_unless_columns_tell_its_rows_apart(ensemble: Ensemble, tmp_path: Path) -> None:
+    body = {"choices": [{"message": {"content": "yes"}}]}
+    results = [
+        {"custom_id": custom_id, "response": {"body": body | {"model": model}}, "error": None, "cell": {"model": model}}
+        for custom_id in ("q1", "q2")
+        for model in ("a", "b")
+    ]
+    file, output = write_lines(tmp_path / "grid.jsonl", results), tmp_path / "sub.csv"
+    run = ensemble("batch", "submission", file, "-o", output, "--columns", "id=custom_id,guess=content")
+    assert run.code == 1
+    assert "the id 'q1' stands in rows 1 and 2" in run.err
+    assert f"`ensemble vote {file} -o votes.jsonl`" in run.err
+    assert not output.exists()
+    run = ensemble("batch", "submission", file, "-o", output, "--columns", "id=custom_id,model,guess=content")
+    assert run.code == 0, run.err
+    assert output.read_text(encoding="utf-8").splitlines()[1:3] == ["q1,a,yes", "q1,b,yes"]

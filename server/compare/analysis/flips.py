@@ -137,8 +137,10 @@ def flips(
     found = []
     for flipped in flipped_items(record, baseline, texts, tasks, per_measure=per_measure):
         view = record.views.get(flipped.key)
-        is_of_this = view is not None and view.inputs == _view_inputs(record, flipped)
-        found.append(flipped.flip.model_copy(update={"tokens": tuple(view.tokens)}) if is_of_this else flipped.flip)
+        if view is not None and view.inputs == _view_inputs(record, flipped):
+            found.append(flipped.flip.model_copy(update={"tokens": tuple(view.tokens)}))
+        else:
+            found.append(flipped.flip)
     return found
 
 
@@ -168,8 +170,8 @@ async def _view(hosting: Hosting, name: str, model: DistributionModel, flipped: 
 
     surface = hosting.surface(name)
     assert surface is not None, "a mixture has hosted members"
-    is_raw = isinstance(flipped.prompt, str)
-    before = surface.encode(flipped.prompt) if is_raw else surface.render(flipped.prompt)
+    prompt = flipped.prompt
+    before = surface.encode(prompt) if isinstance(prompt, str) else surface.render(prompt)
     shown = surface.encode(flipped.continuation, add_special_tokens=False)[:MAX_TOKENS]
     ids = [*before, *shown]
     members = list(model.mixture.weights)

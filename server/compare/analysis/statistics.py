@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -72,6 +72,11 @@ def compute_results(
     baseline = of_arms[file.baseline]
     counted, left_out = counted_measures(file, list(of_arms.values()))
     texts, tasks = counted.texts, counted.tasks
+    mean_over: dict[Literal["text", "task"], tuple[str, ...]] = {}
+    if counted.mean_texts:
+        mean_over["text"] = tuple(counted.mean_texts)
+    if counted.mean_tasks:
+        mean_over["task"] = tuple(counted.mean_tasks)
 
     families: dict[str, dict[str, Unadjusted]] = {}  # measure -> arm -> its comparison with the baseline
     for name, record in of_arms.items():
@@ -118,11 +123,7 @@ def compute_results(
         texts={text: identity for text in texts if (identity := _text_identity(text, file, of_arms)) is not None},
         tasks={task: identity for task in tasks if (identity := _task_identity(task, file, of_arms)) is not None},
         null_checks=tuple(_null_checks(baseline, [*of_arms.values()], texts, tasks, rules)),
-        mean_over={
-            family: tuple(names)
-            for family, names in (("text", counted.mean_texts), ("task", counted.mean_tasks))
-            if names
-        },
+        mean_over=mean_over,
         left_out=left_out,
         flips=tuple(flips),
         notes=tuple(notes),

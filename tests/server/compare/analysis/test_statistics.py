@@ -182,3 +182,33 @@ def test_where_low_is_better_a_lower_score_wins(file, records):
         records.get(name).tasks["sums"] = record
     difference = compute_results(file, ["base", "good"], records).arms["good"].tasks["sums"].against_baseline
     assert (difference.verdict, difference.wins, difference.losses) == ("better", 39, 1)
+
+
+def test_with_one_text_the_mean_is_that_text(file, records):
+    file = file.model_copy(update={"text": {"one": file.text["one"]}})
+    arm = compute_results(file, ARMS, records).arms["good"]
+    assert arm.mean_text.value == pytest.approx(arm.text["one"].bpb)
+    assert arm.mean_text.against_baseline == arm.text["one"].against_baseline
+
+
+def test_a_text_that_an_arm_cannot_have_is_left_out_of_every_mean_and_named(file, records):
+    records.get("vague").text["two"] = TextRecord(inputs="", items_sha256="", skipped="its context is too short")
+    results = compute_results(file, ARMS, records)
+    assert results.mean_over["text"] == ("one",)
+    assert results.left_out["text two"] == "vague has no figure: its context is too short"
+    assert all(results.arms[name].mean_text.value == results.arms[name].text["one"].bpb for name in ARMS)
+
+
+def test_an_arm_that_answered_nothing_is_not_called_equal(file, records):
+    for name in ("base", "good"):
+        records.get(name).tasks["sums"] = task_record([0.0] * 40)
+    verdict = compute_results(file, ARMS, records).arms["good"].tasks["sums"].against_baseline.verdict
+    assert verdict == "nothing was answered"
+
+
+def test_six_questions_answered_alike_are_too_few_for_a_verdict(file, records):
+    for name in ARMS:
+        records.get(name).tasks["sums"] = task_record([1.0] * 3 + [0.0] * 3)
+    difference = compute_results(file, ARMS, records).arms["good"].tasks["sums"].against_baseline
+    assert (difference.verdict, difference.detectable) == ("too few items", None), "4 arms: 4 * 2 / 2^6 > 5%"
+    assert difference.ci == pytest.approx((-0.390, 0.390), abs=1e-3)

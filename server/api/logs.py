@@ -33,5 +33,5 @@ def configure_logging(log_format: Literal["text", "json"], level: str) -> None:
         else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     )
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for chatty in ("httpx", "uvicorn"):  # one line per call to a member; what our own lines say already
+    for chatty in ("httpx", "httpcore", "uvicorn"):  # one line per call to a member; what our own lines say already
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLogger().level))

@@ -92,7 +92,7 @@ class HostedModel(Block):
 class RemoteModel(Block):
     """A member behind an OpenAI-compatible endpoint. It generates text; its distributions cannot be pooled."""
 
-    url: BaseUrl = Field(description="base address, up to and including /v1")
+    url: BaseUrl = Field(repr=False, description="base address, up to and including /v1")
     model: str | None = Field(
         default=None, min_length=1, description="its name over there; default: the entry's own name"
     )

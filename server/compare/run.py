@@ -31,7 +31,7 @@ from ensemble_server.server.compare.measures.documents import Documents
 from ensemble_server.server.compare.measures.task_measure import Task
 from ensemble_server.server.compare.planning.blocks import Arm, PlanFile
 from ensemble_server.server.compare.planning.plan import Plan
-from ensemble_server.server.compare.planning.sources import read_tasks, read_texts
+from ensemble_server.server.compare.planning.sources import read_clusters, read_tasks, read_texts
 from ensemble_server.server.compare.provenance import provenance
 from ensemble_server.server.compare.results import Results
 from ensemble_server.server.compare.running.listener import Listener
@@ -92,6 +92,7 @@ def write_results(plan: Plan, folder: Path, texts: Mapping[str, Documents], task
         plan.file,
         arms,
         records,
+        clusters=read_clusters(plan.file.tasks),
         flips=[
             flip for arm in arms for flip in flips(records.get(arm), baseline, texts, tasks, per_measure=per_measure)
         ],

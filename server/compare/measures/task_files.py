@@ -37,7 +37,7 @@ def read_task(
     prompts = PromptTemplate(template, name=f"tasks.{name}.template")
     answers = PromptTemplate(answer, name=f"tasks.{name}.answer")
     items: dict[str, Item] = {}
-    for number, (line, row) in enumerate(_rows(data)):
+    for number, (line, row) in enumerate(rows_of(data)):
         if limit is not None and number >= limit:
             break
         try:
@@ -52,7 +52,7 @@ def read_task(
     return Task(name, tuple(items.values()), metric, **settings)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def rows_of(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     try:
         text = path.read_bytes().decode("utf-8")
     except OSError as exc:

@@ -122,6 +122,10 @@ class TaskSource(Block):
     pass_at: tuple[Count, ...] = Field(default=(), description="also report pass@k for these k, at most `samples`")
     stop: tuple[str, ...] = Field(default=(), description="strings that end an output")
     limit: Count | None = Field(default=None, description="only the first so many rows")
+    cluster: str | None = Field(
+        default=None,
+        description="a field whose equal values mark rows that go together, such as questions on one passage",
+    )
     dev: LocalPath | None = Field(
         default=None,
         description="other rows of the same form, for choosing the best single member; never scored as a test",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 from ensemble_server.ensembles.errors import ConfigError
@@ -14,7 +15,7 @@ from ensemble_server.server.compare.measures.documents import (
     read_documents,
     switching_text,
 )
-from ensemble_server.server.compare.measures.task_files import read_task
+from ensemble_server.server.compare.measures.task_files import read_task, rows_of
 from ensemble_server.server.compare.measures.task_measure import Task
 from ensemble_server.server.compare.planning.blocks import TaskSource, TextSource
 
@@ -47,6 +48,24 @@ def read_tasks(sources: Sequence[TaskSource]) -> dict[str, Task]:
         )
         for source in sources
     }
+
+
+def read_clusters(sources: Sequence[TaskSource]) -> dict[str, list[str]]:
+    """ "task NAME" -> the cluster of each of its items, for tasks that name a field `cluster`.
+
+    Raises `ConfigError` that names file and line if a row has no such field.
+    """
+    found = {}
+    for source in sources:
+        if source.cluster is None:
+            continue
+        clusters = []
+        for line, row in islice(rows_of(Path(source.data)), source.limit):
+            if source.cluster not in row:
+                raise ConfigError(f"{source.data}, line {line}: has no field {source.cluster!r}, which `cluster` names")
+            clusters.append(str(row[source.cluster]))
+        found[f"task {source.name}"] = clusters
+    return found
 
 
 def sha256_of(documents: Documents) -> str:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from ensemble_server.ensembles.errors import ConfigError
-from ensemble_server.server.compare.planning.blocks import TextSource
-from ensemble_server.server.compare.planning.sources import read_texts, sha256_of, tail_of
+from ensemble_server.server.compare.planning.blocks import TaskSource, TextSource
+from ensemble_server.server.compare.planning.sources import read_clusters, read_texts, sha256_of, tail_of
 
 
 @pytest.fixture
@@ -49,3 +49,13 @@ def test_the_hash_tells_texts_and_cuts_apart(file: Path) -> None:
 def test_a_tail_that_leaves_nothing_is_an_error(file: Path) -> None:
     with pytest.raises(ConfigError, match="nothing is left"):
         text_of(TextSource(path=str(file), tail=0.001))
+
+
+def test_rows_that_go_together_are_known_by_a_field(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"q": 1, "passage": "a"}\n{"q": 2, "passage": "a"}\n{"q": 3}\n', encoding="utf-8")
+    source = {"name": "t", "data": str(rows), "metric": "number", "template": "x", "cluster": "passage"}
+    assert read_clusters([TaskSource(**source, limit=2)]) == {"task t": ["a", "a"]}
+    assert read_clusters([TaskSource(**source | {"cluster": None})]) == {}
+    with pytest.raises(ConfigError, match="line 3: has no field 'passage'"):
+        read_clusters([TaskSource(**source)])

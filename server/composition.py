@@ -20,10 +20,10 @@ class SingleMember:
 
     def __init__(self, name: str, host: MixtureHost) -> None:
         self.name = name
-        self.members = (name,)
+        self.members: tuple[str, ...] = (name,)
         self.host = host
         self.mixture = Mixture({name: 1.0})
-        self.max_model_len = host.max_model_len(self.mixture)
+        self.max_model_len: int | None = host.max_model_len(self.mixture)
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         mixture = overridden(self.mixture, self.members, request.overrides)

@@ -66,7 +66,7 @@ def rehearse(config: Config, *, may_download: bool = True) -> Rehearsal:
             failures.setdefault(name, exc)
     refused, ensembles = _rehearsed_ensembles(config, parts)
     failures |= refused
-    over = {
+    over: dict[str, AveragedOver] = {
         name: host.averages_over(model.mixture)
         for name, model in ensembles.items()
         if isinstance(model, ProbabilityAverage)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.server.config.blocks import HostedModel
@@ -122,10 +123,11 @@ def _view(name: str, models: Mapping[str, HostedModel], checkpoint: _Checkpoint,
                 f"adapter {name!r} stands on quantised weights, which cannot be shared by rows with and without it; "
                 "merge it into unquantised weights, or take those as its base"
             )
+    eos_id: Any = tokenizer.eos_token_id
     return MemberView(
         name,
         member_surface(name, models, tokenizer),
-        checkpoint.eos_ids | id_set(tokenizer.eos_token_id),
+        checkpoint.eos_ids | id_set(eos_id),
         min(max_context, checkpoint.max_positions or max_context),
         min(checkpoint.surface.vocab_size, checkpoint.vocab_size),
         checkpoint.vocab_size,

@@ -23,7 +23,7 @@ def check_quantisation(folder: Path, device: str) -> None:
     """Raises `ModelLoadError` that names the method if a checkpoint is quantised in a way that cannot run here."""
     if (settings := quantisation_of(folder)) is None:
         return
-    from transformers.quantizers import AutoHfQuantizer
+    from transformers.quantizers.auto import AutoHfQuantizer
 
     method = settings.get("quant_method", "of an unnamed method")
     try:

@@ -40,10 +40,11 @@ class Surface(Vocabulary):
         thinking: Markers | Literal["auto", "off"] = "auto",
     ) -> None:
         super().__init__(tokenizer)
-        self.chat_template: str | None = chat_template or tokenizer.chat_template
+        own: Any = tokenizer.chat_template
+        if isinstance(own, dict):  # several named templates: the one for plain chat is called "default"
+            own = own.get("default")
+        self.chat_template: str | None = chat_template or own
         self.system_prompt = system_prompt
-        if isinstance(self.chat_template, dict):  # several named templates: the one for plain chat is called "default"
-            self.chat_template = self.chat_template.get("default")
         self.template_kwargs = dict(template_kwargs or {})
         if reserved := sorted(RESERVED & self.template_kwargs.keys()):
             raise ModelLoadError(f"chat_template_kwargs: {reserved[0]!r} is set by the server; leave it out")

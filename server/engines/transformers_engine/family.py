@@ -12,7 +12,7 @@ A token that is drawn is read by every member: by one that lacks it as its text,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -45,7 +45,7 @@ class FamilyMember(Member):
 class FamilySurface(Surface):
     """One member's surface that also knows the added tokens of the others. `others`: id -> a vocabulary that has it."""
 
-    def __init__(self, own: Surface, others: dict[int, Vocabulary], width: int) -> None:
+    def __init__(self, own: Surface, others: Mapping[int, Vocabulary], width: int) -> None:
         super().__init__(
             own.tokenizer,
             chat_template=own.chat_template,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ensemble_server.ensembles.base import Answer, GenerationRequest, Grammar, Mixture, Sampling, collect
 from ensemble_server.ensembles.errors import RequestError
@@ -55,12 +57,15 @@ def ask(prompt: str | Sequence[int], max_tokens: int = 12, **changes: object) ->
     return GenerationRequest(prompt=prompt, sampling=Sampling(**settings), top_logprobs=3, explain=True)
 
 
+@lru_cache
+def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def own_ids(folders: Mapping[str, Path], name: str, token_ids: Sequence[int]) -> list[int]:
     """What the member reads: an added token that it lacks in its own tokens for that text."""
-    from transformers import AutoTokenizer
-
     texts = {320: "<pad>", 321: "<tool>"}
-    tokenizer = AutoTokenizer.from_pretrained(folders[name])
+    tokenizer = tokenizer_in(folders[name])
     return [
         own
         for token_id in token_ids

@@ -32,6 +32,7 @@ COMMANDS: dict[str, str] = {
     "merge": "ensemble_server.server.cli.merge:merge",
     "export": "ensemble_server.server.cli.export:export",
     "doctor": "ensemble_server.server.cli.doctor:doctor",
+    "version": "ensemble_server.server.cli.version:print_versions",
 }
 
 
@@ -67,7 +68,6 @@ app = typer.Typer(
     cls=_CommandGroup,
     help="Several language models answer as one, behind an OpenAI-compatible API.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )

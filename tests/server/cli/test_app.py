@@ -118,3 +118,20 @@ def test_a_command_of_two_words_goes_before_that_of_its_first_word(
         run = ensemble(*words, "--help")
         assert run.code == 0
         assert said in "\n".join(line.rstrip() for line in run.out.splitlines()) + "\n"
+
+
+def test_version_names_what_answers_depend_on(ensemble: Callable[..., Run]) -> None:
+    run = ensemble("version")
+    assert run.code == 0
+    assert run.out.splitlines()[0].startswith("ensemble-server ")
+    assert "\ntorch " in run.out
+
+
+def test_commands_and_options_are_completed_by_the_shell(
+    ensemble: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_ENSEMBLE_COMPLETE", "complete_bash")
+    for line, place, found in (("ensemble ve", 1, "version"), ("ensemble batch --max-e", 2, "--max-errors")):
+        monkeypatch.setenv("COMP_WORDS", line)
+        monkeypatch.setenv("COMP_CWORD", str(place))
+        assert found in ensemble().out.split()

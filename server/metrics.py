@@ -183,7 +183,7 @@ class GenerationMeter:
 
     def done(self, num_members: int, turnout: int) -> None:
         self._metrics.members_asked.labels(self._model).inc(num_members)
-        self._metrics.members_silent.labels(self._model).inc(num_members - turnout)
+        self._metrics.members_silent.labels(self._model).inc(max(0, num_members - turnout))
 
     def ended(self, usage: Usage | None) -> None:
         self._running.close()

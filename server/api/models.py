@@ -70,7 +70,7 @@ def _ensemble(model: Method) -> ModelEnsemble:
     shown: ModelEnsemble = {
         "method": model.config.method,
         "members": list(model.members),
-        "weights": dict(model.config.members),
+        "weights": {name: weight for name, weight in model.config.members.items() if isinstance(weight, int | float)},
         "overrides": list(model.overridable),
     }
     if (pool := getattr(model.config, "pool", None)) is not None:

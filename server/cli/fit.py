@@ -143,7 +143,8 @@ def report_lines(name: str, entry: ProbabilityAverage.Config, judged: JudgedFit)
         alone = judged.alone[member].bits_per_byte
         yield f"{member:<{width}}  {weight:>8.4g}  {fitted.weights[member]:>8.4f}  {alone:.4f}"
     if fitted.share is not None:
-        yield f"share: {entry.share}, fitted {fitted.share:g}"
+        before = entry.share if isinstance(entry.share, str) else f"{entry.share:g}"
+        yield f"share: {before}, fitted {fitted.share:g}"
     yield ""
     yield f"on {judged.num_held_back} documents held back, bits per byte:"
     yield f"  as configured  {judged.before.bits_per_byte:.4f}"

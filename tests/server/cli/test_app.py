@@ -59,7 +59,8 @@ def test_the_module_runs_as_the_script_does() -> None:
     [
         ([], "Usage: ensemble"),
         (["serv"], "Did you mean 'serve'?"),
-        (["serve"], "Missing argument 'CONFIG'"),
+        (["serve"], "give a CONFIG, or --demo, or models"),
+        (["fit"], "Missing argument 'CONFIG'"),
         (["serve", "no.yaml"], "'no.yaml' does not exist"),
         (["serve", __file__, "--port", "70000"], "Invalid value for '--port'"),
         (["models", "--no-such-option"], "No such option"),

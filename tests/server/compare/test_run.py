@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,12 +237,12 @@ statistics: {resamples: 200}
     assert after.arms["merged"].text["verse"].against_baseline is None
 
 
-def test_the_report_is_written_again_without_a_model(done, folder, monkeypatch):
-
+def test_the_report_is_written_again_without_a_model(done, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(Hosting, "open", None)
-    (folder / "out" / "results.json").unlink()
-    again = report_again(load_plan(folder / "plan.yaml"), folder / "out")
-    assert again.arms == done[0].arms and (folder / "out" / "results.json").exists()
+    out = shutil.copytree(folder / "out", tmp_path / "out")
+    (out / "results.json").unlink()
+    again = report_again(load_plan(folder / "plan.yaml"), out)
+    assert again.arms == done[0].arms and (out / "results.json").exists()
 
 
 def test_two_comparisons_cannot_write_into_one_folder(tmp_path):

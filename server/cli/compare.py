@@ -19,8 +19,8 @@ import typer
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from ensemble_server.server.compare.results import ArmResult, Difference, Results
-    from ensemble_server.server.compare.running.listener import Listener
+    from ensemble_server.server.compare.kept.results import ArmResult, Difference, Results
+    from ensemble_server.server.compare.listener import Listener
 
 SOME_ARMS_FAILED = 3
 INTERRUPTED = 130

@@ -16,7 +16,7 @@ import typer
 
 if TYPE_CHECKING:
     from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
-    from ensemble_server.server.compare.arms.held_back import JudgedFit
+    from ensemble_server.server.compare.deciding.held_back import JudgedFit
     from ensemble_server.server.compare.measures.documents import Documents
     from ensemble_server.server.config.blocks import Config
 
@@ -58,7 +58,7 @@ def fit(
     Prints them; --out and --in-place also write them into a config, whose comments stay. Of a posterior pool the share
     is fitted. Never fit to text that you will measure on.
     """
-    from ensemble_server.server.compare.arms.fitting import check_fittable
+    from ensemble_server.server.compare.deciding.fitting import check_fittable
     from ensemble_server.server.compare.measures.documents import read_documents
     from ensemble_server.server.config.loading import load_config
 
@@ -99,7 +99,7 @@ def fit(
 
 
 async def _fit(config: Config, name: str, texts: Sequence[Documents], settings: dict[str, Any]) -> JudgedFit:
-    from ensemble_server.server.compare.arms.held_back import fit_and_judge
+    from ensemble_server.server.compare.deciding.held_back import fit_and_judge
     from ensemble_server.server.config.excerpt import excerpt
     from ensemble_server.server.hosting import Hosting
 

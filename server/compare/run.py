@@ -25,18 +25,18 @@ from ensemble_server.server.compare.arms.candidates import (
     kind_of,
 )
 from ensemble_server.server.compare.arms.footprint import groups
-from ensemble_server.server.compare.arms.matched import measure_matched
-from ensemble_server.server.compare.arms.preparation import config_with, prepare
+from ensemble_server.server.compare.deciding.matched import measure_matched
+from ensemble_server.server.compare.deciding.preparation import config_with, prepare
+from ensemble_server.server.compare.kept.provenance import provenance
+from ensemble_server.server.compare.kept.records import Facts, Failure, Records
+from ensemble_server.server.compare.kept.results import Results
+from ensemble_server.server.compare.listener import Listener
 from ensemble_server.server.compare.measures.documents import Documents
 from ensemble_server.server.compare.measures.task_measure import Task
 from ensemble_server.server.compare.planning.blocks import Arm, PlanFile
 from ensemble_server.server.compare.planning.plan import Plan
 from ensemble_server.server.compare.planning.sources import read_clusters, read_tasks, read_texts
-from ensemble_server.server.compare.provenance import provenance
-from ensemble_server.server.compare.results import Results
-from ensemble_server.server.compare.running.listener import Listener
 from ensemble_server.server.compare.running.measuring import measure_group
-from ensemble_server.server.compare.running.records import Facts, Failure, Records
 from ensemble_server.server.compare.running.work import Work, introduce
 
 RESULTS_FILE = "results.json"

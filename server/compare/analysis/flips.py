@@ -1,7 +1,7 @@
 """Where an arm and the baseline part: the items that flipped, side by side, with each member's view of each token.
 
 Tasks: questions that one of them got right and the other did not (or whose scores lie furthest apart). Texts: the
-documents whose bits per byte moved most. The members' view is taken while the arm is loaded and kept with its record.
+documents whose bits per byte moved most. The members' view is taken while the arm is loaded (`running.views`).
 """
 
 from __future__ import annotations
@@ -12,23 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ensemble_server.ensembles.base import DistributionModel, Message
-from ensemble_server.ensembles.pooling import effective_weights, following
+from ensemble_server.ensembles.base import Message
 from ensemble_server.server.compare.analysis.pairing import has_figures, same_items, same_texts, text_columns
-from ensemble_server.server.compare.arms.candidates import ArmModel
+from ensemble_server.server.compare.kept.records import ArmRecord, ItemRecord, inputs_hash
+from ensemble_server.server.compare.kept.results import Flip
 from ensemble_server.server.compare.measures.documents import Documents
 from ensemble_server.server.compare.measures.task_measure import CHOICE_METRICS, Task
-from ensemble_server.server.compare.results import Flip, TokenView
-from ensemble_server.server.compare.running.records import ArmRecord, ItemRecord, View, inputs_hash
 
 if TYPE_CHECKING:
-    import torch
-
-    from ensemble_server.server.compare.running.work import Work
-    from ensemble_server.server.hosting import Hosting
+    pass
 
 MAX_CHARS = 600  # of a document or a prompt that is shown
-MAX_TOKENS = 96  # whose members are shown
 
 
 @dataclass(frozen=True)
@@ -137,70 +131,13 @@ def flips(
     found = []
     for flipped in flipped_items(record, baseline, texts, tasks, per_measure=per_measure):
         view = record.views.get(flipped.key)
-        if view is not None and view.inputs == _view_inputs(record, flipped):
+        if view is not None and view.inputs == view_inputs(record, flipped):
             found.append(flipped.flip.model_copy(update={"tokens": tuple(view.tokens)}))
         else:
             found.append(flipped.flip)
     return found
 
 
-def _view_inputs(record: ArmRecord, flipped: Flipped) -> str:
+def view_inputs(record: ArmRecord, flipped: Flipped) -> str:
+    """What a view was taken of: another one is no view of this item."""
     return inputs_hash({"model": record.identity, "key": flipped.key, "text": flipped.continuation})
-
-
-async def collect_views(work: Work, hosting: Hosting, arm: ArmModel) -> None:
-    """Note what the members of a mixture give the tokens of its flipped items. Other models have nothing to show."""
-    model = hosting.models[arm.model]
-    if not isinstance(model, DistributionModel) or len(model.mixture.weights) < 2 or arm.replicate is not None:
-        return
-    record = work.record(arm)
-    baseline = work.records.get(work.plan.file.baseline)
-    per_measure = work.plan.file.flips.per_arm
-    for flipped in flipped_items(record, baseline, work.texts, work.tasks, per_measure=per_measure):
-        inputs = _view_inputs(record, flipped)
-        known = record.views.get(flipped.key)
-        if not flipped.continuation or (known is not None and known.inputs == inputs):
-            continue
-        record.views[flipped.key] = View(inputs=inputs, tokens=await _view(hosting, arm.model, model, flipped))
-        work.records.save(record)
-
-
-async def _view(hosting: Hosting, name: str, model: DistributionModel, flipped: Flipped) -> list[TokenView]:
-    from ensemble_server.server.compare.measures.text_measure import mixture_logprobs
-
-    surface = hosting.surface(name)
-    assert surface is not None, "a mixture has hosted members"
-    prompt = flipped.prompt
-    before = surface.encode(prompt) if isinstance(prompt, str) else surface.render(prompt)
-    shown = surface.encode(flipped.continuation, add_special_tokens=False)[:MAX_TOKENS]
-    ids = [*before, *shown]
-    members = list(model.mixture.weights)
-    parts: list[np.ndarray] = []
-
-    def visit(logprobs: torch.Tensor, targets: torch.Tensor) -> None:
-        parts.append(logprobs.gather(2, targets[None, :, None].expand(len(logprobs), -1, 1))[..., 0].double().numpy())
-
-    await model.host.visit_logprobs(members, ids, visit)
-    if not parts:
-        return []
-    of_members = np.concatenate(parts, axis=1)  # (K, T), the first token is not predicted
-    mixture = model.mixture
-    pooled = None if mixture.pool == "geometric" else mixture_logprobs(mixture, of_members)
-    prior = effective_weights(list(mixture.weights.values()))
-    weights = np.broadcast_to(prior[:, None], of_members.shape)
-    if mixture.pool == "posterior":
-        weights, _ = following.track(following.start(prior, mixture.share), of_members, prior, mixture.share)
-    return [
-        TokenView(
-            text=surface.decode([ids[place + 1]]),
-            logprob=None if pooled is None else _finite(pooled[place]),
-            members={member: _finite(of_members[row, place]) for row, member in enumerate(members)},
-            weights={member: float(weights[row, place]) for row, member in enumerate(members)},
-        )
-        for place in range(max(len(before) - 1, 0), of_members.shape[1])
-    ]
-
-
-def _finite(logprob: float) -> float:
-    """JSON has no infinity; a token that was ruled out shows as very unlikely."""
-    return max(float(logprob), -1e4)

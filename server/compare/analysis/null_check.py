@@ -17,7 +17,7 @@ import numpy as np
 
 from ensemble_server.ensembles.comparison.dependence import of_neighbours
 from ensemble_server.ensembles.comparison.paired import Comparison
-from ensemble_server.server.compare.results import NullCheck
+from ensemble_server.server.compare.kept.results import NullCheck
 
 MIN_BLOCKS = 6
 TOO_LARGE = 1.5  # times the standard error that is used; 6 blocks of independent items exceed it in 3% of cases

@@ -25,9 +25,9 @@ from ensemble_server.ensembles.comparison.paired import (
 )
 from ensemble_server.ensembles.comparison.significance import combined, holm
 from ensemble_server.ensembles.comparison.verdict import verdict
+from ensemble_server.server.compare.kept.records import ArmRecord, TaskRecord, TextRecord
+from ensemble_server.server.compare.kept.results import Difference, Interval
 from ensemble_server.server.compare.planning.blocks import PlanFile
-from ensemble_server.server.compare.results import Difference, Interval
-from ensemble_server.server.compare.running.records import ArmRecord, TaskRecord, TextRecord
 
 
 @dataclass(frozen=True)

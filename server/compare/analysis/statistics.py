@@ -34,9 +34,8 @@ from ensemble_server.server.compare.analysis.pairing import (
     scores_of,
     text_columns,
 )
-from ensemble_server.server.compare.measures.cost import summarise as summarise_cost
-from ensemble_server.server.compare.planning.blocks import PlanFile
-from ensemble_server.server.compare.results import (
+from ensemble_server.server.compare.kept.records import ArmRecord, ItemRecord, Records, TaskRecord, TextRecord
+from ensemble_server.server.compare.kept.results import (
     ArmResult,
     Difference,
     Figure,
@@ -50,7 +49,8 @@ from ensemble_server.server.compare.results import (
     TaskResult,
     TextResult,
 )
-from ensemble_server.server.compare.running.records import ArmRecord, ItemRecord, Records, TaskRecord, TextRecord
+from ensemble_server.server.compare.measures.cost import summarise as summarise_cost
+from ensemble_server.server.compare.planning.blocks import PlanFile
 
 MAIN_REPLICATE = "main"
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from ensemble_server.ensembles.errors import EnsembleError
 from ensemble_server.ensembles.method import MethodConfig
+from ensemble_server.server.compare.kept.records import Failure
+from ensemble_server.server.compare.kept.results import ArmKind
 from ensemble_server.server.compare.merges.merging import build_merge
 from ensemble_server.server.compare.planning.blocks import Arm, Variant
 from ensemble_server.server.compare.planning.plan import Plan, is_fitted, without_fit
-from ensemble_server.server.compare.results import ArmKind
-from ensemble_server.server.compare.running.records import Failure
 from ensemble_server.server.config.blocks import Config, HostedModel, ModelEntry, RemoteModel
 
 Entry = Mapping[str, Any]  # a model entry as YAML

@@ -7,7 +7,7 @@ from typing import Any
 
 from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.ensembles.method import MethodConfig
-from ensemble_server.server.compare.merges.content_cache import digest, folder_digest
+from ensemble_server.server.compare.kept.content_cache import digest, folder_digest
 from ensemble_server.server.config.blocks import Config, HostedModel
 from ensemble_server.server.weights.checkpoints import checkpoint_of
 

@@ -18,9 +18,9 @@ import numpy as np
 from ensemble_server.ensembles.base import Delta, Done, GenerationRequest, Model, Sampling, Usage
 from ensemble_server.ensembles.comparison.rounds import of_rounds, ratios
 from ensemble_server.ensembles.errors import EnsembleError
-from ensemble_server.server.compare.planning.blocks import CostSettings
-from ensemble_server.server.compare.results import Cost, Timing
-from ensemble_server.server.compare.running.records import CostRecord
+from ensemble_server.server.compare.kept.records import CostRecord
+from ensemble_server.server.compare.kept.results import Cost, Timing
+from ensemble_server.server.compare.measures.cost_settings import CostSettings
 
 CHARS_PER_TOKEN = 4  # of the prompts; their exact length does not matter, only that it is the same for all arms
 WARM_UP_TOKENS = 4  # of an answer that is not measured

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ensemble_server.ensembles.errors import EnsembleError, ModelLoadError
-from ensemble_server.server.compare.merges.content_cache import cached_folder
+from ensemble_server.server.compare.kept.content_cache import cached_folder
 from ensemble_server.server.compare.merges.lora_folding import fold_adapter
 from ensemble_server.server.compare.merges.merge_checks import (
     COMPANIONS,

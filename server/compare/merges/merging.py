@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ensemble_server.ensembles.errors import ConfigError, ModelLoadError
-from ensemble_server.server.compare.merges.content_cache import digest, folder_digest, is_whole
+from ensemble_server.server.compare.kept.content_cache import digest, folder_digest, is_whole
 from ensemble_server.server.compare.merges.recipes import Recipe, Reference, read_recipe
 from ensemble_server.server.config.blocks import Config, HostedModel, RemoteModel
 from ensemble_server.server.weights.checkpoints import cache_folder, resolve_checkpoint

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from ensemble_server.server.compare.measures.cost_settings import CostSettings
 from ensemble_server.server.compare.measures.task_measure import Metric
 from ensemble_server.server.config.blocks import Block
 from ensemble_server.server.config.values import Count, LocalPath, Tokens, Unit
@@ -149,16 +150,6 @@ class HarnessTasks(Block):
     include_path: LocalPath | None = Field(default=None, description="a folder with task files of your own")
     limit: Count | None = Field(default=None, description="only the first so many items of each task")
     num_fewshot: int | None = Field(default=None, ge=0, description="examples in the prompt; default: the task's own")
-
-
-class CostSettings(Block):
-    """How speed is measured: rounds over all arms in turn, the first of which warms up and is dropped."""
-
-    concurrency: tuple[Count, ...] = Field(default=(1, 16), description="requests at once; none: do not measure speed")
-    max_tokens: Tokens = Field(default=32, description="answer tokens per request")
-    prompt_tokens: Tokens = Field(default=64, description="length of the prompts, which are cut from the first text")
-    repeats: Count = Field(default=3, description="rounds that count")
-    kv_tokens: Tokens = Field(default=2048, description="length of the sequence for which the KV cache is stated")
 
 
 class CostMatched(Block):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from ensemble_server.server.compare.kept.results import Results
 from ensemble_server.server.compare.report.contents import contents
 from ensemble_server.server.compare.report.documents import as_html, as_markdown
 from ensemble_server.server.compare.report.figures import draw_figures
-from ensemble_server.server.compare.results import Results
 from ensemble_server.server.disk.whole_file import write_whole
 
 FIGURE_FOLDER = "figures"

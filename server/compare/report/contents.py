@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ensemble_server.server.compare.kept.results import ArmResult, Flip, Results, Timing
 from ensemble_server.server.compare.report import words
 from ensemble_server.server.compare.report.families import Family, Quality, families
-from ensemble_server.server.compare.results import ArmResult, Flip, Results, Timing
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from ensemble_server.server.compare.kept.results import Flip, TokenView
 from ensemble_server.server.compare.report import words
 from ensemble_server.server.compare.report.contents import Report
 from ensemble_server.server.compare.report.figures import Figure
-from ensemble_server.server.compare.results import Flip, TokenView
 
 if TYPE_CHECKING:
     from jinja2 import Environment

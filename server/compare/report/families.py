@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ensemble_server.server.compare.results import (
+from ensemble_server.server.compare.kept.results import (
     ArmResult,
     Difference,
     Figure,

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
+from ensemble_server.server.compare.kept.results import ArmResult, Interval, Results
 from ensemble_server.server.compare.report import words
 from ensemble_server.server.compare.report.families import Family, Quality, families
 from ensemble_server.server.compare.report.pareto import pareto_front
-from ensemble_server.server.compare.results import ArmResult, Interval, Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ensemble_server.ensembles.comparison.verdict import Verdict
-from ensemble_server.server.compare.results import ArmKind, Difference, Interval
+from ensemble_server.server.compare.kept.results import ArmKind, Difference, Interval
 
 SIGNS: dict[Verdict, str] = {
     "better": "▲",

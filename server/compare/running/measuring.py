@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ensemble_server.ensembles.errors import EngineDeadError, UnsupportedError
-from ensemble_server.server.compare.analysis.flips import collect_views
 from ensemble_server.server.compare.arms.candidates import ArmModel
 from ensemble_server.server.compare.arms.footprint import clusters, footprint
+from ensemble_server.server.compare.kept.records import ItemRecord, TaskRecord, TextRecord, inputs_hash
 from ensemble_server.server.compare.measures.cost import CHARS_PER_TOKEN, ForwardCounter, as_record, measure_cost
 from ensemble_server.server.compare.measures.task_measure import ItemScore, measure_task
 from ensemble_server.server.compare.measures.text_measure import NotScored, TextScores, measure_text
 from ensemble_server.server.compare.planning.sources import sha256_of
-from ensemble_server.server.compare.running.records import ItemRecord, TaskRecord, TextRecord, inputs_hash
+from ensemble_server.server.compare.running.views import collect_views
 from ensemble_server.server.compare.running.work import Work, task_sha256
 from ensemble_server.server.config.blocks import Config, RemoteModel
 from ensemble_server.server.config.excerpt import excerpt

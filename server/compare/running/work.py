@@ -10,13 +10,13 @@ from typing import Any
 from ensemble_server.ensembles.errors import EnsembleError
 from ensemble_server.server.compare.arms.candidates import ArmModel
 from ensemble_server.server.compare.arms.identity import identity
+from ensemble_server.server.compare.kept.provenance import COMPUTING, versions
+from ensemble_server.server.compare.kept.records import ArmRecord, Failure, Records, inputs_hash
+from ensemble_server.server.compare.listener import Listener
 from ensemble_server.server.compare.measures.documents import Documents
 from ensemble_server.server.compare.measures.task_measure import Task
 from ensemble_server.server.compare.planning.plan import Plan
 from ensemble_server.server.compare.planning.sources import sha256_of
-from ensemble_server.server.compare.provenance import COMPUTING, versions
-from ensemble_server.server.compare.running.listener import Listener
-from ensemble_server.server.compare.running.records import ArmRecord, Failure, Records, inputs_hash
 from ensemble_server.server.config.blocks import Config
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.compare.kept.results import Results
 from ensemble_server.server.compare.planning.plan import load_plan
-from ensemble_server.server.compare.results import Results
 from ensemble_server.server.compare.run import claimed, report_again, run_comparison
 from ensemble_server.server.hosting import Hosting
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from ensemble_server.server.compare.analysis.statistics import compute_results
-from ensemble_server.server.compare.planning.blocks import Arm, PlanFile, StatisticsSettings, TaskSource, TextSource
-from ensemble_server.server.compare.running.records import (
+from ensemble_server.server.compare.kept.records import (
     ArmRecord,
     CostRecord,
     Failure,
@@ -18,6 +17,7 @@ from ensemble_server.server.compare.running.records import (
     TaskRecord,
     TextRecord,
 )
+from ensemble_server.server.compare.planning.blocks import Arm, PlanFile, StatisticsSettings, TaskSource, TextSource
 
 NUM_DOCUMENTS = 30
 

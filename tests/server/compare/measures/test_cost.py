@@ -11,7 +11,7 @@ import pytest
 from ensemble_server.ensembles.base import Delta, Done, Event, GenerationRequest, MemberUsage, Usage
 from ensemble_server.ensembles.errors import MemberError
 from ensemble_server.server.compare.measures.cost import ForwardCounter, Prompts, measure_cost
-from ensemble_server.server.compare.planning.blocks import CostSettings
+from ensemble_server.server.compare.measures.cost_settings import CostSettings
 
 SETTINGS = CostSettings(concurrency=(1, 3), max_tokens=4, prompt_tokens=2, repeats=2)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ensemble_server.server.compare.results import (
+from ensemble_server.server.compare.kept.results import (
     ArmResult,
     Choice,
     Cost,

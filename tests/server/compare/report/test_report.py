@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from ensemble_server.server.compare.kept.results import ArmResult, Results, StatisticsUsed
 from ensemble_server.server.compare.report import figures, write_report
 from ensemble_server.server.compare.report.documents import fenced, markdown_cell
-from ensemble_server.server.compare.results import ArmResult, Results, StatisticsUsed
 from tests.server.compare.report.sample import HOSTILE, sample
 
 GOLDEN = Path(__file__).parent / "golden.md"

@@ -16,7 +16,7 @@ from ensemble_server.ensembles.base import Mixture
 from ensemble_server.ensembles.comparison.paired import Comparison, compare_bits_per_byte
 from ensemble_server.ensembles.errors import ConfigError
 from ensemble_server.ensembles.probability_averaging import mixture_of
-from ensemble_server.server.compare.arms.fitting import SAMPLE_BYTES, FittedWeights, WeightFit
+from ensemble_server.server.compare.deciding.fitting import SAMPLE_BYTES, FittedWeights, WeightFit
 from ensemble_server.server.compare.measures.documents import Documents
 from ensemble_server.server.compare.measures.text_measure import (
     TextScores,

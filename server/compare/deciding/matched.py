@@ -16,12 +16,12 @@ import numpy as np
 from ensemble_server.server.compare.analysis.pairing import scores_of
 from ensemble_server.server.compare.arms.candidates import ArmModel, Entry, kind_of
 from ensemble_server.server.compare.arms.footprint import groups, leaves
-from ensemble_server.server.compare.arms.preparation import config_with
+from ensemble_server.server.compare.deciding.preparation import config_with
+from ensemble_server.server.compare.kept.records import ArmRecord, Preparation, Records
+from ensemble_server.server.compare.kept.results import Choice
 from ensemble_server.server.compare.planning.blocks import CostMatched, TaskSource
 from ensemble_server.server.compare.planning.sources import read_tasks
-from ensemble_server.server.compare.results import Choice
 from ensemble_server.server.compare.running.measuring import measure_group
-from ensemble_server.server.compare.running.records import ArmRecord, Preparation, Records
 from ensemble_server.server.compare.running.work import Work, introduce
 from ensemble_server.server.config.blocks import Config
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from ensemble_server.ensembles.errors import ConfigError, UnknownModelError
-from ensemble_server.server.compare.arms.fitting import check_fittable, fit_weights
-from ensemble_server.server.compare.arms.held_back import fit_and_judge
+from ensemble_server.server.compare.deciding.fitting import check_fittable, fit_weights
+from ensemble_server.server.compare.deciding.held_back import fit_and_judge
 from ensemble_server.server.compare.measures.documents import Documents
 from ensemble_server.server.compare.measures.text_measure import measure_text
 from ensemble_server.server.config.loading import parse_config

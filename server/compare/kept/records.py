@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ensemble_server.server.compare.results import ArmKind, Choice, TokenView
+from ensemble_server.server.compare.kept.results import ArmKind, Choice, TokenView
 from ensemble_server.server.disk.whole_file import write_whole
 
 FACTS_FILE = "facts.json"
@@ -59,7 +59,7 @@ class TaskRecord(Stored):
 
 
 class CostRecord(Stored):
-    """Raw figures, one per round; `server.compare.results.Cost` summarises them."""
+    """Raw figures, one per round; `server.compare.kept.results.Cost` summarises them."""
 
     inputs: str
     tokens_per_s: dict[str, list[float]] = Field(default_factory=dict)
@@ -165,6 +165,6 @@ class Records:
 
 def inputs_hash(parts: Mapping[str, Any]) -> str:
     """Of everything that a figure depends on."""
-    from ensemble_server.server.compare.merges.content_cache import digest
+    from ensemble_server.server.compare.kept.content_cache import digest
 
     return digest(dict(parts))[:32]

@@ -33,7 +33,7 @@ def provenance(
     """JSON-ready. `weights`: arm -> hash of all that decides its answers; `files`: what else was read."""
     import psutil
 
-    from ensemble_server.server.compare.merges.content_cache import file_sha256
+    from ensemble_server.server.compare.kept.content_cache import file_sha256
 
     return {
         "command": command,

@@ -1,7 +1,7 @@
 """The shape of `results.json`: what a comparison found, ready to be read by other programs and by the report.
 
 The report is made of this alone, never of a model. What each item scored lies beside it, in `arms/NAME.json`
-(`server.compare.running.records`). Bits per byte are better low, scores of tasks better high; a difference is always
+(`server.compare.kept.records`). Bits per byte are better low, scores of tasks better high; a difference is always
 the arm's figure less the baseline's. Every interval is [low, high] at the confidence that `statistics.alpha` leaves
 (0.05: 95%), None with fewer than two items.
 """

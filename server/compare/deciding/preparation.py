@@ -14,16 +14,16 @@ import numpy as np
 
 from ensemble_server.ensembles.errors import EnsembleError, ModelLoadError
 from ensemble_server.server.compare.arms.candidates import Candidate, Entry, as_arm_model
-from ensemble_server.server.compare.arms.fitting import FittedWeights, WeightFit, check_fittable
 from ensemble_server.server.compare.arms.identity import identity
+from ensemble_server.server.compare.deciding.fitting import FittedWeights, WeightFit, check_fittable
+from ensemble_server.server.compare.kept.provenance import COMPUTING, versions
+from ensemble_server.server.compare.kept.records import ArmRecord, Failure, Preparation, Records, inputs_hash
+from ensemble_server.server.compare.kept.results import Choice
+from ensemble_server.server.compare.listener import Listener
 from ensemble_server.server.compare.measures.documents import Documents
 from ensemble_server.server.compare.measures.text_measure import NotScored, measure_text
 from ensemble_server.server.compare.planning.plan import Plan
 from ensemble_server.server.compare.planning.sources import sha256_of
-from ensemble_server.server.compare.provenance import COMPUTING, versions
-from ensemble_server.server.compare.results import Choice
-from ensemble_server.server.compare.running.listener import Listener
-from ensemble_server.server.compare.running.records import ArmRecord, Failure, Preparation, Records, inputs_hash
 from ensemble_server.server.compare.running.work import described
 from ensemble_server.server.config.blocks import Config
 from ensemble_server.server.config.excerpt import excerpt

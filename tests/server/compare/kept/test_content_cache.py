@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ensemble_server.ensembles.errors import ModelLoadError
-from ensemble_server.server.compare.merges.content_cache import cached_folder, folder_digest, is_whole
+from ensemble_server.server.compare.kept.content_cache import cached_folder, folder_digest, is_whole
 
 
 def write_answer(out: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -14,16 +14,12 @@ from vllm.v1.worker.gpu.states import RequestState
 from ensemble_server.server.one_model.vllm.live_requests import request_of_token
 from ensemble_server.server.one_model.vllm.rows import columns_of, kind_of
 
-if TYPE_CHECKING:
-    from ensemble_server.server.one_model.vllm.model import EnsembleForCausalLM
-
 
 class EnsembleState(DefaultModelState):
     """`LiveRequests` of the V2 runner, too: it tells the kinds; the columns go straight into the forward."""
 
-    def __init__(
-        self, vllm_config: VllmConfig, model: EnsembleForCausalLM, encoder_cache: Any, device: torch.device
-    ) -> None:
+    def __init__(self, vllm_config: VllmConfig, model: Any, encoder_cache: Any, device: torch.device) -> None:
+        """model: the `EnsembleForCausalLM` that names this class, and so cannot be imported here."""
         super().__init__(vllm_config, model, encoder_cache, device)
         self._directory = model.directory
         default = torch.tensor(columns_of(self._directory.default), dtype=torch.float32, device=device)

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Protocol, Self
 
-from ensemble_server.ensembles.base import Embedder, Model
+from ensemble_server.ensembles.base import Model
 from ensemble_server.ensembles.method import MethodConfig, Services
 from ensemble_server.server.composition import SingleMember, compose
 from ensemble_server.server.config.blocks import Config, HostedModel, RemoteModel, VllmEngineConfig
@@ -17,7 +17,7 @@ from ensemble_server.server.config.fingerprints import fingerprint
 from ensemble_server.server.engines.engine import Engine, StepStats
 from ensemble_server.server.engines.remote.remote import RemoteChat
 from ensemble_server.server.rehearsal import rehearse
-from ensemble_server.server.weights.embeddings import SentenceEmbedder
+from ensemble_server.server.weights.embeddings import CountingEmbedder, SentenceEmbedder
 from ensemble_server.server.weights.member_views import MemberFiles
 from ensemble_server.server.weights.reranking import CrossEncoderReranker
 from ensemble_server.server.weights.threads import in_own_thread
@@ -30,7 +30,7 @@ class House(Protocol):
     config: Config
     models: Mapping[str, Model]  # all that the config names
     listed: Sequence[str]  # those of them that clients see
-    embedder: Embedder
+    embedder: CountingEmbedder
     created: int  # when it was made, in seconds since 1970
 
     @property
@@ -64,7 +64,7 @@ class Hosting:
         models: Mapping[str, Model],
         surfaces: Mapping[str, Surface],
         engine: Engine | None,
-        embedder: Embedder,
+        embedder: CountingEmbedder,
     ) -> None:
         self.config = config
         self.models = models

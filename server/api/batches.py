@@ -50,7 +50,9 @@ class BatchBody(Part):
 
 def window_s(window: str) -> int:
     """The seconds of a completion window: "24h" -> 86400. Raises `RequestError` if it is too long."""
-    number, unit = re.fullmatch(r"(\d+)([smhd])", window).groups()
+    parts = re.fullmatch(r"(\d+)([smhd])", window)
+    assert parts is not None, "the pattern of the body's field lets nothing else through"
+    number, unit = parts.groups()
     seconds = int(number) * _SECONDS[unit]
     if seconds > MAX_WINDOW_S:
         raise RequestError(f"completion_window may be 30d, got {window}", param="completion_window")

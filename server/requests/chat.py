@@ -22,7 +22,7 @@ from ensemble_server.server.requests.logprobs import chat_logprobs, prompt_logpr
 from ensemble_server.server.requests.messages import template_messages
 from ensemble_server.server.requests.models import requested_model
 from ensemble_server.server.requests.protocol import ChatBody
-from ensemble_server.server.requests.responses import ChatChoice, ChatCompletion, ToolCallObject
+from ensemble_server.server.requests.responses import ChatChoice, ChatCompletion, FunctionCallObject, ToolCallObject
 from ensemble_server.server.requests.structured_output import requested_grammar
 from ensemble_server.server.requests.terms import Terms
 from ensemble_server.server.requests.tool_calls import Piece, ToolCallDelta, ToolCallParser
@@ -92,12 +92,12 @@ class Chat:
     async def answer(self) -> ChatCompletion:
         """The whole answer. Runs the generation to its end."""
         [answer] = await self.generations.answers()
-        completion: ChatCompletion = {
+        completion = ChatCompletion(
             **self.generations.head("chatcmpl", "chat.completion"),
-            "choices": [self._choice(choice) for choice in answer.choices],
-            "usage": self.generations.usage,
-            "ensemble": self.generations.ensemble,
-        }
+            choices=[self._choice(choice) for choice in answer.choices],
+            usage=self.generations.usage,
+            ensemble=self.generations.ensemble,
+        )
         if answer.prompt is not None and self.body.return_token_ids:
             completion["prompt_token_ids"] = list(answer.prompt.token_ids)
         if answer.prompt is not None and self.body.prompt_logprobs is not None:
@@ -158,7 +158,7 @@ def _joined(deltas: Iterator[ToolCallDelta], new_call_id: Callable[[], str]) -> 
     calls: list[ToolCallObject] = []
     for delta in deltas:
         if delta.name is not None:
-            function = {"name": delta.name, "arguments": ""}
+            function: FunctionCallObject = {"name": delta.name, "arguments": ""}
             calls.append({"id": new_call_id(), "type": "function", "function": function})
         calls[-1]["function"]["arguments"] += delta.arguments
     return calls

@@ -133,6 +133,7 @@ async def _averaged_members(
             "with a crowd_vote or probability_average of them",
             param="model",
         )
+    assert isinstance(entry, MethodConfig), "it has members"
     check_overrides(overrides, ("weights",), entry.members)
     weights = {member: weight for member, weight in overrides.get("weights", entry.members).items() if weight}
     if not weights or min(weights.values()) < 0:

@@ -159,12 +159,12 @@ class TextCompletion:
             for place, answer in enumerate(answers)
             for choice in answer.choices
         ]
-        return {
+        return Completion(
             **self.generations.head("cmpl", "text_completion"),
-            "choices": choices,
-            "usage": self.generations.usage,
-            "ensemble": self.generations.ensemble,
-        }
+            choices=choices,
+            usage=self.generations.usage,
+            ensemble=self.generations.ensemble,
+        )
 
     def stream(self) -> AsyncGenerator[dict[str, Any]]:
         """The answer as chunks, each ready for JSON."""

@@ -16,7 +16,7 @@ from ensemble_server.server.requests.protocol import MAX_EMBEDDING_INPUTS
 from ensemble_server.server.requests.responses import EmbeddingList
 
 if TYPE_CHECKING:
-    from ensemble_server.server.weights.embeddings import SentenceEmbedder
+    from ensemble_server.server.weights.embeddings import CountingEmbedder
 
 
 def _texts(value: Any) -> list[str]:
@@ -56,7 +56,7 @@ class EmbeddingBody(Part):
     )
 
 
-async def embedded(body: EmbeddingBody, embedder: SentenceEmbedder) -> EmbeddingList:
+async def embedded(body: EmbeddingBody, embedder: CountingEmbedder) -> EmbeddingList:
     """Raises `UnknownModelError`; `ContextLengthError` for texts that would be cut, unless that was asked for."""
     if body.model not in (None, embedder.name):
         raise unknown_model(body.model, [embedder.name])

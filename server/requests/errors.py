@@ -163,11 +163,16 @@ def parameter_path(location: Sequence[str | int], body: Any) -> str:
     """
     path, value = "", body
     for place, part in enumerate(location, start=1):
-        is_key = isinstance(value, dict) and part in value
-        is_index = isinstance(value, list) and isinstance(part, int) and part < len(value)
-        if is_key or is_index:
+        is_index = isinstance(value, list)
+        if _has(value, part):
             value = value[part]
         elif place < len(location) or not isinstance(value, dict):
             continue
         path += f"[{part}]" if is_index else f".{part}" if path else str(part)
     return path
+
+
+def _has(value: Any, part: str | int) -> bool:
+    if isinstance(value, dict):
+        return part in value
+    return isinstance(value, list) and isinstance(part, int) and part < len(value)

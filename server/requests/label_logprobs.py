@@ -112,6 +112,7 @@ async def _from_one_distribution(
     sampling = replace(base.sampling, max_tokens=1, ignore_eos=True)
     request = replace(base, prompt=placed.condition, sampling=sampling, top_logprobs=NUM_ALTERNATIVES)
     answer = await collect(hosting.models[name], request)
-    seen = {token.token_id: token.logprob for token in answer.choices[0].tokens[0].top}
+    top = answer.choices[0].tokens[0].top
+    seen = {token.token_id: token.logprob for token in top if token.logprob is not None}
     logprobs = {label: seen[ids[0]] for label, ids in placed.tails.items() if ids[0] in seen}
     return logprobs, answer.done.usage

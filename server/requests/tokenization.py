@@ -78,7 +78,7 @@ async def tokenized(body: TokenizeText | TokenizeChat, hosting: Hosting) -> Toke
     """The token ids of a text, or of a conversation as the model reads it."""
     name, surface = requested_surface(hosting, body.model)
     token_ids = await asyncio.to_thread(_encoded, body, surface)
-    texts = surface.tokenizer.convert_ids_to_tokens(token_ids) if body.return_token_strs else None
+    texts = list(surface.tokenizer.convert_ids_to_tokens(token_ids)) if body.return_token_strs else None
     return {
         "count": len(token_ids),
         "max_model_len": hosting.models[name].max_model_len,
@@ -104,4 +104,6 @@ async def detokenized(body: DetokenizeBody, hosting: Hosting) -> DetokenizedText
         raise RequestError(
             f"tokens: id {max(body.tokens)} is outside the vocabulary of {surface.vocab_size}", param="tokens"
         )
-    return {"prompt": await asyncio.to_thread(surface.tokenizer.decode, body.tokens)}
+    text = await asyncio.to_thread(surface.tokenizer.decode, body.tokens)
+    assert isinstance(text, str), "of one list of ids"
+    return {"prompt": text}

@@ -69,4 +69,4 @@ async def voted(body: VoteBody, embedder: Embedder | None) -> VoteResult:
         raise UnsupportedError("similarity: this server has no embedding model; take rouge_l_word", param="similarity")
     weights = [candidate.weight for candidate in body.candidates]
     held = await hold_vote(texts, body.similarity, embedder=embedder, weights=weights, prune=body.prune)
-    return {"object": "vote", "text": texts[held.consensus.winner], **held.report()}
+    return VoteResult(object="vote", text=texts[held.consensus.winner], **held.report())

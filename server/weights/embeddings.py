@@ -14,10 +14,11 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from ensemble_server.ensembles.base import Embedder
 from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.server.weights.checkpoints import require_hub_copy
 from ensemble_server.server.weights.threads import in_own_thread
@@ -38,8 +39,26 @@ class _Loaded:
     counter: Tokenizer  # a copy of the model's own that cuts nothing: a tokenizer may not be used by two threads
 
 
+class CountingEmbedder(Embedder, Protocol):
+    """An embedder that also says how it reads texts, as /v1/embeddings tells its clients."""
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        ...
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens of a text that are read; None if there is no limit."""
+        ...
+
+    def num_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each whole text."""
+        ...
+
+
 class SentenceEmbedder:
-    """An `ensembles.base.Embedder`. `path`: a folder, the name of a packaged model, or a Hugging Face hub id."""
+    """A `CountingEmbedder`. `path`: a folder, the name of a packaged model, or a Hugging Face hub id."""
 
     def __init__(self, path: str, *, batch_size: int = 32) -> None:
         self.name = path.rstrip("/").rsplit("/", 1)[-1]

@@ -92,7 +92,7 @@ async def _answered(
 
 
 @cache
-def _adapter(kind: type[Body]) -> TypeAdapter[Body]:
+def _adapter(kind: type[BaseModel]) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 

@@ -137,7 +137,10 @@ async def run_batch_async(
     Errors of single rows are in their lines. Raises `ConfigError` for a config, an input or a job that cannot be used,
     `StorageError` where results cannot be written, and `EngineDeadError`.
     """
-    hosting, settings = (None, _config(config)) if not _is_hosting(config) else (config, config.config)
+    if isinstance(config, Path | str | Mapping | Config):
+        hosting, settings = None, _config(config)
+    else:
+        hosting, settings = config, config.config
     recipe = Recipe(
         template=PromptTemplate(template) if template is not None else None,
         defaults=parameters if model is None else {"model": model, **parameters},
@@ -145,8 +148,11 @@ async def run_batch_async(
     options = {name: json.dumps(value, default=str) for name, value in recipe.defaults.items()}
     if template is not None:
         options["template"] = template
-    folder = TemporaryDirectory(prefix="ensemble-batch-") if output is None else None
-    path = Path(output) if folder is None else Path(folder.name) / "answers.jsonl"
+    if output is None:
+        folder = TemporaryDirectory(prefix="ensemble-batch-")
+        path = Path(folder.name) / "answers.jsonl"
+    else:
+        folder, path = None, Path(output)
     with JobStore.open(job_path(path), Identity(options, seed)) as store:
         await asyncio.to_thread(store.take_rows, read_rows(_records(rows, recipe), recipe))
         store.bind_models(model_fingerprints(store.model_names(), settings))  # before minutes go into loading
@@ -182,10 +188,6 @@ async def _opened(config: Config, hosting: Hosting | None) -> AsyncIterator[Host
         return
     async with Hosting.open(config) as opened:
         yield opened
-
-
-def _is_hosting(config: Any) -> bool:
-    return not isinstance(config, Path | str | Mapping | Config)
 
 
 def _config(config: Path | str | Mapping[str, Any] | Config) -> Config:
@@ -229,7 +231,9 @@ def _in_own_thread(work: Coroutine[Any, Any, Answers]) -> Answers:
     tasks: list[asyncio.Task[Any]] = []
 
     async def watched() -> Answers:
-        tasks.append(asyncio.current_task())
+        task = asyncio.current_task()
+        assert task is not None, "runs inside a task"
+        tasks.append(task)
         return await work
 
     with ThreadPoolExecutor(1, "batch") as thread:

@@ -65,7 +65,7 @@ def check_models(checked: CheckedInput, config: Config) -> None:
     names = ", ".join(config.listed)
     if None in checked.models and len(config.listed) != 1:
         raise typer.BadParameter(f"rows name no model; {config.source} serves {names}", param_hint="--model")
-    named = checked.models - {None}
+    named = {name for name in checked.models if name is not None}
     if named and not named & set(config.models) and None not in checked.models:
         wrong = min(named)
         raise typer.BadParameter(

@@ -58,6 +58,7 @@ def fit(
     Prints them; --out and --in-place also write them into a config, whose comments stay. Of a posterior pool the share
     is fitted. Never fit to text that you will measure on.
     """
+    from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
     from ensemble_server.server.compare.deciding.fitting import check_fittable
     from ensemble_server.server.compare.measures.documents import read_documents
     from ensemble_server.server.config.loading import load_config
@@ -73,7 +74,8 @@ def fit(
         )
     loaded = load_config(config)
     check_fittable(loaded, name)
-    entry: ProbabilityAverage.Config = loaded.models[name]
+    entry = loaded.models[name]
+    assert isinstance(entry, ProbabilityAverage.Config), "nothing else can be fitted"
     if free and entry.pool != "geometric":
         raise typer.BadParameter(
             f"{name!r} is {entry.pool}; only a geometric pool takes free weights", param_hint="--free"

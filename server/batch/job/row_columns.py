@@ -38,7 +38,9 @@ def _not_json(exc: ValueError) -> ErrorObject:
 
 def row_of(place: int, custom_id: str | None, url: Any, body: bytes, line: int | None) -> Row | BadRow:
     if url is None:
+        assert line is not None, "a bad row is kept with its line"
         return BadRow(place, custom_id, line, from_json(body))
+    assert custom_id is not None, "a row that can run is kept with its id"
     return Row(place, custom_id, url, from_json(body))
 
 
@@ -64,5 +66,5 @@ def difference(before: Row | BadRow, now: Row | BadRow) -> str:
         return f"{at} is not what it was"
     if before.url != now.url:
         return f"{at} was sent to {before.url}, is now sent to {now.url}"
-    changed = [key for key in before.body | now.body if before.body.get(key) != now.body.get(key)]
+    changed = [key for key in {**before.body, **now.body} if before.body.get(key) != now.body.get(key)]
     return f"{at} has another {' and '.join(changed)}" if changed else f"{at} has its keys in another order"

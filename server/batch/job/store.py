@@ -254,7 +254,7 @@ class JobStore:
                 f"SELECT rows.place, custom_id, url, rows.body, line {_TO_RUN} ORDER BY rows.place LIMIT ?",
                 (after, has_cut, limit),
             ).fetchall()
-        return [row_of(*columns) for columns in page]
+        return [row for columns in page if isinstance(row := row_of(*columns), Row)]  # `_TO_RUN` finds no others
 
     def num_to_run(self) -> int:
         """How many rows `pending` gives, cut ones included: fewer than are pending where rows share an answer."""

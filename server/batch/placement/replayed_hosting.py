@@ -6,23 +6,24 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ensemble_server.ensembles.base import Embedder, Model
+from ensemble_server.ensembles.base import Model
 from ensemble_server.ensembles.method import MethodConfig, Services
 from ensemble_server.server.batch.placement.call_log import Call, CallLog, RecordedDistributions, RecordedModel
 from ensemble_server.server.batch.placement.phases import composed, singles
 from ensemble_server.server.composition import compose
-from ensemble_server.server.config.blocks import Config, RemoteModel
+from ensemble_server.server.config.blocks import Config, HostedModel, RemoteModel
 from ensemble_server.server.config.fingerprints import fingerprint
 from ensemble_server.server.hosting import Hosting
 
 if TYPE_CHECKING:
+    from ensemble_server.server.weights.embeddings import CountingEmbedder
     from ensemble_server.server.weights.view import Surface
 
 
 class _ReplayedHosting(Hosting):
     """Ensembles as they are, over members that are recorded. Tokenizers are loaded when they are needed."""
 
-    def __init__(self, config: Config, models: Mapping[str, Model], embedder: Embedder) -> None:
+    def __init__(self, config: Config, models: Mapping[str, Model], embedder: CountingEmbedder) -> None:
         super().__init__(config, models, {}, None, embedder)
         self._surfaces: dict[str, Surface] = {}
 
@@ -38,11 +39,13 @@ class _ReplayedHosting(Hosting):
         if isinstance(entry, RemoteModel):
             return None
         if name not in self._surfaces:
-            root = self.config.models[entry.base or name]
+            hosted = {one: model for one, model in self.config.models.items() if isinstance(model, HostedModel)}
+            root = hosted[entry.base or name]
+            assert root.path is not None, "a base has weights of its own"
             folder = resolve_checkpoint(
                 root.path, relative_to=self.config.source.parent, revision=root.revision, may_download=False
             )
-            self._surfaces[name] = member_surface(name, self.config.models, load_tokenizer(folder))
+            self._surfaces[name] = member_surface(name, hosted, load_tokenizer(folder))
         return self._surfaces[name]
 
 

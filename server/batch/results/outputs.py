@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import IO, Any, Literal
 
 import orjson
 
@@ -71,7 +71,7 @@ def _shown_line(stored: StoredRow) -> dict[str, Any]:
 
 
 @contextmanager
-def _sink(path: Path, form: OutputForm) -> Iterator[BinaryIO]:
+def _sink(path: Path, form: OutputForm) -> Iterator[IO[bytes]]:
     if path == STDOUT:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()

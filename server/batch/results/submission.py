@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import IO, Any, Self
 
 from ensemble_server.ensembles.errors import ConfigError
 from ensemble_server.server.batch.results.columns import ABSENT, Column, cell_text, num_samples
@@ -31,7 +31,7 @@ class TableReport:
 
 
 def write_table(
-    lines: Iterable[Mapping[str, Any]], columns: Sequence[Column], file: BinaryIO, *, fallback: str = ""
+    lines: Iterable[Mapping[str, Any]], columns: Sequence[Column], file: IO[bytes], *, fallback: str = ""
 ) -> TableReport:
     """A CSV row for each line; for each of its choices if one of the columns is `sample`."""
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")

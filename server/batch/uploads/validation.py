@@ -88,6 +88,7 @@ def checked_line(record: Record | BadRecord, endpoint: Url, index: int = 0) -> R
         if not isinstance(values["body"], dict):
             raise RequestError(f"body must be an object, got {shown(values['body'])}", param="body")
     except RequestError as exc:
+        assert exc.param is not None, "each of these names one"
         code = "missing_required_parameter" if values.get(exc.param) is None else f"invalid_{exc.param}"
         return LineError(code, shortened(str(exc), 300), exc.param, record.line)
     return Row(index, values["custom_id"], endpoint, values["body"])

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ensemble_server.ensembles.errors import EnsembleError, ModelLoadError
+from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
 from ensemble_server.server.compare.arms.candidates import Candidate, Entry, as_arm_model
 from ensemble_server.server.compare.arms.identity import identity
 from ensemble_server.server.compare.deciding.fitting import FittedWeights, WeightFit, check_fittable
@@ -77,8 +78,9 @@ async def prepare(
             decided[arm] = Failure(stage="fit", message=described(exc))
             continue
         inputs = _inputs(plan, replicate, candidates[arm], held_out)
-        decided[arm] = replace(prepared, preparation=prepared.preparation.model_copy(update={"inputs": inputs}))
-        _save(records, arm, replicate, decided[arm])
+        prepared = replace(prepared, preparation=prepared.preparation.model_copy(update={"inputs": inputs}))
+        decided[arm] = prepared
+        _save(records, arm, replicate, prepared)
     return {arm: decided[arm] for arm in candidates}
 
 
@@ -138,6 +140,7 @@ async def _decide(
         candidates = {one.label: scores[one.index] for one in ready if one.index in scores}
         choice = Choice(name=best.label, candidates=candidates, measure="bpb")
     fit = fits.get(best.model)
+    assert not isinstance(fit, Exception), "it would have been raised above"
     weights, share = (None, None) if fit is None else _found(fit)
     return Prepared(best, Preparation(inputs="", variant=best.index, weights=weights, share=share, chosen=choice))
 
@@ -183,7 +186,13 @@ async def _fit_together(
     config = config_with(plan, replicate, {one.model: one.entry for one in variants if one.entry is not None})
     for one in variants:
         check_fittable(config, one.model)
-    names = sorted((one.model for one in variants), key=lambda name: config.models[name].pool != "geometric")
+
+    def is_not_geometric(name: str) -> bool:
+        entry = config.models[name]
+        assert isinstance(entry, ProbabilityAverage.Config), "nothing else can be fitted"
+        return entry.pool != "geometric"
+
+    names = sorted((one.model for one in variants), key=is_not_geometric)
     async with Hosting.open(excerpt(config, names)) as hosting:
         reading = await WeightFit.read(
             hosting,

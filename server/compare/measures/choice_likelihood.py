@@ -15,6 +15,7 @@ from ensemble_server.ensembles.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from ensemble_server.server.hosting import Hosting
+    from ensemble_server.server.weights.view import Surface
 
 
 async def option_logprobs(
@@ -34,14 +35,14 @@ async def option_logprobs(
     if not isinstance(model, DistributionModel):
         raise UnsupportedError(f"model {model_name!r} gives text, not probabilities of options")
     members = list(model.mixture.weights)
-    surface = hosting.surface(members[0])
+    surface = _surface(hosting, members[0])
     if isinstance(prompt, str):
         context = surface.encode(prompt)
         blank = "" if prompt[-1:].isspace() else " "
         texts = [option if option[:1].isspace() else blank + option for option in options]
         sequences = [surface.encode(prompt + text) for text in texts]
     else:
-        views = [hosting.surface(member).render(prompt) for member in members]
+        views = [_surface(hosting, member).render(prompt) for member in members]
         if any(view != views[0] for view in views):
             raise UnsupportedError(
                 f"the members of {model_name!r} have different views of the conversation (system prompts or chat "
@@ -55,8 +56,16 @@ async def option_logprobs(
             prompt=tuple(token_ids), prompt_logprobs=0, sampling=Sampling(max_tokens=0), priority=priority
         )
         answer = await collect(model, request)
+        assert answer.prompt is not None, "a hosted model says how it read the prompt"
         # The option's first letters may have joined the prompt's last token: score from where the two part.
         same = next((i for i, (a, b) in enumerate(zip(context, token_ids, strict=False)) if a != b), len(context))
-        return sum(token.logprob for token in answer.prompt.tokens[max(1, min(same, len(token_ids) - 1)) :])
+        scored = answer.prompt.tokens[max(1, min(same, len(token_ids) - 1)) :]
+        return sum(token.logprob for token in scored if token.logprob is not None)
 
     return [await nats(token_ids) for token_ids in sequences]
+
+
+def _surface(hosting: Hosting, member: str) -> Surface:
+    surface = hosting.surface(member)
+    assert surface is not None, "members of a mixture are hosted"
+    return surface

@@ -103,15 +103,20 @@ class Answers:
         request = GenerationRequest(
             prompt=token_ids, prompt_logprobs=1, sampling=Sampling(max_tokens=0), priority=self.priority
         )
-        scored = (await collect(model, request)).prompt.tokens[max(1, len(token_ids) - len(continuation)) :]
-        return sum(token.logprob for token in scored), all(token.top[0].token_id == token.token_id for token in scored)
+        prompt = (await collect(model, request)).prompt
+        assert prompt is not None, "a hosted model says how it read the prompt"
+        scored = prompt.tokens[max(1, len(token_ids) - len(continuation)) :]
+        nats = sum(token.logprob for token in scored if token.logprob is not None)
+        return nats, all(token.top[0].token_id == token.token_id for token in scored)
 
     async def generation(self, task: str, item: int, prompt: str, settings: Mapping[str, Any]) -> str:
         model = self.hosting.models[self.model_name]
-        sampling = _sampling(settings, derived_seed(self.seed, task, item))
+        max_tokens = settings.get("max_gen_toks") or DEFAULT_MAX_TOKENS
+        sampling = _sampling(settings, max_tokens, derived_seed(self.seed, task, item))
         room = None
         if isinstance(model, DistributionModel):
-            room = max(1, model.max_model_len - sampling.max_tokens)
+            assert model.max_model_len is not None, "a hosted model knows its context"
+            room = max(1, model.max_model_len - max_tokens)
         request = GenerationRequest(
             prompt=prompt, sampling=sampling, truncate_prompt_tokens=room, priority=self.priority
         )
@@ -124,17 +129,17 @@ class Answers:
             return ""
 
 
-def _sampling(settings: Mapping[str, Any], seed: int | None) -> Sampling:
+def _sampling(settings: Mapping[str, Any], max_tokens: int, seed: int | None) -> Sampling:
     """A task's generation_kwargs, normalised by the harness, as a request says it. Raises `UnsupportedError`."""
     settings = {key: value for key, value in settings.items() if value is not None}
-    until, max_tokens, is_sampled = (settings.pop(key, None) for key in ("until", "max_gen_toks", "do_sample"))
+    until, _, is_sampled = (settings.pop(key, None) for key in ("until", "max_gen_toks", "do_sample"))
     if unknown := sorted(set(settings) - set(SAMPLING_KEYS)):
         raise UnsupportedError(f"generation_kwargs.{unknown[0]} of this task cannot be honoured")
     chosen = {SAMPLING_KEYS[key]: value for key, value in settings.items()}
     if not is_sampled:
         chosen["temperature"] = 0.0
     return Sampling(
-        max_tokens=max_tokens or DEFAULT_MAX_TOKENS,
+        max_tokens=max_tokens,
         stop=tuple(stop for stop in until or () if stop),
         seed=seed,
         **chosen,
@@ -149,17 +154,19 @@ def hosted_lm(answers: Answers, link: Link) -> Any:
 
     class HostedLM(TemplateLM):
         @property
-        def eot_token_id(self) -> int:
+        def eot_token_id(self) -> Any:  # an id, or what else a tokenizer may have; transformers leaves it open
             return answers.surface.tokenizer.eos_token_id
 
         @property
-        def prefix_token_id(self) -> int:
+        def prefix_token_id(self) -> Any:
             first = answers.surface.tokenizer.bos_token_id
             return self.eot_token_id if first is None else first
 
         @property
         def max_length(self) -> int:
-            return answers.hosting.models[answers.model_name].max_model_len
+            length = answers.hosting.models[answers.model_name].max_model_len
+            assert length is not None, "a hosted model knows its context"
+            return length
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             return answers.surface.encode(string, add_special_tokens=add_special_tokens is not False)

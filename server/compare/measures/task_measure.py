@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 ChoiceMetric = Literal["multiple_choice", "multiple_choice_per_byte"]
 Metric = GenerationMetric | ChoiceMetric
-CHOICE_METRICS: tuple[Metric, ...] = ("multiple_choice", "multiple_choice_per_byte")
+CHOICE_METRICS: tuple[Literal["multiple_choice"], Literal["multiple_choice_per_byte"]] = get_args(ChoiceMetric)
 
 MAX_TRIES = 10  # of a request that finds the queue full
 
@@ -157,8 +157,13 @@ def _request(
 ) -> GenerationRequest:
     prompt = task.prompt_of(item)
     sampling = Sampling(max_tokens=task.max_tokens, temperature=task.temperature, stop=task.stop, seed=seed)
-    asked = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
-    return GenerationRequest(**asked, sampling=sampling, priority=priority, overrides=overrides)
+    return GenerationRequest(
+        messages=None if isinstance(prompt, str) else prompt,
+        prompt=prompt if isinstance(prompt, str) else None,
+        sampling=sampling,
+        priority=priority,
+        overrides=overrides,
+    )
 
 
 async def _patiently(model: Model, request: GenerationRequest) -> Answer:

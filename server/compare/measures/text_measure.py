@@ -110,6 +110,7 @@ async def measure_text(
 
     async def windows_of(arm: str) -> list[Window]:
         surface = hosting.surface(arms[arm])
+        assert surface is not None, "models without one are not scored"
         return await asyncio.to_thread(cut_windows, surface, documents, window=window, stride=stride, shift=shift)
 
     plans: list[tuple[Mapping[str, Mixture] | str, list[Window]]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ensemble_server.ensembles.errors import ModelLoadError
 
@@ -55,7 +56,8 @@ def check_model(folder: Path, first: Path, *, same_vocabulary: bool) -> None:
         if (first / name).is_file() and not (folder / name).is_file():
             raise ModelLoadError(f"the merged model lacks {name}, which its first model has; merge again")
 
-    model, report = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    load: Any = AutoModelForCausalLM.from_pretrained  # with output_loading_info a pair, which its type does not say
+    model, report = load(folder, local_files_only=True, output_loading_info=True)
     if wrong := [
         f"{kind.removesuffix('_keys')} {sorted(report[kind])[0]}"
         for kind in ("missing_keys", "unexpected_keys")

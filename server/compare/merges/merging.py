@@ -172,13 +172,17 @@ def _resolved(reference: Reference, recipe: Recipe, config: Config | None) -> tu
         raise ConfigError(f"{recipe.source}: {reference.written!r}: revisions are not supported; give a folder")
     hosted = _hosted(reference, config)
     lora = None
-    if reference.lora is not None and (hosted is None or config.models.get(reference.written) is not hosted):
+    if reference.lora is not None and (
+        hosted is None or config is None or config.models.get(reference.written) is not hosted
+    ):
         lora = recipe.folder / Path(reference.lora).expanduser()
     try:
         if hosted is None:
             base, adapter = resolve_checkpoint(reference.path, relative_to=recipe.folder), None
         else:
-            root = hosted if hosted.path is not None else config.models[hosted.base]
+            assert config is not None, "a hosted model is one of a config's"
+            root = hosted if hosted.base is None else config.models[hosted.base]
+            assert isinstance(root, HostedModel) and root.path is not None, "a base has weights of its own"
             folder = config.source.absolute().parent
             base = resolve_checkpoint(root.path, relative_to=folder, revision=root.revision)
             adapter = None if hosted.adapter is None else Path(hosted.adapter)

@@ -99,7 +99,8 @@ def _without_unknown_keys(data: Any, error: ValidationError) -> Any:
             continue
         inside = data
         for key in details["loc"][:-1]:
-            if isinstance(inside, list) or (isinstance(inside, dict) and key in inside):
+            is_there = key in inside if isinstance(inside, dict) else isinstance(inside, list)
+            if is_there:
                 inside = inside[key]
         if isinstance(inside, dict):
             inside.pop(details["loc"][-1], None)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
-from ensemble_server.server.compare.kept.results import ArmResult, Interval, Results
+from ensemble_server.server.compare.kept.results import ArmKind, ArmResult, Interval, Results
 from ensemble_server.server.compare.report import words
 from ensemble_server.server.compare.report.families import Family, Quality, families
 from ensemble_server.server.compare.report.pareto import pareto_front
@@ -21,6 +21,7 @@ from ensemble_server.server.compare.report.pareto import pareto_front
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.typing import RcKeyType
 
 INK = "#1b1b1f"  # stands nowhere else in a figure
 COLOURS = {  # Okabe and Ito's, which colour-blind readers can tell apart
@@ -38,7 +39,7 @@ VERDICT_COLOURS = {
     "worse by less than the margin": "#d55e00",
 }
 OPEN = "#8a8a8a"  # every other verdict
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "svg.hashsalt": "report",
     "svg.fonttype": "none",  # letters stay letters: they can be read out, searched and take the page's font
     "font.family": "sans-serif",
@@ -183,7 +184,7 @@ def _decimal_ticks(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _legend(axes: Axes, kinds: Sequence[str]) -> None:
+def _legend(axes: Axes, kinds: Sequence[ArmKind]) -> None:
     for kind in dict.fromkeys(kinds):
         axes.plot([], [], marker=MARKERS[kind], color=COLOURS[kind], linestyle="none", label=words.KINDS[kind])
     axes.plot([], [], color=INK, linewidth=1, linestyle=(0, (4, 3)), label="Pareto front")
@@ -285,14 +286,10 @@ def _arms_of(value: float, bounds: Interval | None) -> list[list[float]] | None:
 
 
 def _svg(canvas: Canvas) -> str:
-    for text in canvas.findobj(_is_text):
+    from matplotlib.text import Text
+
+    for text in canvas.findobj(Text):
         text.set_parse_math(False)
     file = io.StringIO()
     canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None}, facecolor="white")
     return file.getvalue()
-
-
-def _is_text(artist: Any) -> bool:
-    from matplotlib.text import Text
-
-    return isinstance(artist, Text)

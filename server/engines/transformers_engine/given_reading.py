@@ -14,7 +14,7 @@ import torch
 
 from ensemble_server.ensembles.base import Mixture, TokenLogprob
 from ensemble_server.ensembles.errors import MemberError
-from ensemble_server.ensembles.pooling import effective_weights, pool, posterior
+from ensemble_server.ensembles.pooling import effective_weights, following, pool
 from ensemble_server.ensembles.spelling.byte_order import Distribution
 from ensemble_server.ensembles.spelling.given_text import GivenText
 from ensemble_server.ensembles.spelling.lattice import History
@@ -173,7 +173,8 @@ def pooled_logprobs(judged: Judgement, mixture: Mixture) -> np.ndarray:
     prior = effective_weights(list(mixture.weights.values()))
     weights = np.repeat(prior[:, None], len(judged.targets), axis=1)
     if mixture.pool == "posterior" and len(prior) > 1:
-        weights = posterior.track(prior, judged.evidence, prior, mixture.share)[:, :-1]
+        start = following.start(prior, mixture.share)
+        weights = following.track(start, judged.evidence, prior, mixture.share)[0][:, :-1]
     rows = torch.from_numpy(judged.rows)
     pooled = pool(mixture.pool, rows, torch.from_numpy(weights)) if len(prior) > 1 else rows[0]
     return pooled.gather(1, torch.from_numpy(judged.targets)[:, None])[:, 0].numpy()

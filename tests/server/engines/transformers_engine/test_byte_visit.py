@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from ensemble_server.ensembles.base import Mixture, collect
 from ensemble_server.ensembles.errors import ContextLengthError, ModelLoadError, RequestError, UnsupportedError
-from ensemble_server.ensembles.pooling import posterior
+from ensemble_server.ensembles.pooling import learned_share, posterior
 from ensemble_server.ensembles.spelling import END
 from ensemble_server.ensembles.spelling.given_text import GivenText
 from ensemble_server.server.engines.transformers_engine.engine import TransformersEngine
@@ -107,6 +108,17 @@ async def test_the_posterior_pool_loses_no_more_than_its_bound(mixed):
     for share in (0.0, 0.05):
         bound = posterior.loss_bound(1 / 3, len(TEXT.encode()), share)
         assert await loss(Mixture(weights, "posterior", share)) <= min(alone) + bound + TOLERANCE_NATS
+
+
+async def test_a_learnt_share_loses_no_more_than_its_bound_to_the_best_of_its_grid(mixed):
+    weights = {"llama": 1, "gemma": 1}
+
+    async def loss(share: float | Literal["auto"]) -> float:
+        answer = await scored(mixed, Mixture(weights, "posterior", share))
+        return -sum(token.logprob for token in answer.prompt.tokens if token.logprob is not None)
+
+    best = min([await loss(share) for share in learned_share.GRID])
+    assert await loss("auto") <= best + learned_share.loss_bound(len(TEXT.encode())) + TOLERANCE_NATS
 
 
 async def test_an_answer_has_the_probability_that_scoring_it_gives(mixed):

@@ -258,6 +258,7 @@ class MixtureHost(Protocol):
 
     def averages_over(self, mixture: Mixture) -> AveragedOver:
         """What the distributions of these members are over. Raises `ModelLoadError` as `check` does."""
+        ...
 
     def max_model_len(self, mixture: Mixture) -> int: ...
 

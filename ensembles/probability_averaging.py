@@ -58,7 +58,7 @@ class ProbabilityAverage(Method):
             description="posterior only: part of the weights that returns to the prior at each token or byte, or auto",
         )
         vocabulary: Literal["auto", "bytes"] = Field(
-            "auto",
+            default="auto",
             description="what is averaged: auto (tokens if all members have the same, else bytes) | bytes",
         )
 

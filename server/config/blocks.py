@@ -14,6 +14,7 @@ from ensemble_server.server.config.values import (
     CheckpointPath,
     Count,
     Device,
+    Dtype,
     EmbeddedEngine,
     LocalPath,
     Price,
@@ -51,11 +52,11 @@ class HostedModel(Block):
         default=None, description="the weights: a folder, a .gguf file or a Hugging Face hub id"
     )
     revision: str | None = Field(
-        None, min_length=1, description="branch, tag or commit of a hub id; default: what its main branch has"
+        default=None, min_length=1, description="branch, tag or commit of a hub id; default: what its main branch has"
     )
     base: str | None = Field(default=None, description="name of a model with `path` whose weights this one shares")
     adapter: LocalPath | None = Field(default=None, description="folder of a LoRA adapter (PEFT) for `base`")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Dtype = Field(
         default="auto", description="of the weights while they run (auto: as stored); with `path` only"
     )
     device: Device = Field(

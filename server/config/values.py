@@ -92,6 +92,7 @@ CheckpointPath = Annotated[str, Field(min_length=1), AfterValidator(_absolute_un
 LocalPath = Annotated[str, Field(min_length=1), AfterValidator(_absolute)]
 TemplateText = Annotated[str, AfterValidator(_template_text)]
 BaseUrl = Annotated[str, AfterValidator(_base_url)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Annotated[str, AfterValidator(_device)]
 EmbeddedEngine = Annotated[Literal["transformers"], BeforeValidator(_engine_kind)]
 VariableName = Annotated[str, AfterValidator(_variable_name)]

@@ -28,14 +28,17 @@ class Engine(MixtureHost, Protocol):
     @property
     def failure(self) -> str | None:
         """Why the engine is dead; None while it lives."""
+        ...
 
     @property
     def num_restarts(self) -> int:
         """How often something of it has died and was started again."""
+        ...
 
     @property
     def down(self) -> frozenset[str]:
         """Members that nothing answers for now."""
+        ...
 
     def start(self) -> None:
         """Returns when requests can be answered; that may take minutes. Called from a thread of its own. Raises

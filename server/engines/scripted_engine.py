@@ -110,6 +110,7 @@ class ScriptedModel:
                     raise step.error
                 if step.delta is None:
                     await asyncio.Event().wait()
+                assert step.delta is not None, "silence has no end"
                 num_tokens += len(step.delta.token_ids)
                 yield step.delta
             used = MemberUsage(len(prompt.token_ids) if prompt is not None else 0, num_tokens)
@@ -175,6 +176,7 @@ class ScriptedModel:
         return PromptScored(tuple(token_ids), tuple(self._prompt_token(request, *item) for item in enumerate(scored)))
 
     def _prompt_token(self, request: GenerationRequest, place: int, token_id: int) -> TokenLogprob:
+        assert self._surface is not None, "only a surface reads prompts"
         text = self._surface.decode([token_id])
         if place:
             return self._token(token_id, text, request, request.prompt_logprobs)

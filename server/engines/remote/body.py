@@ -9,6 +9,7 @@ import asyncio
 import zlib
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any
 
 import httpx
 
@@ -27,7 +28,8 @@ async def pieces_of(response: httpx.Response, max_bytes: int) -> AsyncGenerator[
     """
     num_bytes = 0
     unpack = _unpacker(response.headers.get("Content-Encoding", ""))
-    async with aclosing(response.aiter_raw()) as raw:
+    body: Any = response.aiter_raw()  # httpx promises an iterator; it is a generator, which wants to be closed
+    async with aclosing(body) as raw:
         async for data in raw:
             left = data
             while left:

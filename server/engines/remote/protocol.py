@@ -62,6 +62,7 @@ def request_body(name: str, model: str, request: GenerationRequest) -> tuple[str
         if request.top_logprobs is not None:
             body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
     else:
+        assert request.prompt is not None, "a request has messages or a prompt"
         path = "completions"
         body["prompt"] = request.prompt if isinstance(request.prompt, str) else list(request.prompt)
         if request.top_logprobs is not None:

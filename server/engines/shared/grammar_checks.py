@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ensemble_server.ensembles.base import Grammar
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
 
 MAX_SOURCE_CHARS = 100_000
 MAX_OPTIONAL_PROPERTIES = 490  # of one object: the parser takes 2000 items in a row, four for each of these
 
 _ANY_JSON_OBJECT = json.dumps({"type": "object"})
 # Between tokens, enough for the lines of an indented answer. Without a bound a model may write nothing else.
-_WHITE_SPACE = {"whitespace_pattern": r"[ \t\r\n]{0,16}"}
+_WHITE_SPACE: JsonCompileOptions = {"whitespace_pattern": r"[ \t\r\n]{0,16}"}
 _MAPS_OF_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 _VALUES = frozenset({"const", "enum", "default", "examples"})  # what stands there is data
 

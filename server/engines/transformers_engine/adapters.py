@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from ensemble_server.server.weights.adapters import refuse_beyond_plain_lora
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
+    from transformers import PreTrainedModel
 
 
 class AdapterRows:
@@ -54,6 +54,9 @@ class AdapterRows:
 class StackedLora(nn.Module):
     """A linear layer and the low-rank deltas of all adapters that touch it."""
 
+    a: torch.Tensor
+    b: torch.Tensor
+
     def __init__(
         self, base: nn.Module, a: list[torch.Tensor], b: list[torch.Tensor], ranks: tuple[int, ...], rows: AdapterRows
     ) -> None:
@@ -70,7 +73,7 @@ class StackedLora(nn.Module):
         return y
 
 
-def stack_adapters(model: nn.Module, adapters: Mapping[str, Path]) -> AdapterRows:
+def stack_adapters(model: PreTrainedModel, adapters: Mapping[str, Path]) -> AdapterRows:
     """Replace, in place, every linear layer of `model` that an adapter touches by a `StackedLora`.
 
     adapters: name -> PEFT folder. Raises `ModelLoadError` naming the adapter for anything but finite, plain LoRA on
@@ -95,15 +98,15 @@ def stack_adapters(model: nn.Module, adapters: Mapping[str, Path]) -> AdapterRow
     return rows
 
 
-def _load(name: str, folder: Path, model: nn.Module, slot: str) -> PeftModel:
+def _load(name: str, folder: Path, model: PreTrainedModel | PeftModel, slot: str) -> PeftModel:
     """`model` (plain, or wrapped by PEFT already) with one adapter more, under the name `slot`."""
     from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 
     try:
-        config = PeftConfig.from_pretrained(folder)
+        config = PeftConfig.from_pretrained(str(folder))
         refuse_beyond_plain_lora(name, config)
         config.inference_mode = True
-        weights = load_peft_weights(folder, device="cpu")
+        weights = load_peft_weights(str(folder), device="cpu")
         if isinstance(model, PeftModel):
             model.add_adapter(slot, config)
         else:
@@ -131,7 +134,8 @@ def _load(name: str, folder: Path, model: nn.Module, slot: str) -> PeftModel:
     return model
 
 
-def _stacked(path: str, layer: LoraLayer, slots: Mapping[str, str], rows: AdapterRows) -> StackedLora:
+def _stacked(path: str, layer: Any, slots: Mapping[str, str], rows: AdapterRows) -> StackedLora:
+    """layer: PEFT's `LoraLayer`, whose types say no more of its parts than that they are modules."""
     weight = layer.get_base_layer().weight
     a, b, ranks = [], [], []
     for name, slot in slots.items():

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -100,7 +101,7 @@ def attend(
     for feature in ("softcap", "s_aux"):
         if unused.get(feature) is not None:
             raise NotImplementedError(f"attention with {feature}")
-    layer = module.layer_idx
+    layer: Any = module.layer_idx  # torch knows of a module's attributes tensors and modules only
     if rows.levels and sliding_window is None:
         output = _in_parts(layer, query[0], key[0], value[0], rows, scaling)[None]
     else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -29,7 +30,8 @@ class Backbone:
 
     def __init__(self, model: PreTrainedModel, adapters: AdapterRows | None, vocab_size: int) -> None:
         self.model = model
-        self.vocab_size = min(vocab_size, model.get_input_embeddings().weight.shape[0])
+        embeddings: Any = model.get_input_embeddings()  # "a module", say its types
+        self.vocab_size: int = min(vocab_size, embeddings.weight.shape[0])
         self._adapters = adapters
 
     @classmethod

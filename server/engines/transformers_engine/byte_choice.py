@@ -296,7 +296,7 @@ class ByteChoice:
             return ByteReport(logprob, members, weights.tolist())
         is_there = np.flatnonzero(weights)
         spread = jensen_shannon(
-            torch.from_numpy(np.stack([rows[k] for k in is_there])), torch.from_numpy(weights[is_there])
+            torch.from_numpy(np.stack([rows[k] for k in is_there.tolist()])), torch.from_numpy(weights[is_there])
         )
         return ByteReport(logprob, members, weights.tolist(), float(entropy(pooled)), spread)
 

@@ -17,7 +17,7 @@ from ensemble_server.server.engines.shared.reading import Reading
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.byte_choice import ByteChoice, Reread
 from ensemble_server.server.engines.transformers_engine.byte_prompt import BytePrompt, common_end
-from ensemble_server.server.engines.transformers_engine.generation import Generation
+from ensemble_server.server.engines.transformers_engine.generation import Choice, Generation
 from ensemble_server.server.engines.transformers_engine.given_reading import GivenReading, scored_pieces
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey, PrefixCache
@@ -38,6 +38,8 @@ class ByteView:
 
 
 class ByteGeneration(Generation):
+    prompt: BytePrompt
+
     def __init__(
         self,
         request: GenerationRequest,
@@ -185,7 +187,8 @@ class ByteGeneration(Generation):
         evidence = np.stack([row[len(row) - length :] for row in nats])
         _, self._state = following.track(self._state, evidence, self._prior, self.mixture.share)
 
-    def _ended(self, choice: ByteChoice) -> None:
+    def _ended(self, choice: Choice) -> None:
+        assert isinstance(choice, ByteChoice), "all that this kind starts are"
         for k, speller in enumerate(choice.spellers):
             self._counts[k] += (speller.num_rows, speller.num_tokens, speller.num_restarts)
 

@@ -18,8 +18,6 @@ from ensemble_server.server.engines.transformers_engine.visit import Visitor
 class ByteVisit(Job):
     """`visit` is shown all of the text at once, when it is read: rows of 257 and the bytes that came."""
 
-    num_places = 1
-
     def __init__(
         self,
         members: Sequence[Member],
@@ -35,6 +33,10 @@ class ByteVisit(Job):
         self._text = text
         self._visit = visit
         self._reading: GivenReading | None = None
+
+    @property
+    def num_places(self) -> int:
+        return 1
 
     @property
     def is_reading(self) -> bool:

@@ -69,8 +69,10 @@ class LiveChoice:
 
     def next_spans(self) -> list[tuple[Member, Span]]:
         """Its last token, for every member to read."""
+        assert self.last_token is not None, "a choice begins with its first token"
+        last = (self.last_token,)
         return [
-            (member, Span(cache, tuple(member.surface.own_ids((self.last_token,))), 1, member.adapter))
+            (member, Span(cache, tuple(member.surface.own_ids(last)), 1, member.adapter))
             for member, cache in zip(self.members, self.caches, strict=True)
         ]
 

@@ -155,6 +155,7 @@ class TransformersEngine:
                 event = await job.inbox.get()
                 if isinstance(event, Exception):
                     raise event
+                assert event is not None, "a generation ends with `Done`"
                 yield event
                 if isinstance(event, Done):
                     return
@@ -184,7 +185,7 @@ class TransformersEngine:
         job = Visit(asked, list(token_ids), visit, asyncio.get_running_loop(), priority=priority)
         self._enqueue(job)
         try:
-            if (error := await job.inbox.get()) is not None:
+            if isinstance(error := await job.inbox.get(), Exception):
                 raise error
         finally:
             job.is_cancelled = True
@@ -202,7 +203,7 @@ class TransformersEngine:
         job = ByteVisit(asked, token_ids, text.encode(), visit, loop, priority=priority)
         self._enqueue(job)
         try:
-            if (error := await job.inbox.get()) is not None:
+            if isinstance(error := await job.inbox.get(), Exception):
                 raise error
         finally:
             job.is_cancelled = True
@@ -368,6 +369,7 @@ class TransformersEngine:
         ready = []
         for item, logprobs in zip(work, results, strict=True):
             if isinstance(item.choice, ByteChoice):
+                assert isinstance(item.job, ByteGeneration), "only these write by bytes"
                 self._spell(item.job, item.choice, logprobs)
                 continue
             if item.choice is not None:

@@ -15,15 +15,20 @@ from ensemble_server.server.engines.shared import usage
 from ensemble_server.server.engines.shared.grammar import CompiledGrammar
 from ensemble_server.server.engines.shared.reading import Reading
 from ensemble_server.server.engines.transformers_engine.attention import Span
+from ensemble_server.server.engines.transformers_engine.byte_choice import ByteChoice
 from ensemble_server.server.engines.transformers_engine.choice import LiveChoice
 from ensemble_server.server.engines.transformers_engine.job import Job
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey, PrefixCache
 from ensemble_server.server.engines.transformers_engine.prompt import Prompt
 
+Choice = LiveChoice | ByteChoice
+
 
 class Generation(Job):
-    """`grammar`: compiled; each choice follows a copy of it."""
+    """`grammar`: compiled; each choice follows a copy of it. `prompt`: made when the job is admitted (`begin`)."""
+
+    prompt: Prompt
 
     def __init__(
         self,
@@ -47,8 +52,7 @@ class Generation(Job):
         self.request = request
         self.mixture = mixture
         self.token_ids = reading.prompts
-        self.prompt: Prompt | None = None  # made when the job is admitted
-        self.live: list[LiveChoice] = []
+        self.live: list[Choice] = []
         self.num_started = 0  # choices that have begun; the rest wait for free places
         self._method = method
         self._max_new_tokens = reading.max_new_tokens
@@ -96,7 +100,7 @@ class Generation(Job):
         if not self.num_choices:
             self._finish()
 
-    def start_choice(self) -> LiveChoice:
+    def start_choice(self) -> Choice:
         """The next choice, on a copy of the prompt's caches; the last choice takes the caches themselves."""
         is_last = self.num_started == self.num_choices - 1
         caches = self.prompt.caches if is_last else [cache.fork() for cache in self.prompt.caches]
@@ -114,7 +118,7 @@ class Generation(Job):
         self.live.append(choice)
         return choice
 
-    def emit(self, choice: LiveChoice, delta: Delta) -> None:
+    def emit(self, choice: Choice, delta: Delta) -> None:
         self.outbox.append(delta)
         if choice.finish_reason is None:
             return
@@ -141,7 +145,7 @@ class Generation(Job):
         self.outbox.append(self._done())
         self.is_finished = True
 
-    def _ended(self, choice: LiveChoice) -> None:
+    def _ended(self, choice: Choice) -> None:
         """`choice` is over: for kinds that count what it took."""
 
     def _done(self) -> Done:

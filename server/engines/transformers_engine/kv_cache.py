@@ -65,9 +65,13 @@ class RowCache:
             lacking = segment.length if num_last is None else min(num_last - num_tokens, segment.length)
             if lacking <= 0:
                 break
-            parts.insert(0, tuple(whole[:, segment.length - lacking :] for whole in segment.layers[layer]))
+            known_keys, known_values = segment.layers[layer]
+            begin = segment.length - lacking
+            parts.insert(0, (known_keys[:, begin:], known_values[:, begin:]))
             num_tokens += lacking
-        return parts[0] if len(parts) == 1 else tuple(torch.cat(pieces, dim=1) for pieces in zip(*parts, strict=True))
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([part[0] for part in parts], dim=1), torch.cat([part[1] for part in parts], dim=1)
 
     def commit(self, num_tokens: int) -> None:
         """The last forward succeeded: its tokens are now part of the row."""
@@ -139,7 +143,10 @@ class RowCache:
 
     def _grow(self, layer: int, end: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         capacity = -(-end // GROWTH) * GROWTH
-        grown = tuple(new.new_empty(new.shape[0], capacity, new.shape[2]) for new in (keys, values))
+        grown = (
+            keys.new_empty(keys.shape[0], capacity, keys.shape[2]),
+            values.new_empty(values.shape[0], capacity, values.shape[2]),
+        )
         if layer in self._layers:
             for old, new in zip(self._layers[layer], grown, strict=True):
                 new[:, : old.shape[1]] = old
@@ -148,8 +155,8 @@ class RowCache:
 
 def joined(pieces: Sequence[LayerSlices], end: int) -> Segment:
     """The first `end` tokens of `pieces`, which stand one behind the other, in memory of their own."""
-    whole = {
-        layer: tuple(torch.cat([piece[layer][i] for piece in pieces], dim=1)[:, :end] for i in (0, 1))
-        for layer in pieces[0]
-    }
-    return Segment(end, whole)
+
+    def whole(layer: int, i: int) -> torch.Tensor:
+        return torch.cat([piece[layer][i] for piece in pieces], dim=1)[:, :end]
+
+    return Segment(end, {layer: (whole(layer, 0), whole(layer, 1)) for layer in pieces[0]})

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -55,7 +56,7 @@ def pack_linears(model: nn.Module) -> int:
         return 0
     num_packed = 0
     for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
+        for name, layer in cast("list[tuple[str, Any]]", list(parent.named_children())):
             if type(layer) not in (nn.Linear, Conv1D) or layer.weight.dtype != torch.float32 or layer.weight.is_meta:
                 continue
             if layer.weight.device.type != "cpu":

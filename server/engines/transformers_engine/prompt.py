@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from ensemble_server.ensembles.base import Mixture, TokenLogprob
+from ensemble_server.ensembles.base import Mixture, PoolName, TokenLogprob
 from ensemble_server.ensembles.pooling import effective_weights, following, pool
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.family import known_rows
@@ -44,14 +44,14 @@ class Prompt:
         self.members = members
         self.token_ids = token_ids
         self.caches = [RowCache() for _ in members]
-        self.last_logprobs: list[torch.Tensor | None] = [None] * len(members)  # after the last token: (V,) per member
+        self._last_logprobs: list[torch.Tensor | None] = [None] * len(members)
         self.is_done = False
         self.prior = effective_weights(list(mixture.weights.values()))
         self.weights = self.prior  # of the next token to be predicted
         self.scored: list[TokenLogprob] = []
         self.state = following.start(self.prior, mixture.share)  # what the weights follow from
-        self._pool = mixture.pool
-        self._share = mixture.share
+        self._pool: PoolName = mixture.pool
+        self._share: following.Share = mixture.share
         self._num_top = prompt_logprobs
         self._is_lockstep = all(ids == token_ids[0] for ids in token_ids)
         self._follows_evidence = mixture.pool == "posterior" and len(members) > 1
@@ -89,17 +89,23 @@ class Prompt:
                 continue
             ids, end = self.token_ids[index], self.caches[index].length
             if end == len(ids):
-                self.last_logprobs[index] = rows[-1]
+                self._last_logprobs[index] = rows[-1]
             if self._scores_all:
                 targets = torch.tensor(ids[end - len(rows) + 1 : end + 1], dtype=torch.long, device=rows.device)
                 predicted.append((targets, rows[: len(targets)]))
                 self._evidence[index].append(predicted[-1][1].gather(1, targets[:, None])[:, 0].double().cpu().numpy())
             self._offer(index)
-        self.is_done = all(logprobs is not None for logprobs in self.last_logprobs)
+        self.is_done = all(logprobs is not None for logprobs in self._last_logprobs)
         if self._is_lockstep and predicted and len(predicted[0][0]):
             self._advance_in_lockstep(predicted)
         elif self._follows_evidence and self.is_done and not self._is_lockstep:
             self._follow(self._common_evidence())
+
+    @property
+    def last_logprobs(self) -> list[torch.Tensor]:
+        """After the last token, (V,) per member. The prompt must have been read."""
+        assert self.is_done, "the prompt has been read"
+        return [logprobs for logprobs in self._last_logprobs if logprobs is not None]
 
     @property
     def _scores_all(self) -> bool:
@@ -157,7 +163,9 @@ class Prompt:
                 self.caches[index] = RowCache((self._prefixes.segment(self._keys[index], blocks, end),))
             self._prefixes.count_hit(self.members[index].name, end - begin)
             if self._follows_evidence:
-                judged = np.concatenate([block.evidence for block in blocks])[begin + 1 : end + 1]
+                evidence = [block.evidence for block in blocks if block.evidence is not None]
+                assert len(evidence) == len(blocks), "the blocks were looked up with their evidence"
+                judged = np.concatenate(evidence)[begin + 1 : end + 1]
                 self._evidence[index].append(judged)
                 gained.append(judged)
         if gained and self._shares_weights_path:

@@ -25,8 +25,7 @@ from dataclasses import dataclass
 
 from ensemble_server.ensembles.errors import OverloadedError
 from ensemble_server.server.engines.transformers_engine.attention import Span
-from ensemble_server.server.engines.transformers_engine.choice import LiveChoice
-from ensemble_server.server.engines.transformers_engine.generation import Generation
+from ensemble_server.server.engines.transformers_engine.generation import Choice, Generation
 from ensemble_server.server.engines.transformers_engine.job import Job
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.pace import Pace
@@ -40,7 +39,7 @@ class Work:
     """What one step does for a choice, or for what a job reads (`choice` None): rows of its members."""
 
     job: Job
-    choice: LiveChoice | None
+    choice: Choice | None
     spans: Sequence[tuple[Member, Span]]
 
     @property

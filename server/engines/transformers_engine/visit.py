@@ -26,8 +26,6 @@ Visitor = Callable[[torch.Tensor, torch.Tensor], None]  # (logprobs (K, t, V) fl
 class Visit(Job):
     """Reads `token_ids` but for the last, which predicts nothing. Its one event is None, when all has been shown."""
 
-    num_places = 1
-
     def __init__(
         self,
         members: Sequence[Member],
@@ -41,6 +39,10 @@ class Visit(Job):
         self._token_ids = token_ids
         self._visit = visit
         self._caches: list[RowCache] = []
+
+    @property
+    def num_places(self) -> int:
+        return 1
 
     @property
     def is_reading(self) -> bool:

@@ -85,7 +85,7 @@ class VllmChoice:
         token = describe(self._surface, token_id, logprobs, self._num_top or 0, previous=self._text.last_token)
         if self._explained_as is None:
             return token
-        return replace(token, members={self._explained_as: MemberToken(token.logprob, 1.0)})
+        return replace(token, members={self._explained_as: MemberToken(logprobs[token_id].logprob, 1.0)})
 
 
 def describe(
@@ -101,8 +101,8 @@ def describe_prompt(
     surface: Surface, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob] | None], num_top: int
 ) -> tuple[TokenLogprob, ...]:
     """The tokens of a prompt; the first has no log-probability, since nothing predicts it."""
-    pairs = zip(token_ids[1:], logprobs[1:], strict=True)
-    return (
-        report(surface, token_ids[0], None),
-        *(describe(surface, token_id, known, num_top) for token_id, known in pairs),
-    )
+    tokens = [report(surface, token_ids[0], None)]
+    for token_id, known in zip(token_ids[1:], logprobs[1:], strict=True):
+        assert known is not None, "every token but the first is predicted"
+        tokens.append(describe(surface, token_id, known, num_top))
+    return tuple(tokens)

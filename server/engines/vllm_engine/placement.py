@@ -19,6 +19,7 @@ from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.ensembles.method import MethodConfig
 from ensemble_server.ensembles.probability_averaging import AUTO, ProbabilityAverage, mixture_of
 from ensemble_server.server.config.blocks import HostedModel, ModelEntry
+from ensemble_server.server.config.values import Dtype
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Weights:
     """What makes two members the same to vLLM: they differ in their views of text at most."""
 
     checkpoint: Path
-    dtype: str  # as in the config
+    dtype: Dtype  # as in the config
     adapter: Path | None = None
 
 

@@ -50,8 +50,10 @@ def stat_logger(members: Sequence[str], clock: StepClock, on_step: Callable[[Ste
         ) -> None:
             if scheduler_stats is None:
                 return
-            num_running, num_waiting = scheduler_stats.num_running_reqs, scheduler_stats.num_waiting_reqs
-            num_tokens = num_cached = 0
+            num_running: int = scheduler_stats.num_running_reqs
+            num_waiting: int = scheduler_stats.num_waiting_reqs
+            num_tokens: int = 0
+            num_cached: int = 0
             if iteration_stats is not None:
                 prompts = iteration_stats.prompt_token_stats
                 num_tokens = prompts.computed + iteration_stats.num_generation_tokens

@@ -24,7 +24,9 @@ def with_weights(text: str, model: str, weights: Mapping[str, float]) -> str:
     root, entry = _entry(text, model)
     members = _value(entry, "members", f"models.{model}")
     _check_alone(root, [entry, members], model)
-    edits = _member_edits(text, _key(entry, "members"), members, weights, model)
+    key = _key(entry, "members")
+    assert key is not None, "`members` has a value, so it is a key of the entry"
+    edits = _member_edits(text, key, members, weights, model)
     numbers = {name: float(_number(weight)) for name, weight in weights.items()}
     return _edited(text, root, model, edits, {"members": numbers})
 
@@ -33,6 +35,7 @@ def with_share(text: str, model: str, share: float) -> str:
     """`text`, a config, with this share for the posterior pool `models.<model>`. Raises as `with_weights` does."""
     root, entry = _entry(text, model)
     _check_alone(root, [entry], model)
+    assert isinstance(entry, yaml.MappingNode), "a model with a share is a map of its keys"
     return _edited(text, root, model, [_share_edit(entry, share, model)], {"share": float(_number(share))})
 
 
@@ -71,6 +74,7 @@ def _member_edits(
         for name, weight in members.value:
             yield weight.start_mark.index, weight.end_mark.index, _number(weights[name.value])
         return
+    assert isinstance(members, yaml.SequenceNode), "what names the members is a map or a list"
     for item in members.value:
         quoted = text[item.start_mark.index : item.end_mark.index]
         new = f"{quoted}: {_number(weights[item.value])}"

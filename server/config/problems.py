@@ -32,6 +32,7 @@ def nearest(name: str, known: Collection[str]) -> str:
 
 def _sentence(details: ErrorDetails, block: type[BaseModel], data: Any, at: str) -> str:
     keys = _keys(details, data)
+    context = details.get("ctx", {})
     path = ".".join([at, *map(str, keys)]) if at else ".".join(map(str, keys))
     match details["type"]:
         case "extra_forbidden":
@@ -39,13 +40,13 @@ def _sentence(details: ErrorDetails, block: type[BaseModel], data: Any, at: str)
         case "missing":
             return f"{path}: is required"
         case "value_error":
-            return f"{path}: {details['ctx']['error']}"
+            return f"{path}: {context['error']}"
         case "model_type" | "dict_type" | "model_attributes_type":
             return f"{path}: must be a map of keys, got {_short.repr(details['input'])}"
     rule = re.sub(r"^(Input|String|List|Tuple|Dictionary|Value) should ", "must ", details["msg"])
     hint = ""
     if details["type"] == "literal_error" and isinstance(details["input"], str):
-        choices = re.findall(r"'([^']*)'", details["ctx"]["expected"])
+        choices = re.findall(r"'([^']*)'", context["expected"])
         near = get_close_matches(details["input"], choices, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"{path}: {rule}, got {_short.repr(details['input'])}{hint}"
@@ -55,14 +56,18 @@ def _keys(details: ErrorDetails, data: Any) -> list[str | int]:
     """The part of pydantic's location that is in the YAML too: it also names the branches of unions it tried."""
     keys: list[str | int] = []
     for step in details["loc"]:
-        in_map = isinstance(data, Mapping) and step in data
-        in_list = isinstance(data, list) and isinstance(step, int) and step < len(data)
-        if in_map or in_list:
+        if _holds(data, step):
             data = data[step]
         elif not (details["type"] == "missing" and step == details["loc"][-1]):
             continue
         keys.append(step)
     return keys
+
+
+def _holds(data: Any, step: int | str) -> bool:
+    if isinstance(data, Mapping):
+        return step in data
+    return isinstance(data, list) and isinstance(step, int) and step < len(data)
 
 
 def _known_keys(block: type[BaseModel], keys: list[str | int]) -> set[str]:

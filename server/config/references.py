@@ -62,7 +62,8 @@ def nesting_problems(models: Mapping[str, ModelEntry], limits: ServerConfig) -> 
     for name in TopologicalSorter(graph).static_order():
         depth[name] = 1 + max(depth[part] for part in graph[name]) if graph[name] else 0
         reach[name] = sum(reach[part] for part in graph[name]) if graph[name] else 1
-        calls[name] = models[name].num_calls(calls) if isinstance(models[name], MethodConfig) else 1
+        model = models[name]
+        calls[name] = model.num_calls(calls) if isinstance(model, MethodConfig) else 1
         if depth[name] == limits.max_depth + 1:  # the first too deep: all that contain it are, too
             problems.append(f"models.{name}: is {depth[name]} ensembles deep, server.max_depth is {limits.max_depth}")
         if reach[name] > limits.max_fan_out:

@@ -96,7 +96,7 @@ class _StrictLoader(yaml.SafeLoader):
         # Building values depth first makes PyYAML refuse one that contains itself, instead of building the loop.
         self.deep_construct = True
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # a name or None, but PyYAML's stubs say a dict
         node = super().compose_mapping_node(anchor)
         firsts: dict[tuple[str, str], yaml.ScalarNode] = {}
         for key, _ in node.value:

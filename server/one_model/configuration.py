@@ -40,4 +40,5 @@ class EnsembleConfig(PreTrainedConfig):
     @property
     def mixture(self) -> Mixture:
         """Weights by member's name, pool and share. Raises `ValueError` if they do not fit each other."""
-        return mixture_of({member["name"]: member["weight"] for member in self.members}, self.pool, self.share)
+        share: Any = self.share  # a word other than "auto" is refused with the rest
+        return mixture_of({member["name"]: member["weight"] for member in self.members}, self.pool, share)

@@ -25,7 +25,7 @@ class EvidenceLayer(DynamicLayer):
     def __init__(self, prior: np.ndarray, share: following.Share) -> None:
         super().__init__()
         self._prior = prior
-        self._share = share
+        self._share: following.Share = share
 
     def follow(self, token_ids: torch.Tensor, is_judged: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
         """The weights that predict the token after each of `token_ids`: (B, T, K) float64 on the CPU.

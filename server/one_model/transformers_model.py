@@ -117,7 +117,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logprobs, weights = logprobs[:, :, keep], weights[:, keep]
         rows = weights.flatten(0, 1).T.to(logprobs.device, torch.float32)  # (K, B * T)
-        logits = pool(self.mixture.pool, logprobs.flatten(1, 2), rows).unflatten(0, logprobs.shape[1:3])
+        logits: Any = pool(self.mixture.pool, logprobs.flatten(1, 2), rows).unflatten(0, logprobs.shape[1:3])
         loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size) if labels is not None else None
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ensemble_server.ensembles.errors import ModelLoadError
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
 
 # What a LoRA config can ask for beyond y = W x + B A x: other formulas, weights besides A and B, changed base layers.
 _BEYOND_PLAIN_LORA = (
@@ -28,8 +25,11 @@ _BEYOND_PLAIN_LORA = (
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def refuse_beyond_plain_lora(name: str, config: PeftConfig) -> None:
-    """Raises `ModelLoadError` if the adapter `name` asks for anything that y = W x + B A x · scaling cannot give."""
+def refuse_beyond_plain_lora(name: str, config: Any) -> None:
+    """Raises `ModelLoadError` if the adapter `name` asks for anything that y = W x + B A x · scaling cannot give.
+
+    config: a `PeftConfig`; what else it has depends on its type.
+    """
     if config.peft_type != "LORA":
         raise ModelLoadError(f"adapter {name!r} is of type {config.peft_type.value}; only LoRA adapters are supported")
     for feature in _BEYOND_PLAIN_LORA:

@@ -19,9 +19,10 @@ def load_causal_lm(folder: Path, *, device: str | None = None, **settings: Any) 
     if device is not None and quantisation_of(folder) is not None:  # such weights are made on their device
         settings, device = {**settings, "device_map": {"": device}}, None
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, **settings
         )
+        model, report = loaded  # a pair, since its report was asked for
         if device is not None:
             model = model.to(device)
     except Exception as exc:  # transformers and its packages raise what they like: damage comes as a dozen types

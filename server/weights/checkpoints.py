@@ -282,8 +282,9 @@ def _load_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
         if hasattr(model, mark):
             delattr(model, mark)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    config: Any = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     _restore_digit_splitting(gguf, tokenizer)
     return model, tokenizer
 
@@ -300,7 +301,7 @@ def _restore_digit_splitting(gguf: Path, tokenizer: PreTrainedTokenizerBase) -> 
     field = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
     if field is None or field.contents() not in {"smollm", "starcoder", "refact", "command-r"}:
         return
-    backend = tokenizer.backend_tokenizer
+    backend: Any = tokenizer.backend_tokenizer  # of the `tokenizers` package
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
     )

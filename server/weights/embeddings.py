@@ -88,7 +88,9 @@ class SentenceEmbedder:
     @property
     def dim(self) -> int:
         """Length of a vector. Loads the model if it is not yet there."""
-        return self._loaded.model.get_embedding_dimension()
+        dim = self._loaded.model.get_embedding_dimension()
+        assert dim is not None, "a model that makes vectors knows how long they are"
+        return dim
 
     def _embed(self, texts: list[str]) -> np.ndarray:
         model = self._loaded.model

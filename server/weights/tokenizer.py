@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -70,7 +71,8 @@ class Vocabulary:
 
         Byte-level and byte-fallback vocabularies have exact bytes; others (WordPiece, WordLevel) decode in context.
         """
-        token = self.tokenizer.convert_ids_to_tokens(token_id)
+        tokenizer: Any = self.tokenizer  # its types leave open what only lists of ids give: lists of texts
+        token = tokenizer.convert_ids_to_tokens(token_id)
         if token is None:  # an id between the vocabulary's tokens that no token has
             return b""
         match self._decoder_kind:
@@ -84,9 +86,9 @@ class Vocabulary:
                     return bytes([int(token[3:5], 16)])
                 return token.replace("▁", " ").encode()
         if previous is None:
-            return self.tokenizer.decode([token_id]).encode()
-        before = self.tokenizer.decode([previous])
-        return self.tokenizer.decode([previous, token_id])[len(before) :].encode()
+            return tokenizer.decode([token_id]).encode()
+        before = tokenizer.decode([previous])
+        return tokenizer.decode([previous, token_id])[len(before) :].encode()
 
     def token_bytes(self) -> list[bytes]:
         """What each id adds to a text, b"" for those that stand for none (special tokens, ids that no token has).

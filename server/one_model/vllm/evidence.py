@@ -188,7 +188,7 @@ class Evidence(nn.Module):
         sums_before = (sums - gains)[starts] - torch.where(is_continued, kept_log_likelihoods, 0.0)
         log_likelihoods = sums - sums_before[request]
         path = None
-        if self._share:
+        if kept_weights is not None:
             path = self._path(table, torch.where(is_continued, kept_weights, self._prior), gains, is_judged)
         self._keep(table.slots[:num_tokens], hidden, log_likelihoods, path)
         return self._weighted(columns, log_likelihoods, path, table, num_tokens)

@@ -84,11 +84,10 @@ class EnsembleForCausalLM(nn.Module):
         for backbone in self._backbones():
             parts |= zip(backbone.members, backbone(input_ids, positions), strict=True)
         hidden = [parts[index] for index in range(len(self._widths))]
-        if columns is None:
-            columns = self._columns(len(input_ids))
+        wanted: torch.Tensor = self._columns(len(input_ids)) if columns is None else columns
         if self.evidence is not None:
-            columns = self.evidence(input_ids, positions, hidden, columns)
-        return packed(hidden, columns)
+            wanted = self.evidence(input_ids, positions, hidden, wanted)
+        return packed(hidden, wanted)
 
     def compute_logits(self, rows: torch.Tensor) -> torch.Tensor | None:
         """rows: (N, sum of widths and columns). -> (N, V) float32; None on ranks where vLLM gathers no logits."""

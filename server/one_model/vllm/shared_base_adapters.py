@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,7 +19,6 @@ from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.server.weights.adapters import refuse_beyond_plain_lora
 
 if TYPE_CHECKING:
-    from peft.tuners.lora import LoraLayer
     from transformers import PreTrainedConfig
 
 
@@ -75,8 +74,8 @@ def _keys(path: str) -> tuple[str, str]:
     return f"base_model.model.{path}.lora_A.weight", f"base_model.model.{path}.lora_B.weight"
 
 
-def _low_rank(name: str, path: str, layer: LoraLayer, weights: Mapping[str, torch.Tensor]) -> LowRank:
-    """layer: PEFT's, whose shapes and scaling count; its weights are empty."""
+def _low_rank(name: str, path: str, layer: Any, weights: Mapping[str, torch.Tensor]) -> LowRank:
+    """layer: PEFT's `LoraLayer`, whose shapes and scaling count; its weights are empty."""
     if layer.lora_embedding_A:
         raise ModelLoadError(
             f"adapter of member {name!r} changes {path}, an embedding; "

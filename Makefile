@@ -36,10 +36,11 @@ test: .venv/test.stamp ## install what the tests need and run the fast ones; ARG
 test-slow: .venv/test.stamp ## run the tests that load the demo's models
 	$(PYTEST) -m "slow and not vllm" $(ARGS)
 
-lint: .venv/test.stamp ## check style, format and the direction of imports
+lint: .venv/test.stamp ## check style, format, the direction of imports, and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/basedpyright
 
 vllm-env: .venv-vllm/env.stamp ## install the CPU build of vLLM into .venv-vllm
 

@@ -52,14 +52,6 @@ def read_documents(path: Path, *, min_bytes: int = MIN_DOCUMENT_BYTES) -> Docume
     return documents
 
 
-def read_switching(files: Mapping[str, Path], *, piece_bytes: int = PIECE_BYTES) -> Documents:
-    """`switching_text` of whole files, domain -> file. Raises `ConfigError` if one cannot be read or is empty."""
-    texts = {}
-    for domain, path in files.items():
-        texts[domain] = "".join(read_documents(path).texts)
-    return switching_text(texts, piece_bytes=piece_bytes)
-
-
 def _read(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")

@@ -20,6 +20,8 @@ from ensemble_server.server.batch.running.runner import Progress, run
 from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.hosting import Hosting
 
+pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")  # Ray's, of its own settings
+
 LOCAL = RayOptions(workers=2, cpus=0.5, rows_per_batch=4, init={"num_cpus": 2, "object_store_memory": 80 * 2**20})
 
 

@@ -296,8 +296,9 @@ def test_a_killed_comparison_goes_on_with_the_arm_it_was_at(tmp_path, tiny):
     assert stopped_once_something_is_measured(plan, out, signal.SIGKILL).returncode == -signal.SIGKILL
     kept = json.loads((out / "arms" / "base.json").read_bytes())["text"]
     results, heard = run(plan, out)
+    again = [stage for stage in heard.measured if not stage.endswith("(null check)")]  # a figure of its own
     for text in kept:
-        assert not any(stage.startswith(f"text {text}: ") and "base" in stage for stage in heard.measured)
+        assert not any(stage.startswith(f"text {text}: ") and "base" in stage for stage in again)
         assert json.loads((out / "arms" / "base.json").read_bytes())["text"][text] == kept[text]
     assert results.arms["mix"].error is None and set(results.arms["mix"].text) == {"verse", "mixed", "code"}
 

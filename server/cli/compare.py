@@ -122,9 +122,11 @@ class _Lines:
 
 
 def _summary(results: Results) -> str:
-    """A line per arm: its figures and the verdicts on them; one mean instead of several texts."""
+    """The best of each kind, then a line per arm: its figures and the verdicts on them; one mean for several texts."""
+    from ensemble_server.server.compare.report.headline import headline
+
     width = max(len(name) for name in results.arms)
-    return "\n".join(f"{name:<{width}}  {_figures(arm)}" for name, arm in results.arms.items())
+    return "\n".join([*headline(results), *(f"{name:<{width}}  {_figures(arm)}" for name, arm in results.arms.items())])
 
 
 def _figures(arm: ArmResult) -> str:

@@ -13,6 +13,7 @@ from ensemble_server.ensembles.comparison.paired import influence_on_difference
 from ensemble_server.ensembles.comparison.pass_at_k import pass_at_k
 from ensemble_server.ensembles.comparison.proportions import wilson
 from ensemble_server.ensembles.comparison.replicates import crossed_ratio_difference
+from ensemble_server.server.compare.analysis.best_of_kinds import best_of_kinds
 from ensemble_server.server.compare.analysis.null_check import check_of_neighbours, null_check
 from ensemble_server.server.compare.analysis.pairing import (
     Counted,
@@ -122,6 +123,7 @@ def compute_results(
         arms=results,
         texts={text: identity for text in texts if (identity := _text_identity(text, file, of_arms)) is not None},
         tasks={task: identity for task in tasks if (identity := _task_identity(task, file, of_arms)) is not None},
+        best_of_kinds=tuple(best_of_kinds(of_arms, counted, rules)),
         null_checks=tuple(_null_checks(baseline, [*of_arms.values()], texts, tasks, rules)),
         mean_over=mean_over,
         left_out=left_out,

@@ -167,6 +167,29 @@ class ArmResult(Part):
     error: str | None = None
 
 
+class BestOfKinds(Part):
+    """The best arm of a kind against the best of another, both chosen on the measured items.
+
+    `kind`, `other_kind`: "member" means remote ones, too. `difference`: of the figures, `arm` less `other`. `ci` pays
+    for the choice: it is taken at `level`, at which the intervals of all `num_pairs` pairs hold together with the
+    confidence of `statistics.alpha`. `measure`: "mean text", "mean task", "text NAME" or "task NAME".
+    """
+
+    measure: str
+    kind: ArmKind
+    arm: str
+    other_kind: ArmKind
+    other: str
+    higher_is_better: bool
+    figure: float
+    other_figure: float
+    difference: float
+    ci: Interval | None
+    level: float
+    num_pairs: int
+    verdict: Verdict
+
+
 class NullCheck(Part):
     """The baseline against itself: where nothing differs, does the test claim that something does?
 
@@ -242,6 +265,7 @@ class Results(Part):
     arms: Mapping[str, ArmResult]
     texts: Mapping[str, MeasureIdentity] = Field(default_factory=dict)
     tasks: Mapping[str, MeasureIdentity] = Field(default_factory=dict)
+    best_of_kinds: tuple[BestOfKinds, ...] = ()
     null_checks: tuple[NullCheck, ...] = ()
     flips: tuple[Flip, ...] = ()
     notes: tuple[str, ...] = ()

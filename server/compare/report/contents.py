@@ -9,6 +9,7 @@ from typing import Any
 from ensemble_server.server.compare.kept.results import ArmResult, Flip, Results, Timing
 from ensemble_server.server.compare.report import words
 from ensemble_server.server.compare.report.families import Family, Quality, families
+from ensemble_server.server.compare.report.headline import BEST, gain, gain_interval, headline
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Report:
-    """`summary`: paragraphs; `quality`, `details`: tables of results and of how they came to be; `flips`: by arm."""
+    """`headline`: the best of each kind, a sentence each; `summary`: paragraphs; `quality`, `details`: tables of
+    results and of how they came to be; `flips`: by arm."""
 
     title: str
     baseline: str
+    headline: Sequence[str]
     summary: Sequence[str]
     quality: Sequence[Table]
     cost: Table | None
@@ -51,12 +54,14 @@ def contents(results: Results) -> Report:
     return Report(
         title=results.title or f"Comparison with {results.baseline}",
         baseline=results.baseline,
+        headline=headline(results),
         summary=[" ".join(_summary(results, family)) for family in kinds],
-        quality=[table for family in kinds for table in (_ranking(results, family), _by_measure(results, family))],
+        quality=quality_tables(results),
         cost=_cost(results),
         details=[
             table
             for table in (
+                _best_of_kinds(results),
                 _choices(results),
                 _replicates(results),
                 _null_checks(results),
@@ -124,6 +129,12 @@ def _reading(results: Results) -> list[str]:
         "the margin. Inconclusive: neither, so both nothing and a difference that matters are possible.",
         "Bits per byte are better low, scores better high. Answers that failed or are missing count as wrong.",
     ]
+
+
+def quality_tables(results: Results) -> list[Table]:
+    """The ranking and the measures one by one, of texts and of tasks."""
+    kinds = families(results)
+    return [table for family in kinds for table in (_ranking(results, family), _by_measure(results, family))]
 
 
 # --- quality -----------------------------------------------------------------------------------------------------
@@ -253,6 +264,33 @@ def _timing(timing: Timing | None, digits: int) -> str:
     else:
         known = words.interval(timing.ci, digits)
     return f"{words.number(timing.median, digits)} ({known})"
+
+
+# --- the best of each kind -----------------------------------------------------------------------------------------
+
+
+def _best_of_kinds(results: Results) -> Table:
+    rows = [
+        [
+            found.measure,
+            f"{found.arm} ({BEST[found.kind]})",
+            words.number(found.figure),
+            f"{found.other} ({BEST[found.other_kind]})",
+            words.number(found.other_figure),
+            words.signed(gain(found)),
+            words.interval(gain_interval(found), is_signed=True),
+            words.with_sign(found.verdict),
+            f"{found.num_pairs} pairs, each at {100 * found.level:.4g}%",
+        ]
+        for found in results.best_of_kinds
+    ]
+    return Table(
+        "The best of each kind",
+        "Chosen on these very items, so the interval pays for the choice: it is taken at the level at which the "
+        "intervals of all pairs of the two kinds hold together. A gain above zero is better.",
+        ["measure", "best", "its figure", "against", "its figure", "gain", "interval", "verdict", "the choice"],
+        rows,
+    )
 
 
 # --- how it came to be -------------------------------------------------------------------------------------------

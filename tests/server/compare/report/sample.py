@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ensemble_server.server.compare.kept.results import (
     ArmResult,
+    BestOfKinds,
     Choice,
     Cost,
     Difference,
@@ -141,6 +142,38 @@ def sample() -> Results:
         },
         texts={name: MeasureIdentity(num_items=32, sha256="ab" * 32, source=f"{name}_test.txt") for name in BASE_BPB},
         tasks={"sums": MeasureIdentity(num_items=80, sha256="cd" * 32, source="sums.jsonl", metric="numeric")},
+        best_of_kinds=(
+            BestOfKinds(
+                measure="mean text",
+                kind="ensemble",
+                arm="adaptive",
+                other_kind="merge",
+                other="linear",
+                higher_is_better=False,
+                figure=1.164,
+                other_figure=1.187,
+                difference=-0.023,
+                ci=(-0.034, -0.012),
+                level=0.984,
+                num_pairs=6,
+                verdict="better",
+            ),
+            BestOfKinds(
+                measure="mean task",
+                kind="ensemble",
+                arm="adaptive",
+                other_kind="member",
+                other="code",
+                higher_is_better=True,
+                figure=0.51,
+                other_figure=0.33,
+                difference=0.18,
+                ci=(0.03, 0.33),
+                level=0.962,
+                num_pairs=2,
+                verdict="better",
+            ),
+        ),
         null_checks=(
             NullCheck(
                 measure="text code",

@@ -140,6 +140,35 @@ def test_a_comparison_in_which_everything_failed_has_a_report(tmp_path: Path) ->
     assert "no arm has a figure" in page.text
 
 
+def test_the_best_ensemble_against_the_best_merge_is_the_first_thing_said(folder: Path, page: Page) -> None:
+    text = re.sub(r"\s+", " ", page.text)
+    first = (
+        "Texts: best ensemble adaptive against best merge linear: gain +0.023 bits per byte (+0.012 to +0.034), "
+        "better; price: 2.4 times the time per answer token, the same weights."
+    )
+    assert text.index(first) < text.index("quality against cost") < text.index("Texts: adaptive has the best mean")
+    markdown = (folder / "report.md").read_text(encoding="utf-8")
+    assert markdown.index(first) < markdown.index("![") < markdown.index("| place |")
+
+
+def test_the_report_says_what_its_mean_leaves_out_and_why(tmp_path: Path) -> None:
+    left_out = {
+        "text shakespeare": "crowd and 1 more has no figure: model 'crowd' gives text, not probabilities",
+        "task essays": "is better low, the others high",
+    }
+    results = sample().model_copy(
+        update={"mean_over": {"text": ("code", "jargon"), "task": ("sums",)}, "left_out": left_out}
+    )
+    write_report(results, tmp_path)
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    text = re.sub(r"\s+", " ", page.text)
+    assert f"The mean leaves out shakespeare: {left_out['text shakespeare']}." in text
+    assert "The mean leaves out essays: is better low, the others high." in text
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "The mean leaves out shakespeare: crowd and 1 more has no figure" in markdown
+    assert "no arm has a figure" not in markdown
+
+
 def test_a_fence_is_longer_than_any_in_its_text() -> None:
     assert fenced("a ```` b").startswith("`````text\n")
 

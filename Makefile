@@ -21,7 +21,7 @@ VLLM_PYTEST := HF_HUB_OFFLINE=1 $(VLLM_BIN)/python -m pytest -m vllm -W default
 VLLM_CLIENTS := tests/clients/test_openai.py tests/clients/test_batches.py
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-slow lint vllm-env test-vllm reference constraints vllm-pins clean
+.PHONY: help serve test test-slow lint docs vllm-env test-vllm reference constraints vllm-pins clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,10 @@ lint: .venv/test.stamp ## check style, format, the direction of imports, and typ
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright
+
+docs: .venv/test.stamp ## build the documentation as a site, build/site; a warning is an error
+	$(BIN)/python -m docs.assemble
+	$(BIN)/zensical build --clean --strict
 
 vllm-env: .venv-vllm/env.stamp ## install the CPU build of vLLM into .venv-vllm
 
@@ -92,7 +96,7 @@ endif
 
 .venv/test.stamp: .venv/demo.stamp
 	@echo "Installing what the tests need ..."
-	@$(INSTALL) -e '.[demo,test]'
+	@$(INSTALL) -e '.[demo,docs,test]'
 	@touch $@
 
 .venv-vllm/env.stamp: pyproject.toml constraints.txt constraints-vllm.txt

@@ -21,6 +21,7 @@ EXTRAS = {
     "tables": "batch jobs over Parquet files",
     "ray": "batch jobs on a Ray cluster",
     "compare": "weight merges, plots and lm-evaluation-harness in comparisons",
+    "docs": "the documentation as a site",
     "test": "running the tests",
 }
 

@@ -18,6 +18,7 @@ from ensemble_server.server.config.values import (
     EmbeddedEngine,
     LocalPath,
     Price,
+    Reasoning,
     Seconds,
     TemplateText,
     Tokens,
@@ -72,7 +73,7 @@ class HostedModel(Block):
     chat_template_kwargs: dict[str, Any] = Field(
         default={}, description="what else the template is told in every chat, such as `enable_thinking: false`"
     )
-    reasoning: Literal["auto", "off"] | ThinkingMarkers = Field(
+    reasoning: Reasoning | ThinkingMarkers = Field(
         default="auto",
         description="whether thoughts come apart from the answer, as reasoning_content: auto (if the template has "
         'markers of thoughts), off, or {start: "<think>", end: "</think>"}',

@@ -100,3 +100,11 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Tokens = Annotated[Count, Unit("tokens")]
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False), Unit("currency per million tokens")]
+
+
+def _off(value: Any) -> Any:
+    return "off" if value is False else value
+
+
+# YAML 1.1 reads a bare `off` as false.
+Reasoning = Annotated[Literal["auto", "off"], BeforeValidator(_off)]

@@ -37,8 +37,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         sys.modules.pop(module, None)
 
 
-def code_of_the_page() -> str:
-    found = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+def code_of_the_page(language: str = "python") -> str:
+    found = re.search(rf"```{language}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert found is not None
     return found.group(1)
 
@@ -64,6 +64,8 @@ def test_a_config_may_name_it(install: Callable, tmp_path: Path) -> None:
         "models:\n  a: {url: 'http://127.0.0.1:9/v1'}\n  q: {method: first_to_answer, members: [a], min_words: 3}\n"
     )
     assert load_config(file).models["q"].min_words == 3
+    file.write_text(code_of_the_page("yaml"))
+    assert load_config(file).models["quick"].min_words == 3
 
 
 def test_names_of_this_package_are_not_replaced(install: Callable) -> None:

@@ -147,6 +147,13 @@ def test_relative_paths_start_at_the_configs_folder(tmp_path: Path, monkeypatch:
     assert models["tuned"].adapter == str(tmp_path / "org" / "name")
 
 
+def test_reasoning_may_be_off_as_yaml_writes_it(tmp_path: Path) -> None:
+    for written in ("off", "'off'"):  # a bare one is false in YAML 1.1
+        config = parsed(tmp_path, f"models: {{a: {{path: org/name, reasoning: {written}}}}}")
+        assert config.models["a"].reasoning == "off"
+    assert "must be 'auto' or 'off', got True" in entry_problem(tmp_path, "{path: org/name, reasoning: on}")
+
+
 def test_a_chat_template_may_be_a_file(tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text("{{ messages }}", encoding="utf-8")
     text = "models: {a: {path: org/name, chat_template: t.jinja}, b: {base: a, chat_template: '{{ x }}'}}"

@@ -9,7 +9,8 @@ a weak one copies a proposal or loses the thread. Cost: members x samples x laye
 which reads all proposals. Only the aggregator streams, so the first token comes after the slowest proposer. Needs: any
 models. Several choices (n) are written by the aggregator from the same proposals.
 
-What members thought before they answered is not passed on (`ensembles.thoughts`).
+What members thought before they answered is not passed on (`ensembles.thoughts`). Proposals that call tools are passed
+on as `name({"argument": value})`; whether to call is the aggregator's decision, which has the tools as well.
 
 Related: crowd_vote, which picks a proposal and writes nothing; exchange_of_thought, where all read each other.
 
@@ -34,8 +35,8 @@ from ensemble_server.ensembles.errors import DeadlineError
 from ensemble_server.ensembles.fan_out import Outcome, answered_members, fan_out, total_usage
 from ensemble_server.ensembles.method import Services
 from ensemble_server.ensembles.text_level import EmbeddingNeed, TextLevel
-from ensemble_server.ensembles.thoughts import without_thoughts
 from ensemble_server.ensembles.voting.similarity import SimilarityBlend
+from ensemble_server.ensembles.voting.tool_calls import called, said
 
 INSTRUCTION = (
     "Several answers to the request were proposed independently; they are numbered here. They may be wrong, incomplete"
@@ -43,12 +44,20 @@ INSTRUCTION = (
     " that is better than each of them. Write only that answer, without mentioning the proposals."
 )
 
+ABOUT_CALLS = (
+    "Proposals written as name(arguments) call that function. If a function is to be called now, call it yourself; a"
+    " description of the call is no answer."
+)
 
-def fused(request: GenerationRequest, proposals: Sequence[str], instruction: str) -> GenerationRequest:
+
+def fused(
+    request: GenerationRequest, proposals: Sequence[str], instruction: str, *, have_calls: bool = False
+) -> GenerationRequest:
     """`request` with the numbered proposals in it: after the last message of its user, or before a raw prompt.
 
-    Blank ones are left out; without any, the request stays as it is.
+    Blank ones are left out; without any, the request stays as it is. `have_calls`: whether some of them call tools.
     """
+    instruction = f"{instruction} {ABOUT_CALLS}" if have_calls else instruction
     proposals = [text for text in proposals if text.strip()]
     if not proposals:
         return request
@@ -73,6 +82,7 @@ class _Layer:
 
     outcomes: Sequence[Outcome]
     proposals: Sequence[str]
+    have_calls: bool
     report: Mapping[str, Any] | None
 
 
@@ -125,10 +135,10 @@ class AnswerFusion(TextLevel):
             left_s = None if ends is None else (ends - clock()) / (config.layers - number + 1)
             asked = replace(request, top_logprobs=None)
             if layers:
-                asked = fused(asked, layers[-1].proposals, config.instruction)
+                asked = self._fused(asked, layers[-1], config)
             layers.append(await self._propose(config, replace(asked, deadline_s=left_s)))
 
-        asked = replace(fused(request, layers[-1].proposals, config.instruction), overrides={})
+        asked = replace(self._fused(request, layers[-1], config), overrides={})
         if ends is not None:
             left_s = ends - clock()
             asked = replace(asked, deadline_s=left_s)
@@ -152,6 +162,9 @@ class AnswerFusion(TextLevel):
             trace=self._trace(config, request, layers, done) if request.explain else None,
         )
 
+    def _fused(self, request: GenerationRequest, layer: _Layer, config: Config) -> GenerationRequest:
+        return fused(request, layer.proposals, config.instruction, have_calls=layer.have_calls)
+
     async def _propose(self, config: Config, request: GenerationRequest) -> _Layer:
         """One layer: what the members answer to `request`, ranked and cut if so configured."""
         outcomes = await fan_out(
@@ -161,18 +174,22 @@ class AnswerFusion(TextLevel):
             deadline_s=config.deadline_s(request),
         )
         candidates = [outcome for outcome in outcomes if outcome.answer is not None]
-        proposals = [without_thoughts(outcome.answer.text) for outcome in candidates]
+        choices = [outcome.answer.choices[0] for outcome in candidates]
+        proposals = [said(choice) for choice in choices]
+        have_calls = any(choice.calls for choice in choices)
         if config.top_k is None:
-            return _Layer(outcomes, proposals, None)
+            return _Layer(outcomes, proposals, have_calls, None)
         vote = await hold_vote(
             proposals,
             config.similarity,
             embedder=self.services.embedder,
             weights=[config.members[outcome.call.member] for outcome in candidates],
+            calls=[called(choice) for choice in choices],
         )
         kept = vote.consensus.ranking[: config.top_k]
         report = {"scores": vote.consensus.scores.tolist(), "kept": list(kept)}
-        return _Layer(outcomes, [proposals[index] for index in kept], report)
+        have_calls = any(choices[index].calls for index in kept)
+        return _Layer(outcomes, [proposals[index] for index in kept], have_calls, report)
 
     def _trace(
         self, config: Config, request: GenerationRequest, layers: Sequence[_Layer], done: Done

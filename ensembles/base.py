@@ -8,7 +8,7 @@ text; a `DistributionModel` also gives next-token distributions, which probabili
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -59,6 +59,13 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class NamedFunction:
+    """The one function that must be called."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """One request to a model: exactly one of `messages` (chat) and `prompt` (raw text or token ids) is given.
 
@@ -67,6 +74,8 @@ class GenerationRequest:
     `overrides`: the request's `"ensemble"` object less `explain`: weights, pool and what else a request may change.
     `explain`: tell how the answer came to be; `explain_top`: with each member's own most likely tokens, that many.
     `tools`: OpenAI tool definitions that the chat template renders; `template_kwargs`: what else it is told.
+    `tool_choice`: "auto" leaves it to the model whether it calls; "required" and the name of a function do not (where
+    the model is hosted here, `sampling.grammar` forces the call). `parallel_tool_calls`: whether there may be several.
     `deadline_s`: seconds from now after which the model answers with what it has, or raises `DeadlineError`.
     `priority`: lower values are scheduled first; 0 is interactive.
     """
@@ -81,6 +90,8 @@ class GenerationRequest:
     explain: bool = False
     explain_top: int = 0
     tools: tuple[Mapping[str, Any], ...] = ()
+    tool_choice: Literal["auto", "required"] | NamedFunction = "auto"
+    parallel_tool_calls: bool = True
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     truncate_prompt_tokens: int | None = None
     deadline_s: float | None = None
@@ -151,10 +162,22 @@ class PromptScored:
 
 
 @dataclass(frozen=True)
+class ToolCallDelta:
+    """The next piece of tool call `index` of a choice, counted from 0. The first piece has the `name`, and the `id` if
+    the model gave one; `arguments` are joined."""
+
+    index: int
+    name: str | None
+    arguments: str
+    id: str | None = None
+
+
+@dataclass(frozen=True)
 class Delta:
     """The next piece of choice `index`. `text` never breaks inside a UTF-8 character, so it may lag behind `token_ids`.
 
-    `reasoning` is text about how the answer came to be (an exchange's rounds), not part of it. The last delta of a
+    `reasoning` is text about how the answer came to be (an exchange's rounds), not part of it. `calls` are pieces of
+    tool calls, which are no part of the text either; in a delta that has both, the text came first. The last delta of a
     choice has a `finish_reason`; `stop_reason` is then the stop string or stop token id that ended it, if one did.
     """
 
@@ -165,6 +188,7 @@ class Delta:
     reasoning: str = ""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -319,6 +343,16 @@ class Reranker(Protocol):
 # --- reading a whole answer --------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class ToolCall:
+    """A function that a model asks for. `arguments`: a JSON object as the model wrote it, or its beginning if the
+    answer was cut off. `id`: if the model gave one."""
+
+    name: str
+    arguments: str = "{}"
+    id: str | None = None
+
+
 @dataclass
 class Choice:
     """One finished choice of an answer."""
@@ -330,6 +364,11 @@ class Choice:
     tokens: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    calls: list[ToolCall] = field(default_factory=list)
+
+    @property
+    def is_blank(self) -> bool:
+        return not self.text.strip() and not self.calls
 
     def extend(self, delta: Delta) -> None:
         self.text += delta.text
@@ -338,6 +377,12 @@ class Choice:
         self.tokens += delta.tokens
         self.finish_reason = delta.finish_reason or self.finish_reason
         self.stop_reason = delta.stop_reason if delta.stop_reason is not None else self.stop_reason
+        for piece in delta.calls:
+            if piece.name is not None:
+                self.calls.append(ToolCall(piece.name, piece.arguments, piece.id))
+            else:
+                call = self.calls[piece.index]
+                self.calls[piece.index] = replace(call, arguments=call.arguments + piece.arguments)
 
 
 @dataclass(frozen=True)

@@ -54,13 +54,15 @@ def candidates_trace(
             silent.append({"member": call.member, "sample": call.sample, "reason": outcome.reason})
             continue
         choice, done = outcome.answer.choices[0], outcome.answer.done
-        candidate = {
+        candidate: dict[str, Any] = {
             "member": call.member,
             "sample": call.sample,
             "weight": config.members[call.member],
             "text": choice.text,
             "finish_reason": choice.finish_reason,
         }
+        if choice.calls:
+            candidate["calls"] = [{"name": call.name, "arguments": call.arguments} for call in choice.calls]
         candidates.append(candidate if done.trace is None else candidate | {"trace": done.trace})
     return {"candidates": candidates, "silent": silent, "warnings": _warnings(config, request)}
 

@@ -5,7 +5,8 @@
 When it helps: open answers, where no two members write the same but most write about the same. It is rarely far off,
 since an answer that nobody else supports cannot win; it beats a random member, not a member that is known to be best.
 Cost: members x samples answers per reply, at the same time, and none for the vote itself. Needs: any models; and for
-the similarity `embedding` an embedding model. A reply streams as one piece, after the vote.
+the similarity `embedding` an embedding model. A reply streams as one piece, after the vote. Tool calls are alike (1)
+if they are equal (`ensembles.voting.tool_calls`) and else unlike (0), each other and any text.
 
 Related: majority, where answers can be compared as values; ranking, where a judge compares them.
 
@@ -36,6 +37,7 @@ from ensemble_server.ensembles.voting.similarity import (
     cosine_similarity,
     rouge_l,
 )
+from ensemble_server.ensembles.voting.tool_calls import called, with_calls
 
 SIMILARITY_NEEDS = EmbeddingNeed("similarity", "the similarity 'embedding'", "take rouge_l_word")
 
@@ -44,7 +46,8 @@ SIMILARITY_NEEDS = EmbeddingNeed("similarity", "the similarity 'embedding'", "ta
 class HeldVote:
     """A vote that was held: what was compared, how, and what came of it.
 
-    `texts`: what was compared, without thoughts. `matrices`: (n, n) for each similarity, and `matrix` their blend.
+    `texts`: what was compared, without thoughts; calls as `voting.tool_calls` writes them. `matrices`: (n, n) for each
+    similarity, and `matrix` their blend.
     `incomparable`: the candidates that a similarity knows nothing about (blank texts); they are like no other, and
     score 0.
     """
@@ -79,12 +82,15 @@ async def hold_vote(
     embedder: Embedder | None = None,
     weights: Sequence[float] | None = None,
     prune: float | None = None,
+    calls: Sequence[str | None] | None = None,
 ) -> HeldVote:
     """The vote over at least one text, less its thoughts (`ensembles.thoughts`).
 
     `similarity`: of `SIMILARITIES`. `embedder`: needed for "embedding". `weights`, `prune`: as `elect` has them.
+    `calls`: what answers call in place of a text, in canonical form; None for answers in text.
     """
-    texts = [without_thoughts(text) for text in texts]
+    calls = calls or [None] * len(texts)
+    texts = ["" if call is not None else without_thoughts(text) for text, call in zip(texts, calls, strict=True)]
     matrices = {}
     for name in similarity:
         if name == "embedding":
@@ -92,7 +98,10 @@ async def hold_vote(
             matrices[name] = cosine_similarity(texts, await embedder.embed(texts))
         else:
             matrices[name] = await asyncio.to_thread(rouge_l, name, texts)
-    return count(texts, matrices, similarity, weights=weights, prune=prune)
+    if any(call is not None for call in calls):
+        matrices = {name: with_calls(matrix, calls) for name, matrix in matrices.items()}
+    shown = [text if call is None else call for text, call in zip(texts, calls, strict=True)]
+    return count(shown, matrices, similarity, weights=weights, prune=prune)
 
 
 def count(
@@ -148,6 +157,7 @@ class CrowdVote(TextLevel):
             embedder=self.services.embedder,
             weights=[config.members[outcome.call.member] for outcome in candidates],
             prune=config.prune,
+            calls=[called(outcome.answer.choices[0]) for outcome in candidates],
         )
         yield as_delta(candidates[vote.consensus.winner].answer.choices[0])
         trace = None

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ensemble_server.ensembles.base import Delta, Done, Event, GenerationRequest, Usage
+from ensemble_server.ensembles.base import Choice, Delta, Done, Event, GenerationRequest, Usage
 from ensemble_server.ensembles.exchange.agreement import judge, merge_alike, tokens_left
 from ensemble_server.ensembles.exchange.prompts import (
     UNFINISHED,
@@ -48,10 +48,11 @@ from ensemble_server.ensembles.exchange.transcript import (
     minutes,
 )
 from ensemble_server.ensembles.fan_out import Call, Outcome, fan_out, total_usage
-from ensemble_server.ensembles.text_level import EmbeddingNeed, TextLevel, TextLevelConfig, member_request
+from ensemble_server.ensembles.text_level import EmbeddingNeed, TextLevel, TextLevelConfig, as_delta, member_request
 from ensemble_server.ensembles.thoughts import without_thoughts
 from ensemble_server.ensembles.voting.answer_extraction import AnswerKind, extract
 from ensemble_server.ensembles.voting.similarity import cosine_similarity
+from ensemble_server.ensembles.voting.tool_calls import called
 
 Number = TypeVar("Number", int, float)
 
@@ -210,7 +211,7 @@ class ExchangeOfThought(TextLevel):
             yield Delta(0, reasoning=minutes(len(exchange.rounds) - 1, exchange.rounds[-1], exchange.states[-1]))
         reply = exchange.latest(exchange.states[-1].spokesperson)
         assert reply is not None, "the spokesperson has spoken"
-        yield Delta(0, reply.text, finish_reason=reply.finish_reason)
+        yield as_delta(Choice(0, reply.text, finish_reason=reply.finish_reason, calls=list(reply.calls)))
         yield Done(
             total_usage(usages),
             config.method,
@@ -239,15 +240,19 @@ class ExchangeOfThought(TextLevel):
 
     async def _round(self, exchange: _Exchange, outcomes: list[Outcome]) -> Round:
         """What was said, with the answers found in it."""
-        texts = {outcome.call.member: outcome.answer.text for outcome in outcomes if outcome.answer is not None}
-        answers = {name: extract(text, exchange.settings.answer) for name, text in texts.items()}
+        choices = {outcome.call.member: outcome.answer.choices[0] for outcome in outcomes if outcome.answer is not None}
+        answers = {
+            name: extract(choice.text, exchange.settings.answer) for name, choice in choices.items() if not choice.calls
+        }
         if (threshold := exchange.settings.text_threshold) is not None:
             answers = await self._merged(exchange, answers, threshold)
+        answers |= {name: called(choice) for name, choice in choices.items() if choice.calls}
         return Round(
             replies={
                 outcome.call.member: Reply(
                     text=outcome.answer.text,
                     answer=answers[outcome.call.member],
+                    calls=tuple(outcome.answer.choices[0].calls),
                     finish_reason=outcome.answer.choices[0].finish_reason,
                     trace=outcome.answer.done.trace,
                 )
@@ -263,7 +268,7 @@ class ExchangeOfThought(TextLevel):
         self, exchange: _Exchange, answers: Mapping[str, str | None], threshold: float
     ) -> dict[str, str | None]:
         """The answers, each in the spelling of the first one said in this exchange that is alike."""
-        known = [reply.answer for round_ in exchange.rounds for reply in round_.replies.values()]
+        known = [reply.answer for round_ in exchange.rounds for reply in round_.replies.values() if not reply.calls]
         texts = list(dict.fromkeys(answer for answer in (*known, *answers.values()) if answer is not None))
         if not texts:
             return dict(answers)
@@ -321,12 +326,12 @@ def _told(request: GenerationRequest, participant: Participant, exchange: _Excha
         peers = [
             Peer(name, solution, confidence.get(name))
             for name in exchange.settings.hears[participant.name]
-            if (reply := exchange.latest(name)) is not None and (solution := without_thoughts(reply.text)).strip()
+            if (reply := exchange.latest(name)) is not None and (solution := without_thoughts(reply.said)).strip()
         ]
         read = exchange_prompt(peers, exchange.settings.answer)
         last = exchange.latest(participant.name)
         assert last is not None, "whoever fell silent is not asked again"
-        own = without_thoughts(last.text) or UNFINISHED
+        own = without_thoughts(last.said) or UNFINISHED
         if messages is not None:
             messages = round_messages(messages, own, read)
         else:

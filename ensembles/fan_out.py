@@ -168,7 +168,7 @@ class FanOut:
         member = progress.call.member
         try:
             answer = await self._answer(progress)
-            if any(choice.text.strip() for choice in answer.choices):
+            if not all(choice.is_blank for choice in answer.choices):
                 return Answered(progress.call, answer, progress.usage())
             error: EnsembleError = MemberError(member, "the answer is empty")
         except EnsembleError as exc:

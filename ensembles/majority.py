@@ -7,9 +7,10 @@ not. Cost: members x samples answers per reply, less those that early stopping s
 run cannot change the winner, they are cancelled. Needs: any models; samples that differ (a temperature above 0), and
 answers that can be found in the text (`ensembles.voting.answer_extraction`). A reply streams as one piece, at the end.
 
-The reply is the first text that gives the winning answer. With a seed the samples are counted in their own order, so
-that the same text repeats; without one as they arrive, which saves more. If no sample gives an answer, the first is the
-reply.
+The reply is the first text that gives the winning answer. Tool calls are answers like any other: equal calls
+(`ensembles.voting.tool_calls`) are one answer, and a text is another. With a seed the samples are counted in their own
+order, so that the same text repeats; without one as they arrive, which saves more. If no sample gives an answer, the
+first is the reply.
 
 Related: crowd_vote, for answers that cannot be compared as values.
 
@@ -29,6 +30,7 @@ from ensemble_server.ensembles.fan_out import Call, FanOut, Outcome, answered_me
 from ensemble_server.ensembles.text_level import TextLevel, as_delta
 from ensemble_server.ensembles.voting.answer_extraction import AnswerKind, extract
 from ensemble_server.ensembles.voting.majority import PENDING, Vote, agreement, is_decided, plurality, tally
+from ensemble_server.ensembles.voting.tool_calls import called
 
 
 class Majority(TextLevel):
@@ -90,4 +92,6 @@ class Majority(TextLevel):
 
 def _vote(outcome: Outcome, config: Majority.Config) -> str | None:
     """The answer that was given; None for a silent call and for a text without an answer."""
-    return None if outcome.answer is None else extract(outcome.answer.text, config.answer)
+    if outcome.answer is None:
+        return None
+    return called(outcome.answer.choices[0]) or extract(outcome.answer.text, config.answer)

@@ -10,7 +10,8 @@ cross-encoder, or nothing. Needs: a judge that gives next-token distributions (a
 or a sentence-transformers CrossEncoder with one score, or members that give log-probabilities. Log-probabilities of
 members with different tokenizers are per token of each and hardly compare. A reply streams as one piece, at the end.
 
-What members thought before they answered is neither read by the comparer nor counted (`ensembles.thoughts`). A
+What members thought before they answered is neither read by the comparer nor counted (`ensembles.thoughts`). An answer
+that calls tools is compared as `name({"argument": value})`; equal calls are equal answers. A
 comparison that fails counts as a draw; so do those that the request's deadline cuts off.
 
 Reference: Jiang, Ren & Lin, "LLM-Blender: Ensembling large language models with pairwise ranking and generative
@@ -53,6 +54,7 @@ from ensemble_server.ensembles.voting.pairwise import (
     preferences,
     probability_of_first,
 )
+from ensemble_server.ensembles.voting.tool_calls import said
 
 MEMBERS_SHARE = 0.75  # of a request's deadline, what the answers may take; the rest is for comparing them
 
@@ -168,7 +170,7 @@ class Ranking(TextLevel):
     async def _compare(
         self, candidates: Sequence[Answered], config: Config, request: GenerationRequest, left_s: float | None
     ) -> Comparison:
-        texts = [without_thoughts(outcome.answer.text) for outcome in candidates]
+        texts = [said(outcome.answer.choices[0]) for outcome in candidates]
         if config.judge is not None:
             return await compare_by_judge(
                 self.models[config.judge],
@@ -238,7 +240,7 @@ def _with_logprobs(call: Call) -> Call:
 def _silent_without_logprobs(outcome: Outcome) -> Outcome:
     if outcome.answer is None or mean_logprob(outcome.answer.choices[0].tokens) is not None:
         return outcome
-    is_thought = not without_thoughts(outcome.answer.text).strip()
+    is_thought = not said(outcome.answer.choices[0]).strip()
     reason = "the answer holds thoughts only" if is_thought else "the answer came without log-probabilities"
     error = MemberError(outcome.call.member, reason)
     return Silent(outcome.call, error, outcome.usage)

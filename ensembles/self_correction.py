@@ -28,8 +28,9 @@ from ensemble_server.ensembles.base import Answer, Delta, Done, Event, Generatio
 from ensemble_server.ensembles.exchange.prompts import round_messages, round_text
 from ensemble_server.ensembles.exchange.verification import CHECK, REWRITE, verdict
 from ensemble_server.ensembles.fan_out import Call, fan_out, total_usage
-from ensemble_server.ensembles.text_level import TextLevel, TextLevelConfig, member_request
+from ensemble_server.ensembles.text_level import TextLevel, TextLevelConfig, as_delta, member_request
 from ensemble_server.ensembles.thoughts import without_thoughts
+from ensemble_server.ensembles.voting.tool_calls import called, said
 
 StopReason = Literal["found_right", "no_verdict", "silent", "max_rounds", "token_budget", "time"]
 
@@ -45,8 +46,8 @@ class _Course:
 
     @property
     def text(self) -> str:
-        """The answer that stands, without its thoughts."""
-        return without_thoughts(self.answers[-1].text)
+        """The answer that stands, without its thoughts; its tool calls as `voting.tool_calls` writes them."""
+        return said(self.answers[-1].choices[0])
 
     def left_s(self) -> float | None:
         return None if self.ends is None else self.ends - asyncio.get_running_loop().time()
@@ -96,7 +97,7 @@ class SelfCorrection(TextLevel):
         first = await self._asked(request, config, course, "answer", 0, must_answer=True)
         assert first is not None, "without an answer the fan-out raises"
         course.answers.append(first)
-        yield Delta(0, reasoning=f"## Answer\n\n{course.answers[-1].text.strip()}\n\n")
+        yield Delta(0, reasoning=f"## Answer\n\n{_shown(course.answers[-1])}\n\n")
         stop: StopReason | None = None
         for number in range(1, config.max_rounds + 1):
             if (stop := self._limit(config, course)) is not None:
@@ -118,9 +119,9 @@ class SelfCorrection(TextLevel):
                 stop = "silent"
                 break
             course.answers.append(answer)
-            yield Delta(0, reasoning=f"## Answer {number + 1}\n\n{answer.text.strip()}\n\n")
+            yield Delta(0, reasoning=f"## Answer {number + 1}\n\n{_shown(answer)}\n\n")
         choice = course.answers[-1].choices[0]
-        yield Delta(0, choice.text, finish_reason=choice.finish_reason, stop_reason=choice.stop_reason)
+        yield replace(as_delta(choice), reasoning="")
         trace = {"steps": course.steps, "num_answers": len(course.answers), "stop": stop or "max_rounds"}
         yield Done(
             total_usage(course.usages),
@@ -165,11 +166,15 @@ class SelfCorrection(TextLevel):
         )
         course.usages.append(outcomes[0].usage)
         answer = outcomes[0].answer
-        said = {"silent": outcomes[0].reason} if answer is None else {"text": answer.text}
-        course.steps.append({"step": step, "round": number, **said})
+        told = {"silent": outcomes[0].reason} if answer is None else {"text": called(answer.choices[0]) or answer.text}
+        course.steps.append({"step": step, "round": number, **told})
         if answer is not None and answer.done.trace is not None:
             course.steps[-1]["trace"] = answer.done.trace
         return answer
+
+
+def _shown(answer: Answer) -> str:
+    return called(answer.choices[0]) or answer.text.strip()
 
 
 def _checking(request: GenerationRequest, answer: str, check: str) -> GenerationRequest:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, final
 
 from pydantic import Field, ValidationError, model_validator
 
-from ensemble_server.ensembles.base import Choice, Delta, Done, Event, GenerationRequest, Model
+from ensemble_server.ensembles.base import Choice, Delta, Done, Event, GenerationRequest, Model, ToolCallDelta
 from ensemble_server.ensembles.errors import ModelLoadError, RequestError, UnsupportedError
 from ensemble_server.ensembles.fan_out import Call, fan_out, total_usage
 from ensemble_server.ensembles.method import Method, MethodConfig, Services
@@ -190,6 +190,9 @@ def as_delta(choice: Choice, *, index: int = 0) -> Delta:
         reasoning=choice.reasoning,
         finish_reason=choice.finish_reason,
         stop_reason=choice.stop_reason,
+        calls=tuple(
+            ToolCallDelta(place, call.name, call.arguments, call.id) for place, call in enumerate(choice.calls)
+        ),
     )
 
 

@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ensemble_server.ensembles.base import ToolCall
 from ensemble_server.ensembles.exchange.topologies import TopologyName
 from ensemble_server.ensembles.voting.answer_extraction import AnswerKind
+from ensemble_server.ensembles.voting.tool_calls import canonical_calls
 
 StopRule = Literal["unanimity", "majority", "repeat"]
 StopReason = Literal["unanimity", "majority", "all_left", "max_rounds", "token_budget", "time_budget"]
@@ -61,14 +63,20 @@ class Settings(Value):
 class Reply(Value):
     """What a participant said in a round, and the answer in it (null: it abstains).
 
-    Text answers that are alike enough to count as one carry the spelling of the first of them. `trace` is that of a
-    participant which is an ensemble itself.
+    Text answers that are alike enough to count as one carry the spelling of the first of them. `calls`: of tools, which
+    are then the answer (`ensembles.voting.tool_calls`). `trace` is that of a participant which is an ensemble itself.
     """
 
     text: str
     answer: str | None
+    calls: tuple[ToolCall, ...] = Field(default=(), exclude_if=lambda calls: not calls)
     finish_reason: Literal["stop", "length", "tool_calls"] | None = "stop"
     trace: Any = None
+
+    @property
+    def said(self) -> str:
+        """As others read it, thoughts and all."""
+        return canonical_calls(self.calls) if self.calls else self.text
 
 
 class Round(Value):
@@ -122,7 +130,7 @@ def minutes(index: int, round_: Round, state: State) -> str:
     parts = [f"## Round {index}"]
     for name, reply in round_.replies.items():
         answer = "no answer" if reply.answer is None else f"answer {reply.answer}"
-        parts.append(f"**{name}** ({answer}, confidence {state.confidence[name]:.2f}): {reply.text.strip()}")
+        parts.append(f"**{name}** ({answer}, confidence {state.confidence[name]:.2f}): {reply.said.strip()}")
     parts += [f"**{name}** is silent: {reason}" for name, reason in round_.silent.items()]
     if state.stop:
         answer = "no answer" if state.answer is None else f"the answer {state.answer}"

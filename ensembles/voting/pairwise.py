@@ -18,6 +18,7 @@ import numpy as np
 
 from ensemble_server.ensembles.base import GenerationRequest, Grammar, Message, Sampling, TokenLogprob
 from ensemble_server.ensembles.thoughts import thought_spans, without_thoughts
+from ensemble_server.ensembles.voting.tool_calls import calls_of
 
 LETTERS = ("A", "B")
 NUM_ALTERNATIVES = 20  # how many of the likeliest tokens are read; the most that APIs give
@@ -48,7 +49,9 @@ def comparison_request(request: GenerationRequest, first: str, second: str, *, c
 
 def _said(message: Message) -> str:
     content = message.get("content") or ""
-    return without_thoughts(content) if message["role"] == "assistant" and isinstance(content, str) else str(content)
+    if message["role"] != "assistant" or not isinstance(content, str):
+        return str(content)
+    return " ".join(part for part in (without_thoughts(content), calls_of(message)) if part)
 
 
 def probability_of_first(token: TokenLogprob) -> float:

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ensemble_server.server.api.context import context_of
-from ensemble_server.server.api.json_response import JSONResponse, ignored_header
+from ensemble_server.server.api.json_response import JSONResponse, ignored_header, names_header
 from ensemble_server.server.api.request_log import RecordingObserver, record_of
 from ensemble_server.server.api.streaming import EventStream
 from ensemble_server.server.requests.terms import Terms
@@ -33,10 +33,18 @@ def observer_of(request: Request) -> RecordingObserver:
     return RecordingObserver(record_of(request), context_of(request).metrics)
 
 
-async def generated(asked: Generated, request: Request, *, is_streamed: bool, ignored: Sequence[str]) -> Response:
-    """The response to a body. `ignored`: its parameters that the client is told were ignored."""
+async def generated(
+    asked: Generated,
+    request: Request,
+    *,
+    is_streamed: bool,
+    ignored: Sequence[str],
+    unread_tools: Sequence[str] = (),
+) -> Response:
+    """The response to a body. `ignored`: its parameters that the client is told were ignored; `unread_tools`: models
+    that it is told have no tool calls that can be read."""
     context = context_of(request)
-    headers = ignored_header(ignored)
+    headers = ignored_header(ignored) | names_header("x-unread-tools", unread_tools)
     if not is_streamed:
         return JSONResponse(await context.admission.answer(request.receive, asked.answer()), headers=headers)
     record_of(request).stream = True

@@ -20,5 +20,10 @@ class JSONResponse(Response):
 
 
 def ignored_header(names: Sequence[str]) -> dict[str, str]:
-    """The header that tells a client which parameters were ignored; names are theirs, so made safe and short."""
-    return {"x-ignored-parameters": ", ".join(quote(name[:60]) or '""' for name in names[:20])} if names else {}
+    """The header that tells a client which parameters were ignored."""
+    return names_header("x-ignored-parameters", names)
+
+
+def names_header(header: str, names: Sequence[str]) -> dict[str, str]:
+    """A header that lists `names`, made safe and short, since clients may have chosen them; none without any."""
+    return {header: ", ".join(quote(name[:60]) or '""' for name in names[:20])} if names else {}

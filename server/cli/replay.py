@@ -93,7 +93,7 @@ def _transcripts_in(value: Any) -> Iterator[Any]:
 def _final_text(transcript: Transcript, states: list[State]) -> str:
     rounds = transcript.rounds[: len(states)]
     speaker = states[-1].spokesperson
-    return next(round_.replies[speaker].text for round_ in reversed(rounds) if speaker in round_.replies)
+    return next(round_.replies[speaker].said for round_ in reversed(rounds) if speaker in round_.replies)
 
 
 def _summary(transcript: Transcript, states: list[State], differences: list[str]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from ensemble_server.server.config.values import (
     Unit,
     VariableName,
 )
+from ensemble_server.server.tool_formats.formats import ToolFormatName
 
 LISTED = "false hides it from /v1/models; it can still be a part of others"
 
@@ -77,6 +78,11 @@ class HostedModel(Block):
         default="auto",
         description="whether thoughts come apart from the answer, as reasoning_content: auto (if the template has "
         'markers of thoughts), off, or {start: "<think>", end: "</think>"}',
+    )
+    tool_format: Literal["auto", "off"] | ToolFormatName = Field(
+        default="auto",
+        description="how it writes tool calls: auto (what the template teaches), off (calls stay text), or hermes, "
+        "qwen3_coder, glm, llama3_json, mistral, deepseek, gemma, phi",
     )
     listed: bool = Field(default=True, description=LISTED)
 

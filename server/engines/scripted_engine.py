@@ -28,9 +28,11 @@ from ensemble_server.ensembles.base import (
     MemberUsage,
     PromptScored,
     TokenLogprob,
+    ToolCallDelta,
     Usage,
 )
 from ensemble_server.ensembles.errors import MemberError
+from ensemble_server.server.engines.shared.tool_use import ToolUse
 
 if TYPE_CHECKING:
     from ensemble_server.server.weights.view import Surface
@@ -40,14 +42,15 @@ LOGPROB = math.log(0.5)  # of every scripted token; alternative k has 0.5 ** (k 
 
 @dataclass(frozen=True)
 class Script:
-    """What one choice says. Each piece counts as one token; places in it count from 0.
+    """What one choice says. Each piece counts as one token; places in it count from 0. Pieces of calls are what a model
+    says that has its calls apart; calls in texts are read as the surface's template has them.
 
     `delay_s`: before each piece. `start_delay_s`: before the first, on top. `fails_at`: `error` is raised (a
     `MemberError` if it is None) in place of this piece. `stalls_at`: nothing comes any more from this piece on, until
     the reader leaves.
     """
 
-    pieces: tuple[str, ...] = ()
+    pieces: tuple[str | ToolCallDelta, ...] = ()
     delay_s: float = 0.0
     start_delay_s: float = 0.0
     fails_at: int | None = None
@@ -95,7 +98,11 @@ class ScriptedModel:
         self._script_of = (lambda request, index: script) if isinstance(script, Script) else script
         self._surface = surface
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
+        tools = ToolUse.of(request, self._surface)
+        return tools.read(self._generated(tools.request))
+
+    async def _generated(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         self.requests.append(request)
         self.num_live += 1
         try:
@@ -138,11 +145,12 @@ class ScriptedModel:
             return script.start_delay_s + (place + 1) * script.delay_s
 
         for place, piece in enumerate(pieces[:last] if ends else pieces):
-            token_id = self._token_id(piece, place)
-            tokens = (self._token(token_id, piece, request, request.top_logprobs),)
+            text, calls = (piece, ()) if isinstance(piece, str) else ("", (piece,))
+            token_id = self._token_id(text, place)
+            tokens = (self._token(token_id, text, request, request.top_logprobs),)
             tokens = tokens if request.top_logprobs is not None else ()
             reason = finish_reason if place == last else None
-            yield _Step(due_s(place), Delta(index, piece, (token_id,), tokens, finish_reason=reason))
+            yield _Step(due_s(place), Delta(index, text, (token_id,), tokens, finish_reason=reason, calls=calls))
         if not ends and not pieces:
             yield _Step(due_s(0), Delta(index, finish_reason=finish_reason))
         elif ends:

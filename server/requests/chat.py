@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from ensemble_server.ensembles.base import Choice, Delta, FinishReason, GenerationRequest, PromptScored
+from ensemble_server.ensembles.base import (
+    Choice,
+    Delta,
+    FinishReason,
+    GenerationRequest,
+    PromptScored,
+    ToolCall,
+    ToolCallDelta,
+)
 from ensemble_server.ensembles.errors import RequestError
 from ensemble_server.server.requests.chunks import Part, streamed
 from ensemble_server.server.requests.generation import (
@@ -25,8 +33,7 @@ from ensemble_server.server.requests.protocol import ChatBody
 from ensemble_server.server.requests.responses import ChatChoice, ChatCompletion, FunctionCallObject, ToolCallObject
 from ensemble_server.server.requests.structured_output import requested_grammar
 from ensemble_server.server.requests.terms import Terms
-from ensemble_server.server.requests.tool_calls import Piece, ToolCallDelta, ToolCallParser
-from ensemble_server.server.requests.tool_use import ToolUse, tool_use
+from ensemble_server.server.requests.tool_use import AskedTools, asked_tools
 
 if TYPE_CHECKING:
     from ensemble_server.server.hosting import Hosting
@@ -35,7 +42,7 @@ if TYPE_CHECKING:
 
 
 def chat_request(
-    body: ChatBody, hosting: Hosting, *, model_name: str, tools: ToolUse | None, terms: Terms
+    body: ChatBody, hosting: Hosting, *, model_name: str, tools: AskedTools | None, terms: Terms
 ) -> GenerationRequest:
     """The generation that a chat asks for. Raises `RequestError`."""
     check_stream_options(body)
@@ -43,14 +50,12 @@ def chat_request(
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
     extension = extension_of(body)
     explains = extension.explain and hosting.models[model_name].explains_tokens
-    grammar = tools.grammar if tools and tools.grammar else None
+    tools = tools or AskedTools(())
     sampling = sampling_of(
         body,
-        grammar or requested_grammar(body.response_format, body.structured_outputs),
+        tools.grammar or requested_grammar(body.response_format, body.structured_outputs),
         hosting.surface(model_name),
     )
-    if tools and tools.keep_special_tokens and body.skip_special_tokens is None:
-        sampling = replace(sampling, skip_special_tokens=False)
     return GenerationRequest(
         messages=template_messages(body.messages),
         sampling=sampling,
@@ -60,7 +65,9 @@ def chat_request(
         overrides=extension.overrides,
         explain=extension.explain,
         explain_top=extension.explain_top,
-        tools=tools.rendered if tools else (),
+        tools=tools.definitions,
+        tool_choice=tools.choice,
+        parallel_tool_calls=tools.parallel,
         template_kwargs=body.chat_template_kwargs or {},
         truncate_prompt_tokens=prompt_tokens_kept(body, hosting.models[model_name]),
         deadline_s=terms.deadline_s,
@@ -78,14 +85,14 @@ class Chat:
 
     body: ChatBody
     asked: GenerationRequest
-    tools: ToolUse | None
+    tools: AskedTools | None
     generations: Generations
 
     @classmethod
     def of(cls, body: ChatBody, hosting: Hosting, terms: Terms, observer: Observer = NOBODY) -> Self:
         """Nothing runs yet. Raises `RequestError` for all that can be told before."""
         model = requested_model(hosting, body.model)
-        tools = tool_use(body, hosting.surface(model.name), model.name)
+        tools = asked_tools(body, hosting, model.name)
         asked = chat_request(body, hosting, model_name=model.name, tools=tools, terms=terms)
         return cls(body, asked, tools, Generations(model, [asked], hosting, terms, observer))
 
@@ -110,11 +117,15 @@ class Chat:
             n=self.asked.n,
             has_logprobs=self.asked.top_logprobs is not None,
             has_token_ids=bool(self.body.return_token_ids),
-            new_parser=self.tools.new_parser if self.tools else None,
             new_call_id=self._new_call_id,
         )
         head = self.generations.head("chatcmpl", "chat.completion.chunk")
         return streamed(self.generations, head, writer, self.body.stream_options)
+
+    @property
+    def unread_tools(self) -> tuple[str, ...]:
+        """Models that have the request's tools and of which no format of calls is known: they answer in text."""
+        return self.tools.unread if self.tools else ()
 
     def _new_call_id(self) -> str:
         """In the form that the model's own template takes back."""
@@ -126,7 +137,6 @@ class Chat:
         shown = chat_choice(
             choice,
             has_logprobs=self.asked.top_logprobs is not None,
-            parser=self.tools.new_parser() if self.tools else None,
             new_call_id=self._new_call_id,
         )
         if self.body.return_token_ids:
@@ -134,39 +144,33 @@ class Chat:
         return shown
 
 
-def chat_choice(
-    choice: Choice, *, has_logprobs: bool, parser: ToolCallParser | None, new_call_id: Callable[[], str]
-) -> ChatChoice:
-    pieces: list[Piece] = [choice.text] if parser is None else parser.feed(choice.text) + parser.close()
-    text = "".join(piece for piece in pieces if isinstance(piece, str))
-    calls = _joined((piece for piece in pieces if isinstance(piece, ToolCallDelta)), new_call_id)
+def chat_choice(choice: Choice, *, has_logprobs: bool, new_call_id: Callable[[], str]) -> ChatChoice:
     shown: ChatChoice = {
         "index": choice.index,
-        "message": {"role": "assistant", "content": text if text or not calls else None, "refusal": None},
+        "message": {
+            "role": "assistant",
+            "content": choice.text if choice.text or not choice.calls else None,
+            "refusal": None,
+        },
         "logprobs": chat_logprobs(choice.tokens) if has_logprobs else None,
-        "finish_reason": _finish_reason(choice.finish_reason, parser),
+        "finish_reason": _finish_reason(choice.finish_reason, has_called=bool(choice.calls)),
         "stop_reason": choice.stop_reason,
     }
     if choice.reasoning:
         shown["message"]["reasoning_content"] = choice.reasoning
-    if calls:
-        shown["message"]["tool_calls"] = calls
+    if choice.calls:
+        shown["message"]["tool_calls"] = [_call_object(call, new_call_id) for call in choice.calls]
     return shown
 
 
-def _joined(deltas: Iterator[ToolCallDelta], new_call_id: Callable[[], str]) -> list[ToolCallObject]:
-    calls: list[ToolCallObject] = []
-    for delta in deltas:
-        if delta.name is not None:
-            function: FunctionCallObject = {"name": delta.name, "arguments": ""}
-            calls.append({"id": new_call_id(), "type": "function", "function": function})
-        calls[-1]["function"]["arguments"] += delta.arguments
-    return calls
+def _call_object(call: ToolCall, new_call_id: Callable[[], str]) -> ToolCallObject:
+    function: FunctionCallObject = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id or new_call_id(), "type": "function", "function": function}
 
 
-def _finish_reason(reason: FinishReason | None, parser: ToolCallParser | None) -> FinishReason:
+def _finish_reason(reason: FinishReason | None, *, has_called: bool) -> FinishReason:
     assert reason is not None, "every choice ends with a finish_reason"
-    return "tool_calls" if reason == "stop" and parser is not None and parser.has_called else reason
+    return "tool_calls" if reason == "stop" and has_called else reason
 
 
 class ChatWriter:
@@ -178,14 +182,13 @@ class ChatWriter:
         n: int,
         has_logprobs: bool,
         has_token_ids: bool,
-        new_parser: Callable[[], ToolCallParser] | None,
         new_call_id: Callable[[], str],
     ) -> None:
         self._n = n
         self._has_logprobs = has_logprobs
         self._has_token_ids = has_token_ids
         self._new_call_id = new_call_id
-        self._parsers = {index: new_parser() for index in range(n)} if new_parser else {}
+        self._have_called: set[int] = set()  # choices
         self._has_begun = False
 
     def parts(self, place: int, event: PromptScored | Delta) -> Iterator[Part]:
@@ -200,14 +203,14 @@ class ChatWriter:
             yield from self._delta_parts(event)
 
     def _delta_parts(self, event: Delta) -> Iterator[Part]:
-        parser = self._parsers.get(event.index)
-        if parser is None:
-            deltas = [{"content": event.text}] if event.text else []
-        else:
-            pieces = parser.feed(event.text) + (parser.close() if event.finish_reason else [])
-            deltas = [_delta_of(piece, self._new_call_id) for piece in pieces]
+        deltas: list[dict[str, Any]] = []
         if event.reasoning:
-            deltas.insert(0, {"reasoning_content": event.reasoning})
+            deltas.append({"reasoning_content": event.reasoning})
+        if event.text:
+            deltas.append({"content": event.text})
+        if event.calls:
+            self._have_called.add(event.index)
+            deltas += [{"tool_calls": [_call_delta(piece, self._new_call_id)]} for piece in event.calls]
         logprobs = chat_logprobs(event.tokens) if self._has_logprobs and event.tokens else None
         token_ids = event.token_ids if self._has_token_ids else ()
         if not deltas and (logprobs or token_ids):
@@ -220,7 +223,7 @@ class ChatWriter:
         if event.finish_reason:
             part = _chunk(event.index, {})
             part["choices"][0] |= {
-                "finish_reason": _finish_reason(event.finish_reason, parser),
+                "finish_reason": _finish_reason(event.finish_reason, has_called=event.index in self._have_called),
                 "stop_reason": event.stop_reason,
             }
             yield part
@@ -230,11 +233,8 @@ def _chunk(index: int, delta: dict[str, Any], logprobs: Any = None) -> Part:
     return {"choices": [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}]}
 
 
-def _delta_of(piece: Piece, new_call_id: Callable[[], str]) -> dict[str, Any]:
-    if isinstance(piece, str):
-        return {"content": piece}
+def _call_delta(piece: ToolCallDelta, new_call_id: Callable[[], str]) -> dict[str, Any]:
     if piece.name is None:
-        return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.arguments}}]}
+        return {"index": piece.index, "function": {"arguments": piece.arguments}}
     function = {"name": piece.name, "arguments": piece.arguments}
-    call_id = new_call_id()
-    return {"tool_calls": [{"index": piece.index, "id": call_id, "type": "function", "function": function}]}
+    return {"index": piece.index, "id": piece.id or new_call_id(), "type": "function", "function": function}

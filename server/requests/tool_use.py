@@ -1,79 +1,71 @@
-"""How the tools of a chat request are served by the model it goes to."""
+"""What a chat asks of tools: which there are, whether one must be called, and whose calls could not be read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from ensemble_server.ensembles.base import Grammar
-from ensemble_server.ensembles.errors import RequestError, UnsupportedError
+from ensemble_server.ensembles.base import DistributionModel, Grammar, NamedFunction
+from ensemble_server.ensembles.errors import RequestError
+from ensemble_server.server.requests.call_grammars import named_call_grammar, required_call_grammar
 from ensemble_server.server.requests.messages import FunctionDefinition, NamedTool, Tool
 from ensemble_server.server.requests.protocol import ChatBody
 from ensemble_server.server.requests.structured_output import check_grammar
-from ensemble_server.server.requests.tool_calls import (
-    NamedCallParser,
-    ToolCallParser,
-    WholeAnswerParser,
-    named_call_grammar,
-    parser_for,
-    required_call_grammar,
-    tool_format,
-)
 
 if TYPE_CHECKING:
-    from ensemble_server.server.weights.view import Surface
+    from ensemble_server.server.hosting import Hosting
 
 
 @dataclass(frozen=True)
-class ToolUse:
-    """How one request's tools are served: what the template renders, what forces a call, what reads it back."""
+class AskedTools:
+    """`definitions`, `choice`, `parallel`: as in `GenerationRequest`. `grammar`: of a call that is forced. `unread`:
+    models of which no format of calls is known, where calls are free: they answer in text."""
 
-    rendered: tuple[dict[str, Any], ...]
-    new_parser: Callable[[], ToolCallParser]
+    definitions: tuple[dict[str, Any], ...]
+    choice: Literal["auto", "required"] | NamedFunction = "auto"
+    parallel: bool = True
     grammar: Grammar | None = None
-    keep_special_tokens: bool = False
+    unread: tuple[str, ...] = ()
 
 
-def tool_use(body: ChatBody, surface: Surface | None, model_name: str) -> ToolUse | None:
-    """None if no call can come. Raises `RequestError`, or `UnsupportedError` where the model knows no tools.
+def asked_tools(body: ChatBody, hosting: Hosting, model_name: str) -> AskedTools | None:
+    """None if no call can come. Raises `RequestError`.
 
     Forced calls (required or named) need no template that knows tools: the grammar alone makes them calls.
     """
     choice = body.tool_choice or "auto"
     if not body.tools:
-        if body.tool_choice not in (None, "none", "auto"):
+        if choice not in ("none", "auto"):
             raise RequestError("tool_choice needs tools", param="tool_choice")
         return None
     if choice == "none":
         return None
-    if surface is None:
-        raise UnsupportedError(
-            f"tools: model {model_name!r} is not hosted here, so its calls cannot be read", param="tools"
-        )
-    tools = tuple(tool_definition(tool.function) for tool in body.tools)
-    rendered = tools if surface.supports_tools else ()
+    definitions = tuple(tool_definition(tool.function) for tool in body.tools)
     if choice == "auto":
-        form = tool_format(surface.chat_template or "") if surface.supports_tools else None
-        if form is None:
-            raise UnsupportedError(
-                f"tools: the chat template of model {model_name!r} has no tool calls in a known format; "
-                "tool_choice required, or a named function, works with any hosted model",
-                param="tools",
-            )
         parallel = body.parallel_tool_calls is not False
-        # subtle: Mistral's marker is a special token, which would be left out of the text
-        return ToolUse(rendered, lambda: parser_for(form, parallel=parallel), keep_special_tokens=form == "mistral")
+        return AskedTools(definitions, parallel=parallel, unread=tuple(dict.fromkeys(_unread(hosting, model_name))))
     if body.response_format is not None or body.structured_outputs is not None:
         raise RequestError("a forced tool call leaves no room for another output format", param="tool_choice")
     if isinstance(choice, NamedTool):
         function = _named(choice.function.name, body.tools).function
         grammar = named_call_grammar(function.parameters)
         check_grammar(grammar, param="tools")
-        return ToolUse(rendered, lambda: NamedCallParser(function.name), grammar)
+        return AskedTools(definitions, NamedFunction(function.name), grammar=grammar)
     grammar = required_call_grammar([(tool.function.name, tool.function.parameters) for tool in body.tools])
     check_grammar(grammar, param="tools")
-    return ToolUse(rendered, WholeAnswerParser, grammar)
+    return AskedTools(definitions, "required", grammar=grammar)
+
+
+def _unread(hosting: Hosting, name: str) -> list[str]:
+    """Of the models whose words `name` is made of, those hosted here whose calls nobody here can read. A mixture speaks
+    as its first member does."""
+    model = hosting.models[name]
+    others = [member for member in model.members if member != name and member in hosting.models]
+    if isinstance(model, DistributionModel) or not others:
+        surface = hosting.surface(name)
+        return [name] if surface is not None and surface.tool_format is None else []
+    return [unread for other in others for unread in _unread(hosting, other)]
 
 
 def _named(name: str, tools: Sequence[Tool]) -> Tool:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ensemble_server.ensembles.base import Message
 from ensemble_server.ensembles.errors import ModelLoadError, RequestError, UnsupportedError
 from ensemble_server.server.config.blocks import HostedModel
+from ensemble_server.server.tool_formats.formats import ToolFormatName, format_in
 from ensemble_server.server.weights.thinking import Markers, markers_in
 from ensemble_server.server.weights.tokenizer import Vocabulary
 
@@ -38,6 +39,7 @@ class Surface(Vocabulary):
         system_prompt: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         thinking: Markers | Literal["auto", "off"] = "auto",
+        tool_format: ToolFormatName | Literal["auto", "off"] = "auto",
     ) -> None:
         super().__init__(tokenizer)
         own: Any = tokenizer.chat_template
@@ -51,6 +53,7 @@ class Surface(Vocabulary):
         self.thinking: Markers | None = None
         if thinking != "off":
             self.thinking = markers_in(self.chat_template) if thinking == "auto" else thinking
+        self._tool_format = tool_format
         if system_prompt and self.chat_template is None:
             raise ModelLoadError("system_prompt needs a chat template, which this model lacks; set chat_template")
 
@@ -100,6 +103,13 @@ class Surface(Vocabulary):
     @property
     def supports_tools(self) -> bool:
         return self.chat_template is not None and "tools" in self.chat_template
+
+    @property
+    def tool_format(self) -> ToolFormatName | None:
+        """How the model writes tool calls; None if that is not known."""
+        if self.chat_template is None or self._tool_format == "off":
+            return None
+        return format_in(self.chat_template) if self._tool_format == "auto" else self._tool_format
 
     def own_ids(self, token_ids: Sequence[int]) -> list[int]:
         """`token_ids` of the ensemble as this member reads them: all are its own."""
@@ -193,6 +203,7 @@ def member_surface(name: str, models: Mapping[str, HostedModel], tokenizer: PreT
             system_prompt=model.system_prompt if model.system_prompt is not None else parent.system_prompt,
             template_kwargs={**parent.chat_template_kwargs, **model.chat_template_kwargs},
             thinking=_thinking(model if "reasoning" in model.model_fields_set else parent),
+            tool_format=(model if "tool_format" in model.model_fields_set else parent).tool_format,
         )
     except ModelLoadError as exc:
         raise ModelLoadError(f"model {name!r}: {exc}") from exc

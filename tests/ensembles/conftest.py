@@ -18,17 +18,20 @@ from ensemble_server.ensembles.base import (
     GenerationRequest,
     MemberUsage,
     Model,
+    ToolCall,
+    ToolCallDelta,
     Usage,
 )
 from ensemble_server.ensembles.method import Method, Services
 from ensemble_server.ensembles.registry import method_class
 
-Speech = str | Exception | Callable[[GenerationRequest], str]
+Speech = str | Exception | Sequence[ToolCall] | Callable[[GenerationRequest], str]
 
 
 @dataclass
 class Talker:
-    """Its k-th call gives the k-th of `speeches` (then the last again): a text, an error, or a function of the request.
+    """Its k-th call gives the k-th of `speeches` (then the last again): a text, an error, calls of tools, or a function
+    of the request.
 
     Each call reads 10 tokens and writes one per word. `delay_s`: how long a call takes; infinity never answers.
     """
@@ -57,7 +60,8 @@ class Talker:
             await (asyncio.Event().wait() if self.delay_s == float("inf") else asyncio.sleep(self.delay_s))
             if isinstance(speech, Exception):
                 raise speech
-            text = speech(request) if callable(speech) else speech
+            text = speech(request) if callable(speech) else "" if isinstance(speech, list) else speech
+            calls = speech if isinstance(speech, list) else []
             words = text.split(" ")
             for index in range(request.n):
                 for position, word in enumerate(words):
@@ -67,6 +71,9 @@ class Talker:
                         word if is_last else f"{word} ",
                         token_ids=(position,),
                         finish_reason=self.finish_reason if is_last else None,
+                        calls=tuple(
+                            ToolCallDelta(place, call.name, call.arguments, call.id) for place, call in enumerate(calls)
+                        ),
                     )
             usage = MemberUsage(10, len(words) * request.n)
             yield Done(Usage(10, len(words) * request.n, {self.name: usage}), "member", (self.name,), 1)

@@ -17,8 +17,9 @@ import orjson
 from pydantic import ConfigDict, TypeAdapter
 
 from ensemble_server.ensembles import errors
-from ensemble_server.ensembles.base import Answer, Delta, Event, GenerationRequest, Mixture
+from ensemble_server.ensembles.base import Answer, Event, GenerationRequest, Mixture
 from ensemble_server.ensembles.errors import EnsembleError, OverloadedError
+from ensemble_server.ensembles.text_level import as_delta
 from ensemble_server.server.batch.job.job_file import JobFile
 
 _SCHEMA = """
@@ -155,14 +156,10 @@ class RecordedModel:
                 if answer.prompt is not None:
                     yield answer.prompt
                 for choice in answer.choices:
-                    yield Delta(
-                        choice.index,
-                        choice.text,
-                        tuple(choice.token_ids),
-                        tuple(choice.tokens),
-                        choice.reasoning,
-                        choice.finish_reason,
-                        choice.stop_reason,
+                    yield replace(
+                        as_delta(choice, index=choice.index),
+                        token_ids=tuple(choice.token_ids),
+                        tokens=tuple(choice.tokens),
                     )
                 yield answer.done
 

@@ -25,6 +25,7 @@ from ensemble_server.ensembles.fan_out import total_usage
 from ensemble_server.ensembles.text_level import derived_seed
 from ensemble_server.ensembles.voting.answer_extraction import AnswerKind, extract
 from ensemble_server.ensembles.voting.majority import PENDING, Vote, agreement, num_to_decide, plurality, tally
+from ensemble_server.ensembles.voting.tool_calls import calls_of
 from ensemble_server.server.batch.job.identity import body_digest, ids_from
 from ensemble_server.server.batch.job.rows import Row
 from ensemble_server.server.requests.terms import Terms
@@ -52,6 +53,12 @@ class _Sample:
         choice = self.body["choices"][0]
         return choice["text"] if "text" in choice else choice["message"]["content"]
 
+    def vote(self, kind: AnswerKind) -> str | None:
+        """Its answer: the tools that it calls, or else what is found in its text."""
+        if self.body is not None and (calls := calls_of(self.body["choices"][0].get("message", {}))):
+            return calls
+        return None if self.text is None else extract(self.text, kind)
+
 
 async def answer_until_decided(row: Row, terms: Terms, ask: Ask) -> tuple[dict[str, Any], Usage]:
     """The answer to `row` and what it used. `ask` answers one sample: a row of one choice, without the key.
@@ -68,7 +75,7 @@ async def answer_until_decided(row: Row, terms: Terms, ask: Ask) -> tuple[dict[s
         left = replace(terms, deadline_s=None if end is None else max(0.0, end - clock()))
         wave = await _wave(row, left, ask, range(len(samples), len(samples) + size))
         samples += wave
-        votes[: len(samples)] = [None if sample.text is None else extract(sample.text, kind) for sample in samples]
+        votes[: len(samples)] = [sample.vote(kind) for sample in samples]
     answered = [sample for sample in samples if sample.body is not None]
     if not answered:
         assert samples[0].error is not None, "a sample has a body or an error"

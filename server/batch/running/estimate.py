@@ -25,7 +25,7 @@ from ensemble_server.server.requests.errors import error_object
 from ensemble_server.server.requests.models import requested_model
 from ensemble_server.server.requests.protocol import ChatBody, CompletionBody
 from ensemble_server.server.requests.terms import Terms
-from ensemble_server.server.requests.tool_use import tool_use
+from ensemble_server.server.requests.tool_use import asked_tools
 
 if TYPE_CHECKING:
     from ensemble_server.server.hosting import Hosting
@@ -67,7 +67,7 @@ def num_prompt_tokens(row: Row, hosting: Hosting) -> int | None:
         case "/v1/chat/completions":
             chat = row_body(ChatBody, row)
             model = requested_model(hosting, chat.model)
-            tools = tool_use(chat, hosting.surface(model.name), model.name)
+            tools = asked_tools(chat, hosting, model.name)
             requests = [chat_request(chat, hosting, model_name=model.name, tools=tools, terms=terms)]
         case "/v1/completions":
             completion = row_body(CompletionBody, row)

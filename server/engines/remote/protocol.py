@@ -6,12 +6,20 @@ form of errors) is understood in every variant.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 import orjson
 from pydantic import BaseModel, BeforeValidator, Field
 
-from ensemble_server.ensembles.base import FinishReason, GenerationRequest, Grammar, Sampling, TokenLogprob
+from ensemble_server.ensembles.base import (
+    FinishReason,
+    GenerationRequest,
+    Grammar,
+    NamedFunction,
+    Sampling,
+    TokenLogprob,
+)
 from ensemble_server.ensembles.errors import UnsupportedError
 
 MAX_TOKENS = 10**9  # that one answer may say it used
@@ -59,6 +67,8 @@ def request_body(name: str, model: str, request: GenerationRequest) -> tuple[str
         body["messages"] = [dict(message) for message in request.messages]
         if request.template_kwargs:
             body["chat_template_kwargs"] = dict(request.template_kwargs)
+        if request.tools:
+            body |= _tools_body(request)
         if request.top_logprobs is not None:
             body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
     else:
@@ -71,13 +81,25 @@ def request_body(name: str, model: str, request: GenerationRequest) -> tuple[str
         body["n"] = request.n
     if request.truncate_prompt_tokens is not None:
         body["truncate_prompt_tokens"] = request.truncate_prompt_tokens
-    return path, body | _sampling_body(request.sampling)
+    sampling = request.sampling
+    if request.tools and request.tool_choice != "auto":  # the remote end forces the call in its own way
+        sampling = replace(sampling, grammar=None)
+    return path, body | _sampling_body(sampling)
+
+
+def _tools_body(request: GenerationRequest) -> dict[str, Any]:
+    body: dict[str, Any] = {"tools": [dict(tool) for tool in request.tools]}
+    match request.tool_choice:
+        case NamedFunction(name):
+            body["tool_choice"] = {"type": "function", "function": {"name": name}}
+        case "required":
+            body["tool_choice"] = "required"
+    return body if request.parallel_tool_calls else body | {"parallel_tool_calls": False}
 
 
 def _check_supported(name: str, request: GenerationRequest) -> None:
     grammar = request.sampling.grammar
     refused = {
-        "tools": bool(request.tools),
         "prompt_logprobs": request.prompt_logprobs is not None,
         "a regular expression": grammar is not None and grammar.kind == "regex",
         **{f"ensemble.{key}": True for key in request.overrides},
@@ -157,10 +179,29 @@ def _ranked(top: dict[str, float]) -> tuple[TokenLogprob, ...]:
     return tuple(TokenLogprob(UNKNOWN_TOKEN_ID, token, token.encode(), logprob) for token, logprob in ranked)
 
 
+class CalledFunction(BaseModel):
+    name: str | None = None
+    arguments: str | dict[str, Any] | None = None
+
+    @property
+    def text(self) -> str:
+        """Of the arguments. Some servers send them as an object."""
+        return orjson.dumps(self.arguments).decode() if isinstance(self.arguments, dict) else self.arguments or ""
+
+
+class CallPiece(BaseModel):
+    """A whole call, or the next piece of call `index`, of which only the first has `id` and a name."""
+
+    index: int | None = Field(default=None, ge=0)
+    id: str | None = None
+    function: CalledFunction = Field(default_factory=CalledFunction)
+
+
 class Said(BaseModel):
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
+    tool_calls: list[CallPiece] | None = None
 
 
 class ChunkChoice(BaseModel):

@@ -2,7 +2,7 @@
 
 Answers are always streamed, so that leaving early costs the remote end a token and not an answer. Getting through to
 the remote end is tried several times, with back-off; once it answers, nothing is tried again, because a second try
-would be another answer. Leaves out tools (a `Delta` has no place for their calls) and the scoring of prompts.
+would be another answer. Leaves out the scoring of prompts.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ensemble_server.ensembles.base import (
     GenerationRequest,
     MemberUsage,
     TokenLogprob,
+    ToolCallDelta,
     Usage,
 )
 from ensemble_server.ensembles.errors import (
@@ -51,6 +52,7 @@ from ensemble_server.server.engines.remote.body import (
 from ensemble_server.server.engines.remote.protocol import (
     FAILED_REASONS,
     FINISH_REASONS,
+    CallPiece,
     Chunk,
     ChunkChoice,
     ChunkUsage,
@@ -61,6 +63,7 @@ from ensemble_server.server.engines.remote.protocol import (
 )
 from ensemble_server.server.engines.remote.secrets import Secrets, without_secrets
 from ensemble_server.server.engines.remote.sse import EventDecoder
+from ensemble_server.server.engines.remote.tool_calls import RemoteToolCalls
 from ensemble_server.server.engines.shared.backoff import Backoff, is_worth_retrying, parse_retry_after
 
 if TYPE_CHECKING:
@@ -81,7 +84,8 @@ _TAKES_NO_REQUESTS = frozenset(
 
 @dataclass
 class _Progress:
-    """One answer on its way, over all calls that are made for it. `deadline` is in the loop's time.
+    """One answer on its way, over all calls that are made for it. `deadline` is in the loop's time. `has_text`: choices
+    that say something, in words or by calls of tools.
 
     `ends`: how choices ended, as far as the remote end has said; `shown`: those whose end has been passed on.
     """
@@ -129,6 +133,12 @@ class _Call:
         self._texts = [secrets.stream() for _ in places]
         self._reasonings = [secrets.stream() for _ in places]
         self._blank: list[tuple[str, tuple[TokenLogprob, ...]]] = [("", ()) for _ in places]
+        self._tool_calls = [RemoteToolCalls(secrets) for _ in places]
+
+    def tool_calls(self, choice: int, pieces: Sequence[CallPiece], *, is_last: bool) -> tuple[ToolCallDelta, ...]:
+        """What may be shown of the choice's calls. Raises `ValueError` if they make no sense."""
+        deltas = [delta for piece in pieces for delta in self._tool_calls[choice].add(piece)]
+        return (*deltas, *(self._tool_calls[choice].flush() if is_last else ()))
 
     def add(
         self, choice: int, text: str, tokens: tuple[TokenLogprob, ...], reasoning: str, *, is_last: bool
@@ -379,15 +389,19 @@ class RemoteChat:
         is_last = index in progress.ends
         reasoning = choice.said.reasoning_content or choice.said.reasoning or ""
         text, tokens, reasoning = call.add(choice.index, text, tokens, reasoning, is_last=is_last)
-        if text:
+        calls = call.tool_calls(choice.index, choice.said.tool_calls or (), is_last=is_last)
+        if text or calls:
             progress.has_text.add(index)
         if reasoning:
             progress.has_reasoning.add(index)
         if is_last and index in progress.has_text:
             progress.shown.add(index)
             reason, stop = progress.ends[index]
-            return Delta(index, text, tokens=tokens, reasoning=reasoning, finish_reason=reason, stop_reason=stop)
-        return Delta(index, text, tokens=tokens, reasoning=reasoning) if text or reasoning else None
+            shown = Delta(index, text, tokens=tokens, reasoning=reasoning, calls=calls)
+            return replace(shown, finish_reason=reason, stop_reason=stop)
+        if not (text or reasoning or calls):
+            return None
+        return Delta(index, text, tokens=tokens, reasoning=reasoning, calls=calls)
 
     async def _chunks(self, response: httpx.Response, progress: _Progress) -> AsyncGenerator[Chunk]:
         """The events of the stream. Raises `TimeoutError` at the deadline, or if none comes for `timeout_s`."""

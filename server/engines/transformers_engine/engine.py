@@ -13,6 +13,7 @@ from ensemble_server.server.engines.engine import StepStats
 from ensemble_server.server.engines.shared import grammar
 from ensemble_server.server.engines.shared.reading import RequestReader
 from ensemble_server.server.engines.shared.token_checks import check_ids
+from ensemble_server.server.engines.shared.tool_use import ToolUse
 from ensemble_server.server.engines.transformers_engine.byte_generation import ByteGeneration
 from ensemble_server.server.engines.transformers_engine.byte_request import byte_views, check_request, check_spelled
 from ensemble_server.server.engines.transformers_engine.byte_visit import ByteVisit
@@ -97,8 +98,13 @@ class TransformersEngine:
             self._families[names] = as_family([self._members[name] for name in names])
         return self._families[names]
 
-    async def generate(self, mixture: Mixture, request: GenerationRequest, *, method: str) -> AsyncGenerator[Event]:
+    def generate(self, mixture: Mixture, request: GenerationRequest, *, method: str) -> AsyncGenerator[Event]:
         """See `ensembles.base.MixtureHost`. Raises `OverloadedError` when the queue is full."""
+        first = self._members.get(next(iter(mixture.weights)))
+        tools = ToolUse.of(request, first and first.surface)
+        return tools.read(self._generated(mixture, tools.request, method))
+
+    async def _generated(self, mixture: Mixture, request: GenerationRequest, method: str) -> AsyncGenerator[Event]:
         self._loop.check_alive()
         self._scheduler.check_room(request.priority)
         job = await asyncio.to_thread(self._prepare, mixture, request, method, asyncio.get_running_loop())

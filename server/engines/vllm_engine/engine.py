@@ -25,6 +25,7 @@ from ensemble_server.server.config.blocks import Config
 from ensemble_server.server.engines.engine import StepStats
 from ensemble_server.server.engines.shared import grammar
 from ensemble_server.server.engines.shared.reading import RequestReader
+from ensemble_server.server.engines.shared.tool_use import ToolUse
 from ensemble_server.server.engines.vllm_engine.generation import Prepared, generate
 from ensemble_server.server.engines.vllm_engine.model import VllmModel
 from ensemble_server.server.engines.vllm_engine.one_prompt import check_one_model
@@ -113,10 +114,15 @@ class VllmEngine:
         """Raises `UnsupportedError`, as `visit_logprobs` does."""
         await self.visit_logprobs(members, (), visit, priority=priority)
 
-    async def generate(self, mixture: Mixture, request: GenerationRequest, *, method: str) -> AsyncGenerator[Event]:
+    def generate(self, mixture: Mixture, request: GenerationRequest, *, method: str) -> AsyncGenerator[Event]:
         """See `ensembles.base.MixtureHost`. Raises `OverloadedError` when the queue is full, and its subclass
         `EngineRestartingError` when vLLM is down or goes down before the end.
         """
+        first = self.views.get(next(iter(mixture.weights)))
+        tools = ToolUse.of(request, first and first.surface)
+        return tools.read(self._generated(mixture, tools.request, method))
+
+    async def _generated(self, mixture: Mixture, request: GenerationRequest, method: str) -> AsyncGenerator[Event]:
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
         from vllm.v1.engine.exceptions import EngineGenerateError

@@ -7,6 +7,7 @@ import json
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from ensemble_server.ensembles.base import NamedFunction, ToolCallDelta
 from ensemble_server.server.engines.scripted_engine import Script, ScriptedModel
 from ensemble_server.server.requests.messages import FunctionDefinition
 from ensemble_server.server.requests.tool_use import tool_definition
@@ -156,7 +157,6 @@ async def test_mistrals_marker_is_kept_though_it_is_a_special_token(host, surfac
 @pytest.mark.parametrize(
     ("parameters", "param"),
     [
-        ({"tools": [WEATHER]}, "tools"),  # a template that knows no tools, and no call is forced
         ({"tools": [], "tool_choice": "required"}, "tool_choice"),
         ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0]"),
         ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "tools[0].function.name"),
@@ -183,9 +183,75 @@ async def test_tool_choice_none_without_tools_is_fine(host):
     assert (await post(host(), tool_choice="none")).status_code == 200
 
 
-async def test_tools_of_a_model_that_is_not_hosted_here_are_refused(host):
-    hosting = host(far=ScriptedModel("far", Script(("!",))))
+async def test_where_no_format_is_known_auto_answers_in_text_and_says_so(host):
+    hosting = host(m=Script(("I call ", "weather(Oslo)")))
+    for is_streamed in (False, True):
+        response = await post(hosting, tools=[WEATHER], stream=is_streamed)
+        assert (response.status_code, response.headers["x-unread-tools"]) == (200, "m")
+    choice = await answer(hosting, tools=[WEATHER], tool_choice="auto")
+    assert (choice.message.content, choice.message.tool_calls) == ("I call weather(Oslo)", None)
+
+
+async def test_forced_calls_and_known_formats_leave_the_header_out(host, surface, hermes):
+    assert "x-unread-tools" not in (await post(host(m=CALLS, surface=hermes), tools=[WEATHER])).headers
+    forced = await post(host(m=Script(("{}",))), tools=[WEATHER], tool_choice="required")
+    assert "x-unread-tools" not in forced.headers
+
+
+FAR = Script(
+    ("Let me see.", ToolCallDelta(0, "weather", '{"ci', "call_far"), ToolCallDelta(0, None, 'ty": "Oslo"}')),
+)
+
+
+async def test_a_model_that_is_not_hosted_here_gets_the_tools_and_its_calls_come_back(host):
+    hosting = host(far=ScriptedModel("far", FAR))
     hosting._surfaces = {}
-    response = await post(hosting, tools=[WEATHER])
-    assert response.status_code == 400
-    assert "not hosted here" in response.json()["error"]["message"]
+    choice = await answer(hosting, tools=[WEATHER], parallel_tool_calls=False)
+    [call] = choice.message.tool_calls
+    assert (call.id, call.function.name, call.function.arguments) == ("call_far", "weather", '{"city": "Oslo"}')
+    assert (choice.message.content, choice.finish_reason) == ("Let me see.", "tool_calls")
+    [request] = hosting.models["far"].requests
+    assert (len(request.tools), request.tool_choice, request.parallel_tool_calls) == (1, "auto", False)
+    text, calls, ids, finish = await streamed(hosting, tools=[WEATHER])
+    assert (text, calls) == ("Let me see.", [["weather", '{"city": "Oslo"}']])
+    assert (ids, finish) == (["call_far"], "tool_calls")
+
+
+async def test_a_forced_call_of_a_model_that_is_not_hosted_here_is_asked_of_it(host):
+    hosting = host(far=ScriptedModel("far", FAR))
+    hosting._surfaces = {}
+    for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+        [call] = (await answer(hosting, tools=[WEATHER], tool_choice=choice)).message.tool_calls
+        assert call.function.name == "weather"
+    required, named = hosting.models["far"].requests
+    assert (required.tool_choice, named.tool_choice) == ("required", NamedFunction("weather"))
+
+
+async def test_arguments_stream_as_they_are_written(host, hermes):
+    pieces = ('<tool_call>{"name": "weather", "arguments": {"city": "', "Os", "lo", '"}}</tool_call>')
+    response = await post(host(m=Script(pieces), surface=hermes), tools=[WEATHER], stream=True)
+    deltas = [json.loads(event)["choices"][0]["delta"] for event in events_of(response.text)[:-1]]
+    arguments = [delta["tool_calls"][0]["function"]["arguments"] for delta in deltas if "tool_calls" in delta]
+    assert arguments == ['{"city": "', "Os", "lo", '"}']
+
+
+async def test_one_call_at_most_where_calls_may_not_be_parallel(host, hermes):
+    two = Script(('<tool_call>{"name": "time"}</tool_call>', '<tool_call>{"name": "weather"}</tool_call>'))
+    hosting = host(m=two, surface=hermes)
+    assert len((await answer(hosting, tools=[TIME, WEATHER])).message.tool_calls) == 2
+    assert len((await answer(hosting, tools=[TIME, WEATHER], parallel_tool_calls=False)).message.tool_calls) == 1
+
+
+async def test_every_choice_has_calls_of_its_own(host, hermes):
+    script = {0: Script(("No.",)), 1: Script(('<tool_call>{"name": "time"}</tool_call>',))}
+    response = await post(host(m=lambda request, index: script[index], surface=hermes), tools=[TIME], n=2)
+    first, second = ChatCompletion.model_validate_json(response.content, strict=True).choices
+    assert (first.message.content, first.finish_reason) == ("No.", "stop")
+    assert (second.message.tool_calls[0].function.name, second.finish_reason) == ("time", "tool_calls")
+
+
+async def test_a_config_may_say_what_the_template_does_not(host, surface):
+    knowing = Surface(surface.tokenizer, chat_template=HERMES, tool_format="off")
+    response = await post(host(m=CALLS, surface=knowing), tools=[WEATHER])
+    assert response.headers["x-unread-tools"] == "m"
+    assert "<tool_call>" in response.json()["choices"][0]["message"]["content"]

@@ -23,7 +23,9 @@ from ensemble_server.ensembles.base import (
     Grammar,
     MemberUsage,
     Model,
+    NamedFunction,
     Sampling,
+    ToolCall,
     collect,
 )
 from ensemble_server.ensembles.errors import (
@@ -268,6 +270,89 @@ async def test_reasoning_is_kept_apart_from_the_answer(remote_of: Callable[..., 
     assert (answer.choices[0].reasoning, answer.text) == ("hm", "18")
 
 
+def called(*pieces: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": {"tool_calls": list(pieces)}, "finish_reason": finish_reason}]}
+
+
+def piece(
+    index: int | None, name: str | None = None, arguments: str | None = "", id: str | None = None
+) -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    found = {"index": index, "id": id, "function": {key: value for key, value in function.items() if value is not None}}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+TOOLS = ({"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}},)
+
+
+async def test_tools_reach_the_remote_end_in_openais_words(remote_of: Callable[..., Any]) -> None:
+    model, server = await remote_of(saying("x"))
+    forced = Sampling(grammar=Grammar("json_schema", "{}"))
+    await collect(model, ask(tools=TOOLS, parallel_tool_calls=False))
+    await collect(model, ask(tools=TOOLS, tool_choice="required", sampling=forced))
+    await collect(model, ask(tools=TOOLS, tool_choice=NamedFunction("f"), sampling=forced))
+    free, required, named = (connection.body for connection in server.connections)
+    assert (free["tools"], free.get("tool_choice"), free["parallel_tool_calls"]) == (list(TOOLS), None, False)
+    assert (required["tool_choice"], "response_format" in required) == ("required", False)
+    assert named["tool_choice"] == {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [
+            called(piece(0, "f", '{"x"', "call_1")),
+            called(piece(0, None, ": 1}")),
+            called(piece(1, "g", "{}", "call_2")),
+        ],
+        [called(piece(0, "f", '{"x": 1}', "call_1"), piece(1, "g", "{}", "call_2"))],
+        [called(piece(0, "f", '{"x": 1}', "call_1")), called(piece(0, "g", "{}", "call_2"))],  # one place for all
+        [called(piece(None, "f", '{"x": 1}', "call_1")), called(piece(None, "g", "{}", "call_2"))],
+        [called(piece(3, "f", '{"x": 1', "call_1")), called(piece(5, "g", "{}", "call_2"), piece(3, None, "}"))],
+    ],
+)
+async def test_streamed_calls_are_read_however_they_are_numbered(
+    remote_of: Callable[..., Any], chunks: list[dict[str, Any]]
+) -> None:
+    model, _ = await remote_of(streaming(*chunks, called(finish_reason="tool_calls"), "[DONE]"))
+    [choice] = (await collect(model, ask(tools=TOOLS))).choices
+    assert choice.calls == [ToolCall("f", '{"x": 1}', "call_1"), ToolCall("g", "{}", "call_2")]
+    assert (choice.text, choice.finish_reason) == ("", "stop")
+
+
+async def test_whole_calls_are_read(remote_of: Callable[..., Any]) -> None:
+    call = {"id": "no good id", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    choice = {"index": 0, "message": {"content": None, "tool_calls": [call]}, "finish_reason": "tool_calls"}
+    model, _ = await remote_of(refusing(200, {"choices": [choice]}))
+    [choice] = (await collect(model, ask(tools=TOOLS))).choices
+    assert choice.calls == [ToolCall("f", '{"x":1}', None)]
+
+
+async def test_a_secret_in_a_call_is_blanked_wherever_it_is_cut(
+    remote_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAR_KEY", "s3cret-key")
+    model, _ = await remote_of(
+        streaming(
+            called(piece(0, "f", '{"x": "s3cr', "1")),
+            called(piece(0, None, 'et-key"}')),
+            called(finish_reason="stop"),
+            "[DONE]",
+        ),
+        api_key_env="FAR_KEY",
+    )
+    assert (await collect(model, ask(tools=TOOLS))).choices[0].calls == [ToolCall("f", '{"x": "***"}', "1")]
+
+
+@pytest.mark.parametrize("pieces", [[piece(0, None, "{}")], [piece(place, "f", "{}") for place in range(129)]])
+async def test_calls_that_make_no_sense_are_a_members_failure(
+    remote_of: Callable[..., Any], pieces: list[dict[str, Any]]
+) -> None:
+    model, _ = await remote_of(streaming(called(*pieces), "[DONE]"))
+    with pytest.raises(MemberError, match="malformed answer"):
+        await collect(model, ask(tools=TOOLS))
+
+
 async def test_a_server_that_does_not_stream_is_understood(remote_of: Callable[..., Any]) -> None:
     choice = {"index": 0, "message": {"content": "18"}, "finish_reason": "stop"}
     usage = {"prompt_tokens": 4, "completion_tokens": 1}
@@ -306,7 +391,6 @@ async def test_logprobs_that_the_remote_end_leaves_out_are_refused_by_name(remot
 @pytest.mark.parametrize(
     ("request_", "param"),
     [
-        (ask(tools=({"type": "function"},)), "tools"),
         (ask(prompt_logprobs=0), "prompt_logprobs"),
         (ask(overrides={"pool": "geometric"}), "ensemble.pool"),
         (ask(sampling=Sampling(grammar=Grammar("regex", "a"))), "structured_outputs"),

@@ -1,0 +1,105 @@
+"""Gemma's formats: call:name{key:value}, where texts stand between quotes that are tokens of their own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ensemble_server.ensembles.base import ToolCall
+from ensemble_server.server.tool_formats.reader import MarkedReader, NotACall, Reads, typed, types_of
+
+_QUOTES = ("<escape>", '<|"|>')
+_MAX_DEPTH = 32
+
+
+class GemmaReader(MarkedReader):
+    """<|tool_call>call:name{key:<|"|>text<|"|>,other:3}<tool_call|> (Gemma 4), and the same between
+    <start_function_call> and <end_function_call>, with <escape> for quotes (FunctionGemma)."""
+
+    opens = ("<|tool_call>", "<start_function_call>")
+
+    def _section(self, marker: str) -> Reads[None]:
+        yield from self._skip()
+        yield from self._expect("call:")
+        name = yield from self._name()
+        yield from self._skip()
+        yield from self._expect("{")
+        self._begin(name)
+        while True:
+            yield from self._skip(" \t\r\n,")
+            if not (yield from self._peek()) or (yield from self._accept("}")):
+                break
+            key = yield from self._key()
+            schema = self._schema_of(name, key)
+            value = yield from self._value(0)
+            if isinstance(value, str) and types_of(schema) and "string" not in types_of(schema):
+                value = typed(value, schema)
+            self._argument(key)
+            self._argue(json.dumps(value, ensure_ascii=False))
+            self._settle()
+        self._end_arguments()
+        yield from self._close("<tool_call|>", "<end_function_call>")
+
+    def _key(self) -> Reads[str]:
+        if quote := (yield from self._accept(*_QUOTES)):
+            key, _ = yield from self._until(quote)
+            yield from self._skip()
+            yield from self._expect(":")
+            return key
+        key, end = yield from self._until(":")
+        if not end:
+            raise NotACall
+        return key.strip()
+
+    def _value(self, depth: int) -> Reads[Any]:
+        yield from self._skip()
+        if depth > _MAX_DEPTH:
+            raise NotACall
+        if quote := (yield from self._accept(*_QUOTES)):
+            text, end = yield from self._until(quote)
+            if not end:
+                raise NotACall
+            return text
+        match (yield from self._peek()):
+            case "{":
+                self._at += 1
+                members: dict[str, Any] = {}
+                while not (yield from self._is_closed("}")):
+                    key = yield from self._key()
+                    members[key] = yield from self._value(depth + 1)
+                return members
+            case "[":
+                self._at += 1
+                items: list[Any] = []
+                while not (yield from self._is_closed("]")):
+                    items.append((yield from self._value(depth + 1)))
+                return items
+            case '"':
+                return (yield from self._json_string())
+        text, end = yield from self._until(",", "}", "]")
+        if not end:
+            raise NotACall
+        self._at -= len(end)
+        return typed(text.strip(), None)
+
+    def _is_closed(self, bracket: str) -> Reads[bool]:
+        yield from self._skip(" \t\r\n,")
+        if not (yield from self._peek()):
+            raise NotACall
+        return bool((yield from self._accept(bracket)))
+
+
+def gemma(calls: Sequence[ToolCall]) -> str:
+    return "".join(f"<|tool_call>call:{call.name}{_written(json.loads(call.arguments))}<tool_call|>" for call in calls)
+
+
+def _written(value: Any) -> str:
+    match value:
+        case str():
+            return f'<|"|>{value}<|"|>'
+        case dict():
+            return "{" + ",".join(f"{key}:{_written(inner)}" for key, inner in value.items()) + "}"
+        case list():
+            return f"[{','.join(map(_written, value))}]"
+    return json.dumps(value)

@@ -240,6 +240,8 @@ class ByteChoice:
             steps.append(history)
             history = history.parent
         for step in reversed(steps):
+            if self.finish_reason is not None:
+                return
             begin = begins_at + (step.parent.end if step.parent is not None else 0)
             end = min(begins_at + step.end, len(self._text))
             if begin == self._num_shown:
@@ -254,17 +256,15 @@ class ByteChoice:
         self._show_longest(len(self._text))
 
     def _show_longest(self, end: int) -> None:
-        """Hand out the bytes up to `end` as the longest tokens that there are."""
-        while self._num_shown < end:
+        """Hand out the bytes up to `end` as the longest tokens that there are, unless the choice ends with one."""
+        while self._num_shown < end and self.finish_reason is None:
             data = bytes(self._text[self._num_shown : end])
             token_id = self.spellers[0].vocabulary.order.longest(data)
             length = 1 if token_id is None else len(self.spellers[0].vocabulary.token_bytes[token_id])
             self._piece(token_id, self._num_shown + length)
 
     def _piece(self, token_id: int | None, end: int) -> None:
-        """One more token for the client, unless the choice has ended with the one before."""
-        if self.finish_reason is not None:
-            return
+        """One more token for the client."""
         data = bytes(self._text[self._num_shown : end])
         self._num_shown = end
         report = None

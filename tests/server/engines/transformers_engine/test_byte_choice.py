@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ import torch
 
 from ensemble_server.ensembles.base import Answer, GenerationRequest, Grammar, Mixture, Sampling, collect
 from ensemble_server.ensembles.errors import MemberError, RequestError, UnsupportedError
+from ensemble_server.ensembles.spelling.lattice import History
+from ensemble_server.server.engines.shared.choice_text import joined
 from ensemble_server.server.engines.transformers_engine.backbone import Backbone
+from ensemble_server.server.engines.transformers_engine.byte_choice import ByteChoice
 from ensemble_server.server.engines.transformers_engine.byte_prompt import healed
 from ensemble_server.server.weights.spelled_vocabulary import spelled_vocabulary
 from tests.server.engines.transformers_engine.families import Families, asked, expected_logprobs
@@ -127,6 +131,30 @@ async def test_max_tokens_counts_pieces_of_the_surface(mixed, families):
         assert choice.finish_reason == "length"
         assert len(choice.token_ids) == len(choice.tokens) == answer.done.usage.completion_tokens == 7
         assert b"".join(map(surface.bytes_of, choice.token_ids)) == b"".join(token.bytes for token in choice.tokens)
+
+
+def test_a_choice_that_ends_amid_another_spelling_shows_no_more_of_it(families):
+    """What is out was spelled otherwise than what has won, and the first piece of the rest is the last one allowed."""
+    member, text = families.members["llama"], b"abcdef"
+    speller = SimpleNamespace(member=member, vocabulary=spelled_vocabulary(member), begins_at=0, lattice=None)
+    mixture = Mixture({"llama": 1})
+    choice = ByteChoice(
+        0,
+        asked(max_tokens=2),
+        mixture,
+        [speller],  # pyright: ignore[reportArgumentType]
+        state=np.zeros((1, 1)),
+        prior=np.ones(1),
+        max_new_tokens=2,
+        grammar=None,
+        rereads=[],
+    )
+    choice._text += text
+    choice._show(History(None, member.surface.encode("a")[0], 1, 1))
+    whole = History(None, member.surface.encode("b")[0], 3, 1)  # ends behind what is out, begins before it
+    choice._show(History(whole, member.surface.encode("d")[0], 6, 2))
+    assert (choice.finish_reason, choice.num_generated) == ("length", 2)
+    assert joined(choice._deltas).text == "ab"
 
 
 async def test_stop_strings_end_the_text_across_pieces(mixed):

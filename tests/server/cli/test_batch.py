@@ -545,7 +545,11 @@ def test_one_member_is_in_memory_at_a_time_on_request(
     assert run.code == 0, run.err
     assert "MB of weights at a time instead of" in run.err
     assert batch(source, tmp_path / "all.jsonl", "--model", "major").code == 0
-    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "all.jsonl").read_bytes()
+    one, both = read_lines(tmp_path / "one.jsonl"), read_lines(tmp_path / "all.jsonl")
+    for answer in (*one, *both):  # a vote that is decided stops who still writes: how far that one came is chance
+        body = answer["response"]["body"]
+        del body["usage"], body["ensemble"]["usage"]
+    assert one == both
     run = batch(source, tmp_path / "mix.jsonl", "--model", "wide", "--residency", "sequential")
     assert run.code == 1
     assert "all of them must be in memory at the same time" in run.err

@@ -20,7 +20,9 @@ from ensemble_server.server.api import (
     embeddings,
     files,
     health,
+    messages,
     models,
+    responses,
     tokenization,
     vote,
 )
@@ -34,7 +36,9 @@ from ensemble_server.server.api.local_only import LOOPBACK_ORIGIN
 from ensemble_server.server.api.page import install_page
 from ensemble_server.server.api.request_log import RequestLog
 from ensemble_server.server.batch.uploads.service import BatchService
+from ensemble_server.server.requests.anthropic_messages.errors import MessagesErrorResponse
 from ensemble_server.server.requests.errors import ErrorResponse
+from ensemble_server.server.requests.openai_responses.stored import StoredResponses
 from ensemble_server.server.requests.protocol import ParameterCheck
 
 if TYPE_CHECKING:
@@ -43,10 +47,13 @@ if TYPE_CHECKING:
 
 ROUTES = [
     route
-    for part in (health, models, chat, completions, classify, embeddings, vote, tokenization, files, batches)
+    for part in (
+        *(health, models, chat, responses, messages, completions, classify, embeddings, vote, tokenization),
+        *(files, batches),
+    )
     for route in part.router.routes
 ]
-EXPOSED_HEADERS = ["x-request-id", "x-ignored-parameters", "retry-after"]
+EXPOSED_HEADERS = ["x-request-id", "request-id", "x-ignored-parameters", "retry-after"]
 
 
 def create_app(hosting: Hosting, *, metrics: Metrics) -> FastAPI:
@@ -70,6 +77,7 @@ def create_app(hosting: Hosting, *, metrics: Metrics) -> FastAPI:
         Admission(hosting),
         BatchService(hosting, metrics),
         ParameterCheck(is_strict=config.strict_params),
+        StoredResponses(config.stored_responses_mb * 2**20),
     )
     app.state.context = context
     app.state.admission, app.state.batches = context.admission, context.batches
@@ -95,8 +103,11 @@ def create_app(hosting: Hosting, *, metrics: Metrics) -> FastAPI:
 
 
 def _error_schemas() -> dict[str, Any]:
-    schema = TypeAdapter(ErrorResponse).json_schema(ref_template="#/components/schemas/{model}")
-    return {**schema.pop("$defs"), "ErrorResponse": schema}
+    schemas: dict[str, Any] = {}
+    for shape in (ErrorResponse, MessagesErrorResponse):
+        schema = TypeAdapter(shape).json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= {**schema.pop("$defs"), shape.__name__: schema}
+    return schemas
 
 
 _ERROR_SCHEMAS = _error_schemas()  # what `errors.documented` refers to
@@ -122,7 +133,7 @@ def _describe(app: FastAPI, *, has_keys: bool, has_one_model: bool) -> None:
         for unused in ("HTTPValidationError", "ValidationError"):
             components.get("schemas", {}).pop(unused, None)
         if not has_one_model:
-            for body in ("ChatBody", "CompletionBody"):
+            for body in ("ChatBody", "CompletionBody", "ResponsesBody", "MessagesBody", "CountTokensBody"):
                 components["schemas"][body]["required"].append("model")
                 components["schemas"][body]["properties"]["model"] = {"type": "string"}
         if has_keys:

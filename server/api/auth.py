@@ -55,7 +55,7 @@ class RequireKey:
             await self._app(scope, receive, send)
             return
         message = "the API key is not valid" if key else "an API key is needed; send 'Authorization: Bearer KEY'"
-        refusal = error_response(HTTPException(401, message, headers={"www-authenticate": "Bearer"}))
+        refusal = error_response(HTTPException(401, message, headers={"www-authenticate": "Bearer"}), scope["path"])
         await refusal(scope, receive, send)
 
     def _is_known(self, key: str) -> bool:

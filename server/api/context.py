@@ -11,6 +11,7 @@ from ensemble_server.server.api.admission import Admission
 from ensemble_server.server.api.arrival import Bodies
 from ensemble_server.server.batch.uploads.service import BatchService
 from ensemble_server.server.requests.classify import Priors
+from ensemble_server.server.requests.openai_responses.stored import StoredResponses
 from ensemble_server.server.requests.protocol import ParameterCheck
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class Context:
     admission: Admission
     batches: BatchService
     parameters: ParameterCheck
+    stored: StoredResponses
     priors: Priors = field(default_factory=Priors)
     bodies: Bodies = field(default_factory=Bodies)
 

@@ -21,6 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 
 from ensemble_server.ensembles import errors
+from ensemble_server.server.requests.anthropic_messages.errors import message_error
 from ensemble_server.server.requests.errors import (
     MAX_INPUT_CHARS,
     BodyError,
@@ -66,9 +67,9 @@ DOCUMENTED: Mapping[int, str] = {
 }
 
 
-def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def documented(*statuses: int, shape: str = "ErrorResponse") -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route that may answer with these errors, for OpenAPI. `app` adds the schema itself."""
-    content = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{shape}"}}}
     return {status: {"description": DOCUMENTED[status], "content": content} for status in statuses}
 
 
@@ -85,11 +86,17 @@ def error_object(exc: BaseException) -> tuple[ErrorKind, ErrorObject]:
     return told(exc)
 
 
-def error_response(exc: BaseException) -> Response:
-    """The answer for `exc`; see `log_failure`."""
+def error_response(exc: BaseException, path: str = "") -> Response:
+    """The answer for `exc`, in the shape that clients of `path` read; see `log_failure`."""
     kind, error = error_object(exc)
     log_failure("request", exc, kind)
-    return Response(orjson.dumps({"error": error}), kind.status, headers=headers_of(exc), media_type="application/json")
+    body = message_error(kind.status, error) if is_for_messages(path) else {"error": error}
+    return Response(orjson.dumps(body), kind.status, headers=headers_of(exc), media_type="application/json")
+
+
+def is_for_messages(path: str) -> bool:
+    """Whether it is Anthropic's clients who ask there."""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
 
 
 def log_failure(what: str, exc: BaseException, kind: ErrorKind) -> None:
@@ -127,7 +134,7 @@ def install_error_handlers(app: FastAPI) -> None:
             meant = next((path for path in _similar_paths(request.url.path) if _has(app, request, path)), None)
             message = f"there is no {where} here" + (f"; did you mean {meant}?" if meant else "")
             exc = HTTPException(exc.status_code, message, headers=headers)
-        return error_response(exc)
+        return error_response(exc, request.url.path)
 
     for known in (errors.EnsembleError, HTTPException, RequestValidationError):
         app.add_exception_handler(known, answer)
@@ -145,6 +152,8 @@ def _similar_paths(path: str) -> list[str]:
 _LAST_PARTS = (
     "/chat/completions",
     "/completions",
+    "/responses",
+    "/messages",
     "/embeddings",
     "/models",
     "/vote",

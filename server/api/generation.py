@@ -11,7 +11,7 @@ from starlette.responses import Response
 from ensemble_server.server.api.context import context_of
 from ensemble_server.server.api.json_response import JSONResponse, ignored_header, names_header
 from ensemble_server.server.api.request_log import RecordingObserver, record_of
-from ensemble_server.server.api.streaming import EventStream
+from ensemble_server.server.api.streaming import EventStream, Framing
 from ensemble_server.server.requests.terms import Terms
 
 STREAMABLE = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}  # of a response, for OpenAPI
@@ -40,13 +40,16 @@ async def generated(
     is_streamed: bool,
     ignored: Sequence[str],
     unread_tools: Sequence[str] = (),
+    framing: Framing | None = None,
 ) -> Response:
     """The response to a body. `ignored`: its parameters that the client is told were ignored; `unread_tools`: models
-    that it is told have no tool calls that can be read."""
+    that it is told have no tool calls that can be read. `framing`: chunks', if it is None."""
     context = context_of(request)
     headers = ignored_header(ignored) | names_header("x-unread-tools", unread_tools)
     if not is_streamed:
         return JSONResponse(await context.admission.answer(request.receive, asked.answer()), headers=headers)
     record_of(request).stream = True
     interval_s = context.config.keep_alive_interval_s
-    return EventStream(asked.stream(), context.admission, keep_alive_interval_s=interval_s, headers=headers)
+    return EventStream(
+        asked.stream(), context.admission, keep_alive_interval_s=interval_s, headers=headers, framing=framing
+    )

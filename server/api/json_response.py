@@ -26,4 +26,4 @@ def ignored_header(names: Sequence[str]) -> dict[str, str]:
 
 def names_header(header: str, names: Sequence[str]) -> dict[str, str]:
     """A header that lists `names`, made safe and short, since clients may have chosen them; none without any."""
-    return {header: ", ".join(quote(name[:60]) or '""' for name in names[:20])} if names else {}
+    return {header: ", ".join(quote(name[:60], safe="/[]:") or '""' for name in names[:20])} if names else {}

@@ -57,7 +57,7 @@ class LocalOnly:
         if refusal is None:
             await self._app(scope, receive, send)
         else:
-            await error_response(HTTPException(403, refusal))(scope, receive, send)
+            await error_response(HTTPException(403, refusal), scope["path"])(scope, receive, send)
 
     def _refusal(self, method: str, headers: Headers) -> str | None:
         host, origin = headers.get("host", ""), headers.get("origin")

@@ -35,6 +35,8 @@ LINKS = {
     "models": "/v1/models",
     "chat": "/v1/chat/completions",
     "completions": "/v1/completions",
+    "responses": "/v1/responses",
+    "messages": "/v1/messages",
     "openapi": "/openapi.json",
     "docs": "/docs",
     "health": "/health",

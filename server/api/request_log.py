@@ -16,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ensemble_server.server.api.errors import error_response
+from ensemble_server.server.api.errors import error_response, is_for_messages
 from ensemble_server.server.requests.errors import shortened
 
 if TYPE_CHECKING:
@@ -106,7 +106,10 @@ class RequestLog:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = record.status or message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = record.request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = record.request_id
+                if is_for_messages(scope["path"]):
+                    headers["request-id"] = record.request_id  # Anthropic's name of it
             await send(message)
 
         try:
@@ -115,7 +118,7 @@ class RequestLog:
             record.error = type(exc).__name__
             if record.status:  # half an answer is out: only closing the connection can tell the client
                 raise
-            await error_response(exc)(scope, receive, send_with_id)
+            await error_response(exc, scope["path"])(scope, receive, send_with_id)
         finally:
             duration_s = time.perf_counter() - started
             record.duration_ms = round(1000 * duration_s, 1)

@@ -120,7 +120,9 @@ class Entrance:
             if scope["path"] == "/live":
                 answer = JSONResponse({"status": "loading"})
             else:
-                answer = error_response(HTTPException(503, "the models are still loading", headers=RETRY_SOON))
+                answer = error_response(
+                    HTTPException(503, "the models are still loading", headers=RETRY_SOON), scope["path"]
+                )
             await answer(scope, receive, send)
 
 

@@ -1,19 +1,19 @@
-"""Server-sent events as OpenAI's clients read them.
+"""Server-sent events as OpenAI's and Anthropic's clients read them.
 
     data: {...}\\n\\n   one chunk        : ...\\n\\n   a comment, so that nobody on the way closes a silent connection
-    data: [DONE]\\n\\n   the end
+    data: [DONE]\\n\\n   the end          event: name\\ndata: {...}\\n\\n   one event of a protocol that names them
 
 Until the first chunk is there nothing is sent: an error is then an ordinary JSON answer with its status. Once a stream
-has begun an error is an event, `data: {"error": {...}}`, and `[DONE]` follows it.
+has begun an error is an event; of chunks `data: {"error": {...}}`, and `[DONE]` follows it.
 https://html.spec.whatwg.org/multipage/server-sent-events.html
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 from starlette.responses import Response
@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from ensemble_server.server.api.admission import Admission
 from ensemble_server.server.api.errors import CLIENT_LEFT, error_object, log_failure
+from ensemble_server.server.requests.errors import ErrorObject
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": still here\n\n"
@@ -30,8 +31,47 @@ def event(data: Mapping[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(data) + b"\n\n"
 
 
+class Framing(Protocol):
+    """How one protocol writes its streams. `end`: what closes one that has not failed."""
+
+    end: bytes
+
+    def event(self, data: Mapping[str, Any]) -> bytes: ...
+
+    def failure(self, error: ErrorObject) -> bytes:
+        """What ends a stream that an error has broken off."""
+        ...
+
+
+class Chunks:
+    """Of chats and completions."""
+
+    end = DONE
+
+    def event(self, data: Mapping[str, Any]) -> bytes:
+        return event(data)
+
+    def failure(self, error: ErrorObject) -> bytes:
+        return event({"error": error}) + DONE
+
+
+class NamedEvents:
+    """Each event's `type` is its name. `failed`: the events that an error becomes."""
+
+    end = b""
+
+    def __init__(self, failed: Callable[[ErrorObject], Iterable[Mapping[str, Any]]]) -> None:
+        self._failed = failed
+
+    def event(self, data: Mapping[str, Any]) -> bytes:
+        return b"event: " + data["type"].encode() + b"\n" + event(data)
+
+    def failure(self, error: ErrorObject) -> bytes:
+        return b"".join(map(self.event, self._failed(error)))
+
+
 class EventStream(Response):
-    """Sends `chunks` as they come, each as an event, and then [DONE].
+    """Sends `chunks` as they come, each as an event, and then the stream's end.
 
     The generator runs in one task and is closed when that ends, however it ends. A comment goes out every
     `keep_alive_interval_s` seconds of silence; the first begins the stream.
@@ -46,11 +86,13 @@ class EventStream(Response):
         *,
         keep_alive_interval_s: float,
         headers: Mapping[str, str],
+        framing: Framing | None = None,
     ) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
         self._chunks = chunks
+        self._framing = framing or Chunks()
         self._admission = admission
         self._interval_s = keep_alive_interval_s
         self._has_begun = False
@@ -68,7 +110,7 @@ class EventStream(Response):
             if kind.status == CLIENT_LEFT:
                 return
             log_failure("stream", exc, kind)
-            await self._send(send, event({"error": error}) + DONE)
+            await self._send(send, self._framing.failure(error))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _play(self, send: Send) -> None:
@@ -77,8 +119,9 @@ class EventStream(Response):
         try:
             async with aclosing(self._chunks) as chunks:
                 async for chunk in chunks:
-                    await self._send(send, event(chunk))
-            await self._send(send, DONE)
+                    await self._send(send, self._framing.event(chunk))
+            if self._framing.end:
+                await self._send(send, self._framing.end)
         finally:
             ticking.cancel()
             await asyncio.gather(ticking, return_exceptions=True)

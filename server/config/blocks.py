@@ -156,6 +156,12 @@ class ServerConfig(Block):
     request_timeout_s: Seconds | None = Field(
         default=None, description="longest time for one request; default: no limit"
     )
+    stored_responses_mb: Annotated[int, Unit("MB")] = Field(
+        default=64,
+        ge=0,
+        description="of memory for the responses of /v1/responses that may be gone on from; the least recently used go "
+        "first; 0 stores none",
+    )
     strict_params: bool = Field(
         default=False, description="refuse request parameters that are not known instead of ignoring them"
     )

@@ -105,12 +105,12 @@ def object_of(kind: ErrorKind, message: str, param: str | None = None) -> ErrorO
 
 # --- what pydantic found ------------------------------------------------------------------------------------------
 
-_CODES = {
+FINDING_CODES = {
     "missing": "missing_required_parameter",
     "unsupported_parameter": "unsupported_parameter",
     "unknown_parameter": "unknown_parameter",
 }
-_SENTENCES = {"missing", "value_error", *_CODES}  # kinds of findings that say already what came
+_SENTENCES = {"missing", "value_error", *FINDING_CODES}  # kinds of findings that say already what came
 
 
 class BodyError(errors.RequestError):
@@ -122,7 +122,7 @@ class BodyError(errors.RequestError):
             sentences.append(f"and {len(findings) - MAX_FINDINGS} more")
         path = parameter_path(findings[0]["loc"], body)
         super().__init__("; ".join(sentences), param=shortened(path, MAX_INPUT_CHARS) or None)
-        self.code = _CODES.get(findings[0]["type"], "invalid_value")
+        self.code = FINDING_CODES.get(findings[0]["type"], "invalid_value")
 
 
 def checked(kind: TypeAdapter[Body], values: Any) -> Body:

@@ -171,11 +171,11 @@ def _text(content: str | list[TextPart] | None) -> str:
 
 
 def _call(at: str, call: MadeToolCall) -> dict[str, Any]:
-    function = {"name": call.function.name, "arguments": _arguments(at, call.function.arguments or "")}
+    function = {"name": call.function.name, "arguments": checked_arguments(at, call.function.arguments or "")}
     return {"id": call.id, "type": "function", "function": function}
 
 
-def _arguments(at: str, text: str) -> str:
+def checked_arguments(at: str, text: str) -> str:
     """A JSON object. What max_tokens cut off is kept as far as it goes: '{"a": "on' -> '{"a": "on"}'"""
     if not text.strip():
         return "{}"

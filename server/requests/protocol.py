@@ -124,13 +124,11 @@ class StructuredOutputs(Part):
     choice: Annotated[list[Text], Field(min_length=1, max_length=1000)] | None = None
 
 
-class GenerationBody(Part):
-    """What chats and completions share."""
+class Controls(Part):
+    """What every way to ask for text shares, under OpenAI's names and vLLM's."""
 
     model: str | None = Field(default=None, description="may be left out where one model is served")
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=128), WHOLE] | None = None
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, ge=0, le=1)
     top_k: Annotated[int, Field(ge=-1, le=MAX_INT), WHOLE] | None = Field(default=None, description="-1 and 0 are off")
@@ -146,16 +144,23 @@ class GenerationBody(Part):
     min_tokens: Annotated[int, Field(ge=0, le=MAX_INT), WHOLE] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
+    ensemble: dict[str, JsonValue] | None = Field(
+        default=None, description="`explain`, and what the model's method lets a request change: weights, pool, ..."
+    )
+
+
+class GenerationBody(Controls):
+    """What chats and completions share."""
+
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=128), WHOLE] | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_INT), WHOLE] | None = Field(
         default=None, description="keep that many tokens of the prompt's end; -1: as many as fit"
     )
     response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     return_token_ids: bool | None = None
-    ensemble: dict[str, JsonValue] | None = Field(
-        default=None, description="`explain`, and what the model's method lets a request change: weights, pool, ..."
-    )
 
 
 class ChatBody(GenerationBody):

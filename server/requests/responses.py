@@ -169,10 +169,11 @@ class ModelEnsemble(TypedDict):
 
 class ModelObject(TypedDict):
     """`ensemble` is there for models made of others. `max_model_len`: tokens; null if only the remote end knows.
-    `explains_tokens`: whether a request with `explain` gets a view of every token."""
+    `explains_tokens`: whether a request with `explain` gets a view of every token. The embedding model, which
+    /v1/embeddings asks, is listed last; it does not chat."""
 
     id: str
-    kind: Literal["hosted", "remote", "ensemble"]
+    kind: Literal["hosted", "remote", "ensemble", "embedding"]
     explains_tokens: bool
     object: Literal["model"]
     created: int

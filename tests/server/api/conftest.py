@@ -94,3 +94,24 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     yield
+
+
+class Composed:
+    """A model that plays given events, as ensembles of texts do: reasoning, remote members, a trace."""
+
+    max_model_len = None
+    explains_tokens, fan_out = True, 1
+
+    def __init__(self, name, *events):
+        self.name, self.members, self.events = name, (name,), events
+
+    async def generate(self, request):
+        for event in self.events:
+            await asyncio.sleep(0)
+            yield event
+
+
+def named_events_of(text: str) -> list[tuple[str, str]]:
+    """(name, data) of each server-sent event of a protocol that names them."""
+    blocks = [block.split("\n") for block in text.split("\n\n") if block and not block.startswith(":")]
+    return [(name.removeprefix("event: "), data.removeprefix("data: ")) for name, data in blocks]

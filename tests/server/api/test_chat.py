@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import orjson
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -12,7 +10,7 @@ from pydantic import TypeAdapter
 from ensemble_server.ensembles.base import Delta, Done, MemberUsage, PromptScored, Usage
 from ensemble_server.server.engines.scripted_engine import Script
 from ensemble_server.server.requests import responses
-from tests.server.api.conftest import CHAT, asgi_client, events_of
+from tests.server.api.conftest import CHAT, Composed, asgi_client, events_of
 
 OURS = TypeAdapter(responses.ChatCompletion)
 
@@ -34,21 +32,6 @@ async def chunks(hosting, **parameters):
     *events, end = events_of(response.text)
     assert end == "[DONE]"
     return [ChatCompletionChunk.model_validate_json(event, strict=True) for event in events]
-
-
-class Composed:
-    """A model that plays given events, as ensembles of texts do: reasoning, remote members, a trace."""
-
-    max_model_len = None
-    explains_tokens, fan_out = True, 1
-
-    def __init__(self, name, *events):
-        self.name, self.members, self.events = name, (name,), events
-
-    async def generate(self, request):
-        for event in self.events:
-            await asyncio.sleep(0)
-            yield event
 
 
 USED = Usage(3, 4, {"a": MemberUsage(3, 2), "b": MemberUsage(6, 2, cost=0.25)})

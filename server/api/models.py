@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Literal
 
 from fastapi import APIRouter, Depends
@@ -25,9 +26,11 @@ router = APIRouter(tags=["models"], dependencies=[Depends(check_ready)])
 
 @router.get("/v1/models", response_model=None, responses={200: {"model": ModelList}} | documented(401, 503))
 async def list_models(request: Request) -> JSONResponse:
-    """The models that clients may name, in the config's order."""
+    """The models that clients may name, in the config's order, and the one that embeds."""
     hosting = context_of(request).hosting
     shown = [model_object(hosting.models[name], hosting) for name in hosting.listed]
+    if await asyncio.to_thread(_embeds, hosting):
+        shown.append(_embedding_model(hosting))
     return JSONResponse({"object": "list", "data": shown})
 
 
@@ -39,6 +42,8 @@ async def list_models(request: Request) -> JSONResponse:
 async def retrieve_model(model_id: str, request: Request) -> JSONResponse:
     """One model. Its name may contain slashes."""
     hosting = context_of(request).hosting
+    if model_id == hosting.embedder.name and await asyncio.to_thread(_embeds, hosting):
+        return JSONResponse(_embedding_model(hosting))
     if model_id not in hosting.models:
         raise unknown_model(model_id, hosting.listed)
     return JSONResponse(model_object(hosting.models[model_id], hosting))
@@ -57,6 +62,24 @@ def model_object(model: Model, hosting: Hosting) -> ModelObject:
     if isinstance(model, Method):
         shown["ensemble"] = _ensemble(model)
     return shown
+
+
+def _embeds(hosting: Hosting) -> bool:
+    """Whether there is an embedding model whose name is its own. Looks at the disk."""
+    return hosting.embedder.name not in hosting.models and hosting.embedder.is_there
+
+
+def _embedding_model(hosting: Hosting) -> ModelObject:
+    """Not loaded for this, so its length is not known."""
+    return {
+        "id": hosting.embedder.name,
+        "kind": "embedding",
+        "explains_tokens": False,
+        "object": "model",
+        "created": hosting.created,
+        "owned_by": OWNER,
+        "max_model_len": None,
+    }
 
 
 def _kind(model: Model, hosting: Hosting) -> Literal["hosted", "remote", "ensemble"]:

@@ -59,13 +59,13 @@ async def _served_names(base: str, api_key_env: str | None) -> list[str]:
         async with httpx.AsyncClient(timeout=10) as client:
             response = await client.get(f"{base}/models", headers=headers)
             response.raise_for_status()
-            names = [model["id"] for model in response.json()["data"]]
+            names = [model["id"] for model in response.json()["data"] if model.get("kind") != "embedding"]
     except httpx.HTTPStatusError as exc:
         hint = "; give --api-key-env" if exc.response.status_code == httpx.codes.UNAUTHORIZED else ""
         raise EnsembleError(f"{base}/models answered {exc.response.status_code}{hint}") from exc
     except (httpx.HTTPError, httpx.InvalidURL) as exc:
         raise EnsembleError(f"no server answers at {base} ({exc or type(exc).__name__})") from exc
-    except (ValueError, KeyError, TypeError) as exc:
+    except (AttributeError, ValueError, KeyError, TypeError) as exc:
         raise EnsembleError(f"{base}/models is no list of models; is it an OpenAI-compatible server?") from exc
     if not names:
         raise EnsembleError(f"{base} serves no model")

@@ -29,6 +29,7 @@ class LetterCounts:
     name = "letters"
     dim = 3
     max_tokens = 8
+    is_there = True
 
     def num_tokens(self, texts: Sequence[str]) -> list[int]:
         return [len(text.split()) for text in texts]

@@ -200,13 +200,13 @@ def _served(address: str, api_key_env: str | None) -> tuple[str, list[str]]:
     try:
         response = httpx.get(f"{url}/models", headers=headers, timeout=10, follow_redirects=True)
         response.raise_for_status()
-        names = [str(model["id"]) for model in response.json()["data"]]
+        names = [str(model["id"]) for model in response.json()["data"] if model.get("kind") != "embedding"]
     except httpx.HTTPStatusError as exc:
         hint = "; give --api-key-env" if exc.response.status_code in {401, 403} else ""
         raise ConfigError(f"{url}/models answered {exc.response.status_code}{hint}") from exc
     except (httpx.HTTPError, httpx.InvalidURL) as exc:
         raise ConfigError(f"no server answers at {url} ({exc or type(exc).__name__})") from exc
-    except (ValueError, KeyError, TypeError) as exc:
+    except (AttributeError, ValueError, KeyError, TypeError) as exc:
         raise ConfigError(f"{url}/models is no list of models; is it an OpenAI-compatible server?") from exc
     names = [name for name in names if not _NO_CHAT.search(name)]
     if not names:

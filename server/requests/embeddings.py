@@ -27,7 +27,10 @@ def _texts(value: Any) -> list[str]:
     if len(value) > MAX_EMBEDDING_INPUTS:
         raise ValueError(f"may hold {MAX_EMBEDDING_INPUTS} texts, got {len(value)}")
     if any(type(item) in (int, float, list) for item in value):
-        raise ValueError("token ids cannot be embedded: they belong to another tokenizer; give texts")
+        raise ValueError(
+            "token ids cannot be embedded: they belong to another tokenizer; give texts "
+            "(LangChain's OpenAIEmbeddings does with check_embedding_ctx_length=False)"
+        )
     if not all(isinstance(item, str) and item for item in value):
         raise ValueError("must hold texts that are not empty")
     return value

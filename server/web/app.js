@@ -42,7 +42,7 @@ function App() {
   const [isDrawerOpen, openDrawer] = useState(() => innerWidth > 1100);
 
   const load = () => json("v1/models").then((answer) => {
-    setModels(answer.data);
+    setModels(answer.data.filter((model) => model.kind !== "embedding"));
     setProblem(null);
   }, (error) => error.status !== 401 && setProblem(error.message));
   useEffect(() => {

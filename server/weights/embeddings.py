@@ -43,6 +43,11 @@ class CountingEmbedder(Embedder, Protocol):
     """An embedder that also says how it reads texts, as /v1/embeddings tells its clients."""
 
     @property
+    def is_there(self) -> bool:
+        """Whether there is a model to load. Loads nothing."""
+        ...
+
+    @property
     def dim(self) -> int:
         """Length of a vector."""
         ...
@@ -74,6 +79,16 @@ class SentenceEmbedder:
         Raises `ModelLoadError` at the first call if there is no such model.
         """
         return await in_own_thread(self._embed, list(texts))
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is a model to load. Loads nothing."""
+        if self._model is None:
+            try:
+                check_embedder(self._path)
+            except ModelLoadError:
+                return False
+        return True
 
     def num_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each whole text, marks of begin and end included. Loads the model if it is not yet there."""

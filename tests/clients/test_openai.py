@@ -19,7 +19,7 @@ def client(live):
 
 
 def test_models_are_listed_and_retrieved(client):
-    assert [model.id for model in client.models.list()] == ["llama", "deep", "red", "mix", "adaptive"]
+    assert [model.id for model in client.models.list()][:5] == ["llama", "deep", "red", "mix", "adaptive"]
     assert client.models.retrieve("mix").max_model_len == 512
 
 

@@ -41,9 +41,21 @@ async def test_listed_models_are_shown_in_the_configs_order_with_their_context(h
     response = await get(hosting, "/v1/models")
     LIST.validate_json(response.content)
     shown = [Model.model_validate(model, strict=True) for model in response.json()["data"]]
-    assert [model.id for model in shown] == ["b", "a"]
-    assert all((model.object, model.created, model.max_model_len) == ("model", 1_700_000_000, 512) for model in shown)
+    assert [model.id for model in shown] == ["b", "a", "letters"]
+    assert all(
+        (model.object, model.created, model.max_model_len) == ("model", 1_700_000_000, 512) for model in shown[:2]
+    )
     assert not hasattr(shown[0], "ensemble")
+
+
+async def test_the_embedding_model_is_listed_if_it_is_there(host):
+    hosting = host()
+    shown = (await get(hosting, "/v1/models")).json()["data"][-1]
+    assert (shown["id"], shown["kind"], shown["explains_tokens"]) == ("letters", "embedding", False)
+    assert (await get(hosting, "/v1/models/letters")).json() == shown
+    hosting.embedder.is_there = False
+    assert [model["id"] for model in (await get(hosting, "/v1/models")).json()["data"]] == ["hello"]
+    assert (await get(hosting, "/v1/models/letters")).status_code == 404
 
 
 async def test_an_ensemble_shows_its_method_and_members(host):
@@ -113,6 +125,7 @@ async def test_a_probability_average_shows_what_it_is_made_of_and_what_a_request
         shown = {model["id"]: model for model in (await house.client.get("/v1/models")).json()["data"]}
     LIST.validate_python({"object": "list", "data": list(shown.values())})
     kinds = {name: model["kind"] for name, model in shown.items()}
+    assert kinds.pop("all-MiniLM-L6-v2") == "embedding"
     assert kinds == {"base": "hosted", "red": "hosted", "mix": "ensemble", "crowd": "ensemble", "away": "remote"}
     assert shown["mix"]["ensemble"] == {
         "method": "probability_average",

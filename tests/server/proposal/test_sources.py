@@ -115,13 +115,14 @@ def test_an_argument_that_is_no_model_is_named(tmp_path: Path, argument: str, re
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    """Lists three models, of which one embeds, for a key."""
+    """Lists four models, of which two embed, for a key."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             is_allowed = self.headers.get("Authorization") in (None, "Bearer s3cret")
             names = ["llama3.2:1b", "org/qwen", "nomic-embed-text"]
-            body = json.dumps({"data": [{"id": name} for name in names]}).encode()
+            models = [*({"id": name} for name in names), {"id": "all-MiniLM-L6-v2", "kind": "embedding"}]
+            body = json.dumps({"data": models}).encode()
             self.send_response(200 if is_allowed and self.path == "/v1/models" else 404)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

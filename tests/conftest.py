@@ -5,18 +5,29 @@ And the engines that run them: what uses the fixture `engine` is run with each.
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
+import shutil
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+MEMORY = Path("/dev/shm")
+
 settings.register_profile("repeatable", deadline=None, derandomize=True)  # a busy machine must not fail a test
 settings.load_profile("repeatable")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: tests never ask a hub
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # heeded by transformers, too
+if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 * 2**30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # jobs are synced to disk row by row
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: tensors this small only lose by threads
+
+# One for all clients: each reads 150 certificates otherwise, which is a quarter of the time of the tests of the API.
+ssl.create_default_context = functools.cache(ssl.create_default_context)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -138,6 +149,12 @@ def make_embedder(folder: Path, words: tuple[str, ...], *, max_tokens: int = 64)
     pooling = Pooling(transformer.get_embedding_dimension())
     SentenceTransformer(modules=[transformer, pooling, Normalize()]).save(str(folder / "sentences"))
     return folder / "sentences"
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: collections of garbage need not look at it again (torch's are a million objects)."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

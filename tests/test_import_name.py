@@ -52,6 +52,7 @@ def test_a_batch_runs_beside_files_of_the_same_names(folder: Path, tiny: dict[st
     assert run(folder, sys.executable, "-c", code).split() == ["1"]
 
 
+@pytest.mark.slow
 def test_a_batch_runs_although_the_users_server_is_importable(folder: Path, tiny: dict[str, Path]) -> None:
     (folder / "yaml.py").unlink()  # a name of a package that we use would be the user's own doing here
     code = batch_code(tiny["llama"], {"kind": "transformers"}).replace("sys.path.remove('')", "None")

@@ -24,22 +24,26 @@ class EventDecoder:
     """
 
     def __init__(self) -> None:
-        self._rest = b""  # the line that has not ended yet
+        self._rest: list[bytes] = []  # the line that has not ended yet; joined once, or long lines cost their square
+        self._held = b""  # a "\r" at the end of a chunk: its "\n" may be the first byte of the next one
         self._data: list[bytes] = []  # data lines of the event that has not ended yet
+        self._num_rest_bytes = 0
         self._num_bytes = 0
         self._is_first_line = True
 
     def feed(self, chunk: bytes) -> list[str]:
         events: list[str] = []
-        buffer = self._rest + chunk
+        buffer = self._held + chunk
+        self._held = b"\r" if buffer.endswith(b"\r") else b""
+        buffer = buffer.removesuffix(b"\r")
         start = 0
         for end in _LINE_END.finditer(buffer):
-            if end.group() == b"\r" and end.end() == len(buffer):
-                break  # subtle: its "\n" may be the first byte of the next chunk
-            self._line(buffer[start : end.start()], events)
+            self._line(b"".join((*self._rest, buffer[start : end.start()])), events)
+            self._rest.clear()
             start = end.end()
-        self._rest = buffer[start:]
-        if len(self._rest) + self._num_bytes > MAX_EVENT_BYTES:
+        self._rest.append(buffer[start:])
+        self._num_rest_bytes = (self._num_rest_bytes if start == 0 else 0) + len(buffer) - start
+        if self._num_rest_bytes + self._num_bytes > MAX_EVENT_BYTES:
             raise ValueError(f"one event is longer than {MAX_EVENT_BYTES} bytes")
         return events
 

@@ -63,6 +63,7 @@ def spent(output: Path) -> dict[str, Any]:
         return store.spent()
 
 
+@pytest.mark.slow
 def test_a_job_that_was_killed_writes_what_an_uninterrupted_one_writes(job: tuple[Path, Path], tmp_path: Path) -> None:
     run_batch(*job, whole := tmp_path / "whole.jsonl", seed=3)
     ended = subprocess.run(

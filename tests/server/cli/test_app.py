@@ -85,7 +85,7 @@ def test_a_wrong_config_is_one_error_and_exits_with_1(
     assert run.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("place", [0, *(pytest.param(place, marks=pytest.mark.slow) for place in (1, 2))])
 def test_debug_shows_the_traceback_wherever_it_stands(place: int, tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("models: {}", encoding="utf-8")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 CONFIG = "models:\n  a: {path: PATH}\n  m: {method: probability_average, members: [a]}\n"
 
 
@@ -14,6 +16,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_it_writes_a_directory_and_says_how_to_load_it(tiny, tmp_path):
     (tmp_path / "c.yaml").write_text(CONFIG.replace("PATH", str(tiny["llama"])))
     done = run(str(tmp_path / "c.yaml"), "m", str(tmp_path / "out"))

@@ -289,7 +289,7 @@ def test_a_wrong_entry_is_explained(tmp_path: Path, entry: str, part: str) -> No
         ("models: &m {a: *m}", "found unconstructable recursive node"),
         ("models: !!python/object:os.system {}", "could not determine a constructor for the tag"),
         ("models: !!bool maybe", "not valid YAML: KeyError"),
-        ("[" * 5000, "nested too deeply"),
+        ("[" * 1200, "nested too deeply"),
         ("a: 1\n---\nb: 2", "expected a single document in the stream, but found another"),
     ],
 )
@@ -366,7 +366,7 @@ YAML_VALUES = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(entries=st.dictionaries(st.sampled_from("ab") | st.text(max_size=3), YAML_VALUES, max_size=4), rest=YAML_VALUES)
 def test_any_value_gives_a_config_or_a_config_error(tmp_path: Path, entries: dict, rest: object) -> None:
     for data in [rest, {"models": entries}, {"models": entries, "server": rest, "engine": rest, "embedding": rest}]:

@@ -18,12 +18,14 @@ def models(
     averaged, keys that are not set. Reads no weights. A .gguf file is converted on the way, once;
     nothing is downloaded.
     """
-    from ensemble_server.server.cli.model_table import as_json, print_table
     from ensemble_server.server.config.loading import load_config
+
+    loaded = load_config(config)  # before what imports transformers: a wrong key is told in a second
+
+    from ensemble_server.server.cli.model_table import as_json, print_table
     from ensemble_server.server.inventory import take_inventory
     from ensemble_server.server.rehearsal import rehearse
 
-    loaded = load_config(config)
     rehearsal = rehearse(loaded, may_download=False)
     inventory = take_inventory(loaded, rehearsal)
     if json:

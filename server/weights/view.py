@@ -10,21 +10,23 @@ import hashlib
 import inspect
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from ensemble_server.ensembles.base import Message
+from ensemble_server.ensembles.base import Message, ToolCall
 from ensemble_server.ensembles.errors import ModelLoadError, RequestError, UnsupportedError
 from ensemble_server.server.config.blocks import HostedModel
-from ensemble_server.server.tool_formats.formats import ToolFormatName, format_in
+from ensemble_server.server.tool_formats.formats import FORMATS, ToolFormat, ToolFormatName, format_in
 from ensemble_server.server.weights.thinking import Markers, markers_in
 from ensemble_server.server.weights.tokenizer import Vocabulary
 
 logger = logging.getLogger(__name__)
 
+_TOOLS_IN_MESSAGE = re.compile(r"message(?:\.tools|\[.tools.\])")  # Phi's templates want them there
 _MARK = "f3b1c2"  # a text that no template has of its own
 # What transformers' renderer is told by us: the template itself, for one.
 RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
@@ -53,7 +55,7 @@ class Surface(Vocabulary):
         self.thinking: Markers | None = None
         if thinking != "off":
             self.thinking = markers_in(self.chat_template) if thinking == "auto" else thinking
-        self._tool_format = tool_format
+        self._tool_format: ToolFormatName | Literal["auto", "off"] = tool_format
         if system_prompt and self.chat_template is None:
             raise ModelLoadError("system_prompt needs a chat template, which this model lacks; set chat_template")
 
@@ -107,9 +109,10 @@ class Surface(Vocabulary):
     @property
     def tool_format(self) -> ToolFormatName | None:
         """How the model writes tool calls; None if that is not known."""
-        if self.chat_template is None or self._tool_format == "off":
+        form = self._tool_format
+        if self.chat_template is None or form == "off":
             return None
-        return format_in(self.chat_template) if self._tool_format == "auto" else self._tool_format
+        return format_in(self.chat_template) if form == "auto" else form
 
     def own_ids(self, token_ids: Sequence[int]) -> list[int]:
         """`token_ids` of the ensemble as this member reads them: all are its own."""
@@ -154,11 +157,17 @@ class Surface(Vocabulary):
                 param="messages",
             )
         conversation = [_for_template(message) for message in messages]
+        tools = options.get("tools")
+        if not self.supports_tools and "tool_calls" not in self.chat_template:
+            form = FORMATS[self.tool_format or "hermes"]
+            conversation = _without_tool_messages(conversation, form)
+            if tools and self.tool_format is not None:
+                _put_before(conversation, _about_tools(tools, form))
         if self.system_prompt:
-            if conversation and conversation[0]["role"] == "system":
-                conversation[0]["content"] = f"{self.system_prompt}\n\n{conversation[0]['content']}"
-            else:
-                conversation.insert(0, {"role": "system", "content": self.system_prompt})
+            _put_before(conversation, self.system_prompt)
+        if tools and _TOOLS_IN_MESSAGE.search(self.chat_template):
+            _put_before(conversation, "")
+            conversation[0]["tools"] = json.dumps(tools, ensure_ascii=False)
         if any("tool_calls" in message for message in conversation) and (length := self.call_id_length):
             _shorten_call_ids(conversation, length)
         if any(message["role"] == "system" for message in conversation) and not self.has_system_role:
@@ -223,6 +232,48 @@ def _for_template(message: Message) -> dict[str, Any]:
             for call in calls
         ]
     return copy
+
+
+def _put_before(conversation: list[dict[str, Any]], text: str) -> None:
+    """`text` as the beginning of what the system says."""
+    if not conversation or conversation[0]["role"] != "system":
+        conversation.insert(0, {"role": "system", "content": text})
+    elif text:
+        conversation[0]["content"] = f"{text}\n\n{conversation[0]['content']}"
+
+
+def _about_tools(tools: Sequence[Mapping[str, Any]], form: ToolFormat) -> str:
+    """What a model is told whose template knows no tools."""
+    functions = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    example = form.written([ToolCall("function_name", '{"argument": "value"}')])
+    return (
+        f"You can call these functions, each described by a line of JSON:\n{functions}\n\nTo call one, write\n{example}"
+        "\nand nothing behind it. You will then be told what it returns."
+    )
+
+
+def _without_tool_messages(conversation: Sequence[dict[str, Any]], form: ToolFormat) -> list[dict[str, Any]]:
+    """Calls as the model would write them, and what they returned as a message of the user's."""
+    plain: list[dict[str, Any]] = []
+    has_returned = False
+    for message in conversation:
+        if calls := message.get("tool_calls"):
+            functions = [call["function"] for call in calls]
+            written = form.written(
+                [ToolCall(function["name"], json.dumps(function["arguments"])) for function in functions]
+            )
+            content = f"{message['content']}\n{written}" if message.get("content") else written
+            message = {key: value for key, value in message.items() if key != "tool_calls"} | {"content": content}
+        is_return = message["role"] == "tool"
+        if is_return:
+            returned = f"<tool_response>\n{message['content']}\n</tool_response>"
+            if has_returned:
+                plain[-1]["content"] += f"\n{returned}"
+                continue
+            message = {"role": "user", "content": returned}
+        has_returned = is_return
+        plain.append(message)
+    return plain
 
 
 def _shorten_call_ids(conversation: Sequence[dict[str, Any]], length: int) -> None:

@@ -78,6 +78,12 @@ async def _answered(
     match row.url:
         case "/v1/chat/completions":
             chat = await asyncio.to_thread(Chat.of, row_body(ChatBody, row), hosting, terms, new_observer())
+            if chat.unread_tools:  # a client is told by a header
+                raise UnsupportedError(
+                    f"tools: no format of calls is known of model {chat.unread_tools[0]!r}, so it would answer in text; "
+                    "force the call by tool_choice, or set tool_format in the config",
+                    param="tools",
+                )
             return await chat.answer(), chat.generations.total
         case "/v1/completions":
             completion = await TextCompletion.of(row_body(CompletionBody, row), hosting, terms, new_observer())

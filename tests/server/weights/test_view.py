@@ -381,3 +381,38 @@ def test_a_view_adds_to_what_its_base_tells_the_template(byte_level: PreTrainedT
     }
     surface = member_surface("b", models, byte_level)
     assert surface.template_kwargs == {"x": 1, "y": 2} and surface.thinking is None
+
+
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "x", "parameters": {"type": "object"}}}
+CALL = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+LOOP = [
+    {"role": "user", "content": "Umbrella?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "rain", "tool_call_id": "c"},
+    {"role": "tool", "content": "wind", "tool_call_id": "d"},
+]
+
+
+def test_calls_are_written_out_for_a_template_that_knows_none(byte_level: PreTrainedTokenizerFast) -> None:
+    text = Surface(byte_level).render_text(LOOP)
+    assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>' in text
+    assert "<|im_start|>user\n<tool_response>\nrain\n</tool_response>\n<tool_response>\nwind\n</tool_response>" in text
+    assert "<|im_start|>tool" not in text
+
+
+def test_a_config_teaches_a_format_to_a_template_that_knows_no_tools(byte_level: PreTrainedTokenizerFast) -> None:
+    taught = Surface(byte_level, tool_format="mistral")
+    text = taught.decode(taught.render(LOOP, tools=[WEATHER]))
+    assert text.startswith("<|im_start|>system\nYou can call these functions")
+    assert '{"name": "weather", "description": "x"' in text and '[TOOL_CALLS] [{"name": "function_name"' in text
+    untaught = Surface(byte_level)
+    assert untaught.render(LOOP, tools=[WEATHER]) == untaught.render(LOOP)
+
+
+def test_a_template_that_wants_tools_in_a_message_gets_them_there(byte_level: PreTrainedTokenizerFast) -> None:
+    shown = "{% if message['tools'] %}<|tool|>{{ message['tools'] }}<|/tool|>{% endif %}{{ message.content }}"
+    template = f"{{% for message in messages %}}{shown}{{% endfor %}}"
+    surface = Surface(byte_level, chat_template=template)
+    assert surface.tool_format == "phi"
+    text = surface.decode(surface.render(LOOP[:1], tools=[WEATHER]))
+    assert text.startswith('<|tool|>[{"type": "function"') and text.endswith("<|/tool|>Umbrella?")

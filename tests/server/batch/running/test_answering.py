@@ -122,6 +122,13 @@ async def test_an_unknown_parameter_is_an_error_of_the_row(scripted) -> None:
     assert refused.body["error"]["message"].startswith("unknown parameter 'temprature'; did you mean 'temperature'?")
 
 
+async def test_tools_whose_calls_nobody_could_read_are_an_error_of_the_row(hosting: Hosting) -> None:
+    tools = [{"type": "function", "function": FUNCTION}]
+    refused = await answer(hosting, row(tools=tools))
+    assert (refused.status_code, refused.body["error"]["param"]) == (400, "tools")
+    assert (await answer(hosting, row(tools=tools, tool_choice="none", max_tokens=2))).status_code == 200
+
+
 async def test_embeddings_are_answered_too(scripted) -> None:
     result = await answer(scripted(), row(VECTORS, input=["ab", "b"]))
     assert [vector["embedding"] for vector in result.body["data"]] == [pytest.approx([0.5**0.5] * 2 + [0]), [0, 1, 0]]

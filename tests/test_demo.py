@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -13,8 +14,12 @@ import pytest_asyncio
 
 from ensemble_server.ensembles.base import Answer, GenerationRequest, Sampling, collect
 from ensemble_server.ensembles.pooling import posterior
+from ensemble_server.server.api.app import create_app
+from ensemble_server.server.api.serve import listening
 from ensemble_server.server.config.loading import load_config
 from ensemble_server.server.hosting import Hosting
+from ensemble_server.server.metrics import Metrics
+from tests.docs.snippets import snippets
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
@@ -86,3 +91,14 @@ async def test_structured_output_on_the_real_vocabulary(demo):
         sampling=Sampling(temperature=0, max_tokens=40, grammar=Grammar("json_schema", json.dumps(schema))),
     )
     assert json.loads((await collect(demo.models["adaptive"], request)).text)["city"] in ("Paris", "Rome")
+
+
+async def test_the_tool_loop_that_the_page_shows(demo, capsys):
+    [code] = [snippet.text for snippet in snippets(ROOT / "docs" / "tools.md") if snippet.kind == "python"]
+    app = create_app(demo, metrics=Metrics())
+    scope: dict = {}
+    async with listening(app, demo.config.server.model_copy(update={"port": 0})) as port:
+        await asyncio.to_thread(exec, code.replace("8000", str(port)), scope)
+    assert scope["call"].function.name == "weather"
+    assert json.loads(scope["call"].function.arguments)["city"]
+    assert capsys.readouterr().out.strip()

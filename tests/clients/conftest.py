@@ -7,15 +7,21 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
+import pytest_asyncio
 
-from tests.conftest import ENGINES
+from ensemble_server.server.engines.scripted_engine import ScriptedModel
+from ensemble_server.server.engines.scripted_hosting import ScriptedHosting
+from ensemble_server.server.weights.view import Surface
+from tests.clients.tool_loop import weather
+from tests.conftest import CHAT_TEMPLATE, ENGINES
+from tests.server.api.conftest import live_server, tokenizer
 
 CONFIG = """
 models:
@@ -71,3 +77,24 @@ def _address(process: subprocess.Popen, log: Path) -> str:
                 return url
         time.sleep(0.1)
     raise AssertionError(f"the server did not start:\n{log.read_text()}")
+
+
+# --- a scripted model that calls a tool ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def surface(tmp_path_factory: pytest.TempPathFactory) -> Surface:
+    template = CHAT_TEMPLATE + "{% if tools %}<tool_call></tool_call>{% endif %}{{ tool_calls }}"
+    return Surface(tokenizer(tmp_path_factory.mktemp("agents")), chat_template=template)
+
+
+@pytest.fixture
+def model(surface: Surface) -> ScriptedModel:
+    return ScriptedModel("far", weather, surface=surface, max_model_len=4096)
+
+
+@pytest_asyncio.fixture
+async def url(model: ScriptedModel, surface: Surface, tmp_path: Path) -> AsyncIterator[str]:
+    hosting = ScriptedHosting({"far": model}, {"far": surface}, tmp_path / "batches")
+    async with live_server(hosting) as address:
+        yield f"{address}/v1"

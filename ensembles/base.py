@@ -76,6 +76,8 @@ class GenerationRequest:
     `tools`: OpenAI tool definitions that the chat template renders; `template_kwargs`: what else it is told.
     `tool_choice`: "auto" leaves it to the model whether it calls; "required" and the name of a function do not (where
     the model is hosted here, `sampling.grammar` forces the call). `parallel_tool_calls`: whether there may be several.
+    `reasoning_effort`: how much a model that thinks should think, where its template knows levels; "none": not at all.
+    `max_reasoning_tokens`: of a thought, after which its end is forced; None: no limit.
     `deadline_s`: seconds from now after which the model answers with what it has, or raises `DeadlineError`.
     `priority`: lower values are scheduled first; 0 is interactive.
     """
@@ -93,6 +95,8 @@ class GenerationRequest:
     tool_choice: Literal["auto", "required"] | NamedFunction = "auto"
     parallel_tool_calls: bool = True
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    reasoning_effort: str | None = None
+    max_reasoning_tokens: int | None = None
     truncate_prompt_tokens: int | None = None
     deadline_s: float | None = None
     priority: int = 0
@@ -100,6 +104,16 @@ class GenerationRequest:
 
     def __post_init__(self) -> None:
         assert (self.messages is None) != (self.prompt is None), "exactly one of messages and prompt must be given"
+
+    @property
+    def told_template(self) -> Mapping[str, Any]:
+        """What the chat template is told besides messages and tools."""
+        if self.reasoning_effort is None:
+            return self.template_kwargs
+        effort: dict[str, Any] = {"reasoning_effort": self.reasoning_effort}
+        if self.reasoning_effort == "none":  # templates that know no levels have a switch
+            effort["enable_thinking"] = False
+        return effort | dict(self.template_kwargs)
 
 
 @dataclass(frozen=True)
@@ -193,17 +207,20 @@ class Delta:
 
 @dataclass(frozen=True)
 class MemberUsage:
-    """Tokens that one member read (prompt) and wrote (completion); `cost` in the config's currency."""
+    """Tokens that one member read (prompt) and wrote (completion); `cost` in the config's currency. `reasoning_tokens`:
+    those of the completion that are thoughts, markers included, as far as they are told apart."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0
+    reasoning_tokens: int = 0
 
     def __add__(self, other: MemberUsage) -> MemberUsage:
         return MemberUsage(
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,
             self.cost + other.cost,
+            self.reasoning_tokens + other.reasoning_tokens,
         )
 
 
@@ -214,6 +231,7 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     members: Mapping[str, MemberUsage] = field(default_factory=dict)
+    reasoning_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:

@@ -225,7 +225,11 @@ class _Progress:
         usage = self.done.usage
         if usage.members:
             return usage
-        return replace(usage, members={self.call.model.name: MemberUsage(usage.prompt_tokens, usage.completion_tokens)})
+        return replace(usage, members={self.call.model.name: _alone(usage)})
+
+
+def _alone(usage: Usage) -> MemberUsage:
+    return MemberUsage(usage.prompt_tokens, usage.completion_tokens, reasoning_tokens=usage.reasoning_tokens)
 
 
 def total_usage(usages: Iterable[Usage]) -> Usage:
@@ -237,7 +241,12 @@ def _add_usage(left: Usage, right: Usage) -> Usage:
     members = dict(left.members)
     for name, usage in right.members.items():
         members[name] = members.get(name, MemberUsage()) + usage
-    return Usage(left.prompt_tokens + right.prompt_tokens, left.completion_tokens + right.completion_tokens, members)
+    return Usage(
+        left.prompt_tokens + right.prompt_tokens,
+        left.completion_tokens + right.completion_tokens,
+        members,
+        left.reasoning_tokens + right.reasoning_tokens,
+    )
 
 
 def answered_members(outcomes: Iterable[Outcome]) -> tuple[str, ...]:

@@ -175,7 +175,9 @@ class ScriptedModel:
         if self._surface is None:
             return None
         if request.messages is not None:
-            token_ids = self._surface.render(request.messages, tools=request.tools)
+            token_ids = self._surface.render(
+                request.messages, tools=request.tools, template_kwargs=request.told_template
+            )
         elif isinstance(request.prompt, str):
             token_ids = self._surface.encode(request.prompt)
         else:

@@ -30,6 +30,7 @@ from ensemble_server.server.requests.logprobs import chat_logprobs, prompt_logpr
 from ensemble_server.server.requests.messages import template_messages
 from ensemble_server.server.requests.models import requested_model
 from ensemble_server.server.requests.protocol import ChatBody
+from ensemble_server.server.requests.reasoning import reasoning_effort
 from ensemble_server.server.requests.responses import ChatChoice, ChatCompletion, FunctionCallObject, ToolCallObject
 from ensemble_server.server.requests.structured_output import requested_grammar
 from ensemble_server.server.requests.terms import Terms
@@ -69,6 +70,8 @@ def chat_request(
         tool_choice=tools.choice,
         parallel_tool_calls=tools.parallel,
         template_kwargs=body.chat_template_kwargs or {},
+        reasoning_effort=reasoning_effort(body, hosting, model_name),
+        max_reasoning_tokens=body.reasoning_limit,
         truncate_prompt_tokens=prompt_tokens_kept(body, hosting.models[model_name]),
         deadline_s=terms.deadline_s,
         priority=terms.priority,

@@ -270,7 +270,7 @@ class Generations:
     def usage(self) -> UsageObject:
         """All generations' tokens, once they have ended."""
         total = self.total
-        return _usage_object(total.prompt_tokens, total.completion_tokens)
+        return _usage_object(total.prompt_tokens, total.completion_tokens, total.reasoning_tokens)
 
     @property
     def ensemble(self) -> EnsembleObject:
@@ -300,19 +300,25 @@ class Generations:
             sum(done.usage.prompt_tokens for done in self._done.values()),
             sum(done.usage.completion_tokens for done in self._done.values()),
             members,
+            sum(done.usage.reasoning_tokens for done in self._done.values()),
         )
 
 
-def _usage_object(prompt_tokens: int, completion_tokens: int) -> UsageObject:
-    return {
+def _usage_object(prompt_tokens: int, completion_tokens: int, reasoning_tokens: int = 0) -> UsageObject:
+    shown: UsageObject = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
     }
+    if reasoning_tokens:
+        shown["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    return shown
 
 
 def _member_usage(used: MemberUsage) -> MemberUsageObject:
     shown: MemberUsageObject = {"prompt_tokens": used.prompt_tokens, "completion_tokens": used.completion_tokens}
+    if used.reasoning_tokens:
+        shown["reasoning_tokens"] = used.reasoning_tokens
     if used.cost:
         shown["cost"] = used.cost
     return shown

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ensemble_server.ensembles.base import Model
+from ensemble_server.ensembles.base import DistributionModel, Model
 from ensemble_server.ensembles.errors import RequestError, UnknownModelError
 from ensemble_server.server.config.problems import nearest
 from ensemble_server.server.requests.errors import shortened
 
 if TYPE_CHECKING:
     from ensemble_server.server.hosting import Hosting
+    from ensemble_server.server.weights.view import Surface
 
 
 def requested_model(hosting: Hosting, name: str | None) -> Model:
@@ -26,6 +27,18 @@ def requested_model(hosting: Hosting, name: str | None) -> Model:
     if name not in hosting.models:
         raise unknown_model(name, hosting.listed)
     return hosting.models[name]
+
+
+def speakers_of(hosting: Hosting, name: str) -> dict[str, Surface | None]:
+    """Of the models that `name` asks, those that write text of their own, with how they write it (None: remote ones).
+
+    A mixture is one: it writes as its first member does.
+    """
+    model = hosting.models[name]
+    others = [member for member in model.members if member != name and member in hosting.models]
+    if isinstance(model, DistributionModel) or not others:
+        return {name: hosting.surface(name)}
+    return {speaker: surface for other in others for speaker, surface in speakers_of(hosting, other).items()}
 
 
 def unknown_model(name: str, known: Sequence[str]) -> UnknownModelError:

@@ -173,6 +173,16 @@ class ChatBody(GenerationBody):
     top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     tools: Tools | None = None
     chat_template_kwargs: dict[str, JsonValue] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        default=None,
+        description="for models whose template knows levels; none: thoughts are switched off where they can",
+    )
+    max_reasoning_tokens: Annotated[int, Field(ge=0, le=MAX_INT), WHOLE] | None = Field(
+        default=None, description="of a thought, after which its end is forced"
+    )
+    thinking_token_budget: Annotated[int, Field(ge=0, le=MAX_INT), WHOLE] | None = Field(
+        default=None, description="vLLM's name of max_reasoning_tokens"
+    )
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
@@ -181,6 +191,10 @@ class ChatBody(GenerationBody):
         """None: as many as fit."""
         wanted = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return None if wanted == -1 else wanted
+
+    @property
+    def reasoning_limit(self) -> int | None:
+        return self.thinking_token_budget if self.max_reasoning_tokens is None else self.max_reasoning_tokens
 
 
 class CompletionBody(GenerationBody):
@@ -238,7 +252,6 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "web_search": ((False,), _NO_SEARCH),
     "functions": ((), "use tools"),
     "function_call": (("none",), "use tool_choice"),
-    "reasoning_effort": (("none",), "the models here have no levels of effort"),
     "verbosity": (("medium",), "the models here have no levels of verbosity"),
     "guided_json": ((), _STRUCTURED),
     "guided_regex": ((), _STRUCTURED),

@@ -14,15 +14,23 @@ from typing_extensions import (
 )
 
 
+class CompletionTokensDetails(TypedDict):
+    reasoning_tokens: int
+
+
 class UsageObject(TypedDict):
+    """`completion_tokens_details` is there if some of the completion's tokens are thoughts."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    completion_tokens_details: NotRequired[CompletionTokensDetails]
 
 
 class MemberUsageObject(TypedDict):
     prompt_tokens: int
     completion_tokens: int
+    reasoning_tokens: NotRequired[int]
     cost: NotRequired[float]
 
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ensemble_server.ensembles.base import DistributionModel, Grammar, NamedFunction
+from ensemble_server.ensembles.base import Grammar, NamedFunction
 from ensemble_server.ensembles.errors import RequestError
 from ensemble_server.server.requests.call_grammars import named_call_grammar, required_call_grammar
 from ensemble_server.server.requests.messages import FunctionDefinition, NamedTool, Tool
+from ensemble_server.server.requests.models import speakers_of
 from ensemble_server.server.requests.protocol import ChatBody
 from ensemble_server.server.requests.structured_output import check_grammar
 
@@ -43,8 +44,9 @@ def asked_tools(body: ChatBody, hosting: Hosting, model_name: str) -> AskedTools
         return None
     definitions = tuple(tool_definition(tool.function) for tool in body.tools)
     if choice == "auto":
-        parallel = body.parallel_tool_calls is not False
-        return AskedTools(definitions, parallel=parallel, unread=tuple(dict.fromkeys(_unread(hosting, model_name))))
+        return AskedTools(
+            definitions, parallel=body.parallel_tool_calls is not False, unread=_unread(hosting, model_name)
+        )
     if body.response_format is not None or body.structured_outputs is not None:
         raise RequestError("a forced tool call leaves no room for another output format", param="tool_choice")
     if isinstance(choice, NamedTool):
@@ -57,15 +59,9 @@ def asked_tools(body: ChatBody, hosting: Hosting, model_name: str) -> AskedTools
     return AskedTools(definitions, "required", grammar=grammar)
 
 
-def _unread(hosting: Hosting, name: str) -> list[str]:
-    """Of the models whose words `name` is made of, those hosted here whose calls nobody here can read. A mixture speaks
-    as its first member does."""
-    model = hosting.models[name]
-    others = [member for member in model.members if member != name and member in hosting.models]
-    if isinstance(model, DistributionModel) or not others:
-        surface = hosting.surface(name)
-        return [name] if surface is not None and surface.tool_format is None else []
-    return [unread for other in others for unread in _unread(hosting, other)]
+def _unread(hosting: Hosting, model_name: str) -> tuple[str, ...]:
+    speakers = speakers_of(hosting, model_name)
+    return tuple(name for name, surface in speakers.items() if surface is not None and surface.tool_format is None)
 
 
 def _named(name: str, tools: Sequence[Tool]) -> Tool:

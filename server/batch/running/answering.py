@@ -80,7 +80,7 @@ async def _answered(
             chat = await asyncio.to_thread(Chat.of, row_body(ChatBody, row), hosting, terms, new_observer())
             if chat.unread_tools:  # a client is told by a header
                 raise UnsupportedError(
-                    f"tools: no format of calls is known of model {chat.unread_tools[0]!r}, so it would answer in text; "
+                    f"tools: model {chat.unread_tools[0]!r} writes calls in no format that is known here; "
                     "force the call by tool_choice, or set tool_format in the config",
                     param="tools",
                 )

@@ -81,7 +81,8 @@ def num_prompt_tokens(row: Row, hosting: Hosting) -> int | None:
     lengths = []
     for request in requests:
         if request.messages is not None:
-            length = len(surface.render(request.messages, tools=request.tools))
+            told = request.told_template
+            length = len(surface.render(request.messages, tools=request.tools, template_kwargs=told))
         else:
             prompt = request.prompt
             length = len(surface.encode(prompt) if isinstance(prompt, str) else prompt or ())

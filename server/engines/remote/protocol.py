@@ -67,6 +67,10 @@ def request_body(name: str, model: str, request: GenerationRequest) -> tuple[str
         body["messages"] = [dict(message) for message in request.messages]
         if request.template_kwargs:
             body["chat_template_kwargs"] = dict(request.template_kwargs)
+        if request.reasoning_effort is not None:
+            body["reasoning_effort"] = request.reasoning_effort
+        if request.max_reasoning_tokens is not None:
+            body["thinking_token_budget"] = request.max_reasoning_tokens  # vLLM's name; OpenAI has none
         if request.tools:
             body |= _tools_body(request)
         if request.top_logprobs is not None:
@@ -225,9 +229,21 @@ def _believable(number: Any) -> int | None:
     return number if isinstance(number, int) and 0 <= number <= MAX_TOKENS else None
 
 
+class ChunkUsageDetails(BaseModel):
+    reasoning_tokens: Annotated[int | None, BeforeValidator(_believable)] = None
+
+
 class ChunkUsage(BaseModel):
     prompt_tokens: Annotated[int | None, BeforeValidator(_believable)] = None
     completion_tokens: Annotated[int | None, BeforeValidator(_believable)] = None
+    completion_tokens_details: Annotated[
+        ChunkUsageDetails | None, BeforeValidator(lambda value: value if isinstance(value, dict) else None)
+    ] = None
+
+    @property
+    def reasoning_tokens(self) -> int:
+        details = self.completion_tokens_details
+        return (details and details.reasoning_tokens) or 0
 
 
 class Chunk(BaseModel):

@@ -256,10 +256,12 @@ class RemoteChat:
     def _usage(self, usages: Sequence[ChunkUsage]) -> Usage:
         num_read = sum(usage.prompt_tokens or 0 for usage in usages)
         num_written = sum(usage.completion_tokens or 0 for usage in usages)
+        num_reasoning = sum(usage.reasoning_tokens for usage in usages)
         cost = (
             num_read * self._config.prompt_price_per_million + num_written * self._config.completion_price_per_million
         ) / 1e6
-        return Usage(num_read, num_written, {self.name: MemberUsage(num_read, num_written, cost)})
+        used = MemberUsage(num_read, num_written, cost, num_reasoning)
+        return Usage(num_read, num_written, {self.name: used}, num_reasoning)
 
     async def _called(self, places: Sequence[int], progress: _Progress) -> AsyncGenerator[Delta]:
         """What one call for the choices `places` gives."""

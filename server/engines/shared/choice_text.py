@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from ensemble_server.ensembles.base import Delta, FinishReason, Sampling, TokenLogprob
 from ensemble_server.server.engines.shared.stop_strings import StopStrings
-from ensemble_server.server.engines.shared.thoughts import ThoughtStream
+from ensemble_server.server.engines.shared.thoughts import ThoughtLimit, ThoughtStream
 from ensemble_server.server.weights.tokenizer import TextStream, Vocabulary
 
 
@@ -26,7 +26,7 @@ def ends_of_text(sampling: Sampling, eos_ids: frozenset[int]) -> frozenset[int]:
 
 class ChoiceText:
     """Not shared between choices. `max_new_tokens` >= 1; `eos_ids`: ends of text of any member; `thoughts`: of a
-    model that thinks aloud.
+    model that thinks aloud; `thought_limit`: how long.
 
     `finish_reason` is set with the delta that has it; nothing may be added after that. `last_token`: the last one that
     was shown.
@@ -41,9 +41,11 @@ class ChoiceText:
         max_new_tokens: int,
         eos_ids: frozenset[int],
         thoughts: ThoughtStream | None = None,
+        thought_limit: ThoughtLimit | None = None,
     ) -> None:
         self.index = index
         self.num_generated = 0
+        self.num_reasoning = 0  # of them, tokens of a thought and its markers
         self.last_token: int | None = None
         self.finish_reason: FinishReason | None = None
         self._max_new_tokens = max_new_tokens
@@ -51,6 +53,7 @@ class ChoiceText:
         self._ends = ends_of_text(sampling, eos_ids)
         self._stop_token_ids = frozenset(sampling.stop_token_ids)
         self._thoughts = thoughts
+        self._thought_limit = thought_limit
         markers = () if thoughts is None else (thoughts.markers.start, thoughts.markers.end)
         self._stream = TextStream(vocabulary, skip_special_tokens=sampling.skip_special_tokens, shown=markers)
         self._stops = StopStrings(sampling.stop, include=sampling.include_stop_str_in_output)
@@ -80,6 +83,12 @@ class ChoiceText:
         self.last_token = token_id
         return self._told_apart(self._shown(self._stream.add(token_id), (token_id,), report, is_complete=is_complete))
 
+    def forced_token(self) -> int | None:
+        """The token that must come next, because a thought has had its tokens; None: any may."""
+        if self._thoughts is None or self._thought_limit is None or not self._thoughts.is_thinking:
+            return None
+        return self._thought_limit.next(self.num_reasoning)
+
     def end(self, finish_reason: FinishReason, stop_reason: str | int | None = None) -> Delta:
         """No token comes any more: the choice ends with what it has."""
         return self._told_apart(self._last(finish_reason, stop_reason))
@@ -92,7 +101,10 @@ class ChoiceText:
         """With the thoughts of a model that thinks as its reasoning."""
         if self._thoughts is None:
             return delta
+        was_thinking = self._thoughts.is_thinking
         answer, thought = self._thoughts.add(delta.text)
+        if was_thinking or self._thoughts.is_thinking or thought:
+            self.num_reasoning = self.num_generated
         if delta.finish_reason is not None:
             rest, rest_of_thought = self._thoughts.flush()
             answer, thought = answer + rest, thought + rest_of_thought

@@ -92,6 +92,6 @@ def _prompts(request: GenerationRequest, members: Sequence[Reader]) -> list[list
     for view, member in zip(views, members, strict=True):
         if view not in read:
             read[view] = member.surface.render(
-                request.messages, tools=request.tools, template_kwargs=request.template_kwargs
+                request.messages, tools=request.tools, template_kwargs=request.told_template
             )
     return [read[view] for view in views]

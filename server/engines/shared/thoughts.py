@@ -25,6 +25,11 @@ class ThoughtStream:
         self._held = ""
         self._has_shown = False  # of the thought, or, once it is over, of the answer
 
+    @property
+    def is_thinking(self) -> bool:
+        """Whether what comes next belongs to a thought."""
+        return self._phase == "inside"
+
     def add(self, piece: str) -> tuple[str, str]:
         """-> (of the answer, of the thought)"""
         text, self._held = self._held + piece, ""
@@ -59,6 +64,32 @@ class ThoughtStream:
         text = text if self._has_shown else text.lstrip()
         self._has_shown = self._has_shown or bool(text)
         return text
+
+
+class ThoughtLimit:
+    """Forces the end of a thought that has had its tokens. `end`: the tokens of the marker that closes it.
+
+    What else a token that is forced might have been does not matter: it is no draw, and no evidence for anybody.
+    """
+
+    def __init__(self, max_tokens: int, end: Sequence[int]) -> None:
+        self._max_tokens = max_tokens
+        self._end = tuple(end)
+        self._num_forced = 0
+
+    def next(self, num_tokens: int) -> int | None:
+        """The token that must come now, in a thought of so many tokens; None: any may."""
+        if num_tokens < self._max_tokens or self._num_forced == len(self._end):
+            return None
+        self._num_forced += 1
+        return self._end[self._num_forced - 1]
+
+
+def thought_limit(request: GenerationRequest, surface: Surface) -> ThoughtLimit | None:
+    if request.max_reasoning_tokens is None or surface.thinking is None:
+        return None
+    end = surface.encode(surface.thinking.end, add_special_tokens=False)
+    return ThoughtLimit(request.max_reasoning_tokens, end)
 
 
 def thought_stream(request: GenerationRequest, surface: Surface, prompt: Sequence[int]) -> ThoughtStream | None:

@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from ensemble_server.ensembles.base import Done, MemberUsage, Usage
 
 
-def done(method: str, num_read: Mapping[str, int], num_generated: int) -> Done:
+def done(method: str, num_read: Mapping[str, int], num_generated: int, num_reasoning: int = 0) -> Done:
     """The last event of a request. `num_read`: tokens of the prompt by member; the first member's count as the
-    request's. `num_generated`: tokens of all choices, also those that ended a choice and were not shown.
+    request's. `num_generated`: tokens of all choices, also those that ended a choice and were not shown;
+    `num_reasoning`: those of them that are thoughts.
     """
-    members = {name: MemberUsage(length, num_generated) for name, length in num_read.items()}
-    usage = Usage(next(iter(num_read.values())), num_generated, members)
+    members = {
+        name: MemberUsage(length, num_generated, reasoning_tokens=num_reasoning) for name, length in num_read.items()
+    }
+    usage = Usage(next(iter(num_read.values())), num_generated, members, num_reasoning)
     return Done(usage, method, tuple(members), len(members), vocabulary="tokens" if len(members) > 1 else None)

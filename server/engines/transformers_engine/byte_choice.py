@@ -100,6 +100,11 @@ class ByteChoice:
         return self._shown.num_generated
 
     @property
+    def num_reasoning(self) -> int:
+        """Thoughts are not told apart in text that is drawn byte by byte."""
+        return self._shown.num_reasoning
+
+    @property
     def finish_reason(self) -> FinishReason | None:
         return self._shown.finish_reason
 

@@ -78,7 +78,7 @@ def _chat_view(member: Member, request: GenerationRequest, tokenizing: threading
     surface = member.surface
     with tokenizing:
         ids = _kept(
-            surface.render(request.messages or (), tools=request.tools, template_kwargs=request.template_kwargs),
+            surface.render(request.messages or (), tools=request.tools, template_kwargs=request.told_template),
             request,
         )
     check_prompt(ids, member.vocab_size, "messages")

@@ -13,7 +13,7 @@ from ensemble_server.ensembles.base import Delta, FinishReason, GenerationReques
 from ensemble_server.ensembles.pooling import following, sampling
 from ensemble_server.server.engines.shared.choice_text import ChoiceText, ends_of_text
 from ensemble_server.server.engines.shared.grammar import GrammarMask
-from ensemble_server.server.engines.shared.thoughts import thought_stream
+from ensemble_server.server.engines.shared.thoughts import thought_limit, thought_stream
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
@@ -54,6 +54,7 @@ class LiveChoice:
             max_new_tokens=max_new_tokens,
             eos_ids=eos_ids,
             thoughts=thought_stream(request, self._surface, prompt.token_ids[0]),
+            thought_limit=thought_limit(request, self._surface),
         )
         self._prompt_ids = torch.tensor(prompt.token_ids[0], dtype=torch.long)
         self._counts: Counter[int] = Counter()
@@ -62,6 +63,10 @@ class LiveChoice:
     @property
     def num_generated(self) -> int:
         return self._text.num_generated
+
+    @property
+    def num_reasoning(self) -> int:
+        return self._text.num_reasoning
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -81,9 +86,12 @@ class LiveChoice:
 
         member_logprobs: per member (V,), the distributions that were pooled.
         """
-        token_id = sampling.choose(self._controlled(pooled), self._sampling, self._generator)
+        forced = self._text.forced_token()
+        token_id = (
+            sampling.choose(self._controlled(pooled), self._sampling, self._generator) if forced is None else forced
+        )
         report = self._report(token_id, pooled, member_logprobs)
-        if self.mixture.pool == "posterior" and len(self.members) > 1:
+        if self.mixture.pool == "posterior" and len(self.members) > 1 and forced is None:
             evidence = [float(row[token_id]) for row in member_logprobs]
             self._state = following.update(self._state, evidence, self._prior, self.mixture.share)
             self.weights = following.member_weights(self._state, self.mixture.share)

@@ -215,6 +215,11 @@ class TransformersEngine:
     ) -> ByteGeneration:
         """`_prepare` for members that are averaged over text."""
         check_request(request)
+        if request.max_reasoning_tokens is not None and any(member.surface.thinking for member in members):
+            raise UnsupportedError(
+                "max_reasoning_tokens: thoughts are not told apart where members are averaged over text; ask a member",
+                param="max_reasoning_tokens",
+            )
         views = byte_views(members, request, heals=mixture.heals, tokenizing=self._reader.tokenizing)
         room = _room(members, [view.token_ids for view in views], request)
         structure, wanted = request.sampling.grammar, request.sampling.max_tokens

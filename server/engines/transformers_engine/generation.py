@@ -60,6 +60,7 @@ class Generation(Job):
         self._prefixes = prefixes
         self._eos_ids = frozenset().union(*(member.eos_ids for member in members))
         self._num_generated = 0
+        self._num_reasoning = 0
         self._reads: list[bool] = []  # which members read a chunk of the prompt in this step
 
     @property
@@ -123,6 +124,7 @@ class Generation(Job):
         if choice.finish_reason is None:
             return
         self._num_generated += choice.num_generated
+        self._num_reasoning += choice.num_reasoning
         self.live.remove(choice)
         self._ended(choice)
         if not self.live and self.num_started == self.num_choices:
@@ -150,7 +152,9 @@ class Generation(Job):
 
     def _done(self) -> Done:
         num_read = {member.name: len(ids) for member, ids in zip(self.members, self.token_ids, strict=True)}
-        return replace(usage.done(self._method, num_read, self._num_generated), trace=self._trace())
+        return replace(
+            usage.done(self._method, num_read, self._num_generated, self._num_reasoning), trace=self._trace()
+        )
 
     def _trace(self) -> dict[str, Any] | None:
         """Of a posterior pool, if it was asked to explain: whom the config trusts, and whom the prompt speaks for."""

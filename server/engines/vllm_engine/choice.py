@@ -51,6 +51,10 @@ class VllmChoice:
         return self._text.num_generated
 
     @property
+    def num_reasoning(self) -> int:
+        return self._text.num_reasoning
+
+    @property
     def is_finished(self) -> bool:
         """vLLM may not know of it yet, since stop strings are ours."""
         return self._text.finish_reason is not None

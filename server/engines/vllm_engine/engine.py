@@ -167,6 +167,11 @@ class VllmEngine:
                 "conversation: use engine.kind transformers",
                 param="messages",
             )
+        if request.max_reasoning_tokens is not None and views[0].surface.thinking is not None:
+            raise UnsupportedError(
+                "max_reasoning_tokens: vLLM draws tokens in its own process; engine.kind transformers ends thoughts",
+                param="max_reasoning_tokens",
+            )
         if request.sampling.grammar is not None:
             grammar.check(request.sampling.grammar)
         return Prepared(request, mixture, views, reading, method)

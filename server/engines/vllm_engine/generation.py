@@ -66,8 +66,9 @@ class Prepared:
             prompt=self.token_ids,
         )
 
-    def done(self, num_generated: int) -> Done:
-        return usage.done(self.method, dict.fromkeys(self.mixture.weights, len(self.token_ids)), num_generated)
+    def done(self, num_generated: int, num_reasoning: int) -> Done:
+        num_read = dict.fromkeys(self.mixture.weights, len(self.token_ids))
+        return usage.done(self.method, num_read, num_generated, num_reasoning)
 
     def prompt_scored(self, output: RequestOutput) -> PromptScored:
         num_top = self.request.prompt_logprobs
@@ -112,7 +113,10 @@ async def generate(prepared: Prepared, open_stream: OpenStream, on_begin: Callab
     if not prepared.max_new_tokens:
         for index in range(request.n):
             yield Delta(index, finish_reason="length")
-    yield prepared.done(sum(choice.num_generated for choice in choices) if prepared.max_new_tokens else 0)
+    written = choices if prepared.max_new_tokens else []
+    yield prepared.done(
+        sum(choice.num_generated for choice in written), sum(choice.num_reasoning for choice in written)
+    )
 
 
 async def _read(

@@ -1,0 +1,27 @@
+"""How much a model should think, as far as it can be told."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ensemble_server.ensembles.errors import UnsupportedError
+from ensemble_server.server.requests.models import speakers_of
+from ensemble_server.server.requests.protocol import ChatBody
+
+if TYPE_CHECKING:
+    from ensemble_server.server.hosting import Hosting
+
+
+def reasoning_effort(body: ChatBody, hosting: Hosting, model_name: str) -> str | None:
+    """Raises `UnsupportedError` for a level that no model which answers knows. Remote ones may know it."""
+    effort = body.reasoning_effort
+    if effort in (None, "none"):
+        return effort
+    for surface in speakers_of(hosting, model_name).values():
+        if surface is None or "reasoning_effort" in (surface.chat_template or ""):
+            return effort
+    raise UnsupportedError(
+        "reasoning_effort cannot be honoured: the models here have no levels of effort; max_reasoning_tokens bounds "
+        "thoughts, and chat_template_kwargs tells the template what it knows",
+        param="reasoning_effort",
+    )

@@ -326,14 +326,21 @@ class MixtureHost(Protocol):
         """
 
     async def visit_bytes(
-        self, members: Sequence[str], text: str, visit: Callable[[Tensor, Tensor], None], *, priority: int = 1
+        self,
+        members: Sequence[str],
+        text: str,
+        visit: Callable[[Tensor, Tensor], None],
+        *,
+        after: Sequence[Message] | None = None,
+        priority: int = 1,
     ) -> None:
         """`visit_logprobs` for members of any vocabularies, over text: one call of `visit(logprobs, targets)`.
 
         logprobs: (K, t, 257) float64, of the 256 bytes and the end of the text; targets: (t,) int64, the bytes that
         came. They are all of the text but the first few that not every member can expect: those of the first token of a
         member whose tokenizer puts none before a text. What stands for a byte that came is the evidence for it,
-        log P(text up to it) less that before it, with other ways to spell the text summed out.
+        log P(text up to it) less that before it, with other ways to spell the text summed out. `after`: a conversation
+        that each member reads first, in its own rendering; the text is then expected from its first byte on.
 
         Raises `ModelLoadError` for members whose tokens are not bytes, `ContextLengthError` for a text that is longer
         than their context, `RequestError` for one that a member does not read byte for byte.

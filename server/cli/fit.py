@@ -137,7 +137,7 @@ def report_lines(name: str, entry: ProbabilityAverage.Config, judged: JudgedFit)
     from ensemble_server.ensembles.comparison.verdict import verdict
 
     fitted, difference = judged.fitted, judged.difference.difference
-    yield f"{name} ({fitted.pool}), fitted to {fitted.num_tokens} tokens of {judged.num_fitted} documents"
+    yield f"{name} ({fitted.pool}), fitted to {fitted.num_tokens} {fitted.unit}s of {judged.num_fitted} documents"
     yield ""
     width = max(len("member"), *(len(member) for member in entry.members))
     yield f"{'member':<{width}}  {'weight':>8}  {'fitted':>8}  alone, bits per byte"

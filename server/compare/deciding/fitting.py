@@ -13,18 +13,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ensemble_server.ensembles.base import MixtureHost, PoolName
+from ensemble_server.ensembles.base import Mixture, MixtureHost, PoolName
 from ensemble_server.ensembles.errors import ConfigError, UnknownModelError
 from ensemble_server.ensembles.fitting.em import fit_arithmetic
 from ensemble_server.ensembles.fitting.share import fit_share
 from ensemble_server.ensembles.pooling import effective_weights
 from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
+from ensemble_server.ensembles.spelling import ROW
 from ensemble_server.server.compare.measures.documents import Documents
-from ensemble_server.server.compare.measures.windows import Window, cut_windows
+from ensemble_server.server.compare.measures.windows import TextWindow, Window, cut_text_windows, cut_windows
 from ensemble_server.server.config.problems import nearest
 from ensemble_server.server.weights.threads import in_own_thread
 
@@ -43,7 +44,8 @@ CHUNK_POSITIONS = 64  # of a sample, that are float32 at a time
 class FittedWeights:
     """`weights`: member -> weight, zeros included; `share`: of the posterior pool, else None.
 
-    `nats_per_token`: of the fitted pool on the `num_tokens` tokens that it was fitted to.
+    `nats_per_token`: of the fitted pool on the `num_tokens` tokens that it was fitted to; bytes, and per byte, if
+    `unit` says so: where members have different vocabularies.
     """
 
     pool: PoolName
@@ -51,16 +53,18 @@ class FittedWeights:
     share: float | None
     nats_per_token: float
     num_tokens: int
+    unit: Literal["token", "byte"] = "token"
 
 
 @dataclass(frozen=True)
 class MemberReading:
-    """One text as the members read it. `logprobs`: what they gave the tokens of each window but its first, (K, t).
+    """One text as the members read it. `logprobs`: what they gave the tokens of each window but its first, (K, t); or
+    its bytes, where they have different vocabularies.
 
     `is_counted`: whether each of these tokens is one to fit to, (t,) of bool for each window.
     """
 
-    windows: Sequence[Window]
+    windows: Sequence[Window | TextWindow]
     logprobs: Sequence[np.ndarray]
     is_counted: Sequence[np.ndarray]
 
@@ -141,6 +145,7 @@ class WeightFit:
     model: ProbabilityAverage
     readings: Sequence[MemberReading]
     sample: _PositionSample
+    unit: Literal["token", "byte"] = "token"
 
     @classmethod
     async def read(
@@ -169,14 +174,18 @@ class WeightFit:
             )
         surface = hosting.surface(model_name)
         assert surface is not None, "members of a mixture are hosted"
+        everyone = Mixture(dict.fromkeys(model.members, 1.0), vocabulary=model.mixture.vocabulary)
+        is_over_bytes = model.host.averages_over(everyone) == "bytes"
         cut = [
-            await asyncio.to_thread(cut_windows, surface, documents, window=window, stride=stride)
+            await asyncio.to_thread(
+                cut_text_windows if is_over_bytes else cut_windows, surface, documents, window=window, stride=stride
+            )
             for documents in texts
         ]
         masks = [_counted(windows, None if counted is None else counted[n]) for n, windows in enumerate(cut)]
         sample = _PositionSample({})
         if model.mixture.pool == "geometric":
-            limit = sample_bytes // (2 * len(model.members) * surface.vocab_size)
+            limit = sample_bytes // (2 * len(model.members) * (ROW if is_over_bytes else surface.vocab_size))
             sample = _PositionSample(_drawn([mask for of_text in masks for mask in of_text], limit, seed))
         num_windows, done = sum(len(windows) for windows in cut), 0
         readings = []
@@ -187,8 +196,9 @@ class WeightFit:
                 done += 1
                 if on_progress is not None:
                     on_progress(done, num_windows)
-            readings.append(MemberReading(windows, logprobs, of_text))
-        return cls(model, readings, sample)
+            known = [mask[len(mask) - part.shape[1] :] for mask, part in zip(of_text, logprobs, strict=True)]
+            readings.append(MemberReading(windows, logprobs, known))
+        return cls(model, readings, sample, "byte" if is_over_bytes else "token")
 
     def solve(self, constraint: Constraint = "simplex") -> FittedWeights:
         """Heavy for a geometric pool: the sample is gone over some twenty times. Raises `ConfigError` for no tokens."""
@@ -203,26 +213,27 @@ class WeightFit:
             prior = effective_weights(list(self.model.mixture.weights.values()))
             found = fit_share([part[rows] for part in logprobs], prior, counted=masks)
             nats, num_tokens = min(found.nats_per_token), sum(int(mask.sum()) for mask in masks)
-            return FittedWeights(pool, dict(self.model.config.members), found.share, nats, num_tokens)
+            return FittedWeights(pool, dict(self.model.config.members), found.share, nats, num_tokens, self.unit)
         if pool == "arithmetic":
             em = fit_arithmetic(
                 np.concatenate([part[:, mask] for part, mask in zip(logprobs, masks, strict=True)], axis=1)
             )
             weights = dict(zip(members, em.weights.tolist(), strict=True))
-            return FittedWeights(pool, weights, None, em.nats_per_token[-1], em.num_tokens)
+            return FittedWeights(pool, weights, None, em.nats_per_token[-1], em.num_tokens, self.unit)
         from ensemble_server.ensembles.fitting.log_linear import fit_geometric
 
         found = fit_geometric(self.sample.passes, constraint=constraint)
         weights = dict(zip(members, found.weights.tolist(), strict=True))
-        return FittedWeights(pool, weights, None, found.nats_per_token, found.num_tokens)
+        return FittedWeights(pool, weights, None, found.nats_per_token, found.num_tokens, self.unit)
 
 
-def _counted(windows: Sequence[Window], documents: np.ndarray | None) -> list[np.ndarray]:
-    """For each window: which of its tokens but the first are scored there and belong to a document that counts."""
+def _counted(windows: Sequence[Window | TextWindow], documents: np.ndarray | None) -> list[np.ndarray]:
+    """For each window: which of its tokens but the first, or its bytes, are scored there and belong to a document that
+    counts."""
     masks = []
     for window in windows:
-        mask = np.zeros(len(window.token_ids) - 1, dtype=bool)
-        mask[window.first_scored - 1 :] = True if documents is None else documents[window.documents]
+        mask = np.zeros(window.num_read, dtype=bool)
+        mask[window.num_read - len(window.documents) :] = True if documents is None else documents[window.documents]
         masks.append(mask)
     return masks
 
@@ -237,15 +248,19 @@ def _drawn(masks: Sequence[np.ndarray], limit: int, seed: int) -> dict[int, np.n
 
 
 async def _read(
-    host: MixtureHost, members: Sequence[str], window: Window, index: int, sample: _PositionSample
+    host: MixtureHost, members: Sequence[str], window: Window | TextWindow, index: int, sample: _PositionSample
 ) -> np.ndarray:
-    """What each member gave the tokens of a window but its first: (K, t) float64. Sampled positions are kept."""
-    parts: list[np.ndarray] = []
+    """What each member gave the tokens of a window but its first, or its bytes: (K, t) float64. Sampled positions are
+    kept."""
+    parts = [np.zeros((len(members), 0))]
 
     def visit(logprobs: torch.Tensor, targets: torch.Tensor) -> None:
-        sample.keep(index, sum(part.shape[1] for part in parts), logprobs, targets)
+        read = sum(part.shape[1] for part in parts)
+        if isinstance(window, TextWindow):  # shown at once, without the first few that not all members expect
+            read = window.num_read - len(targets)
+        sample.keep(index, read, logprobs, targets)
         picked = logprobs.gather(2, targets[None, :, None].expand(len(logprobs), -1, 1))
         parts.append(picked[..., 0].double().cpu().numpy())
 
-    await host.visit_logprobs(members, window.token_ids, visit)
+    await window.visit(host, members, visit)
     return np.concatenate(parts, axis=1)

@@ -23,6 +23,7 @@ from ensemble_server.server.compare.measures.text_measure import (
     by_document,
     mixture_logprobs,
     score_mixtures,
+    scored_part,
 )
 from ensemble_server.server.weights.threads import in_own_thread
 
@@ -124,7 +125,7 @@ async def _scores(
                 continue
             rows = [members.index(member) for member in mixture.weights]
             parts = [
-                mixture_logprobs(mixture, logprobs[rows])[window.first_scored - 1 :]
+                scored_part(window, mixture_logprobs(mixture, logprobs[rows]))
                 for window, logprobs in zip(reading.windows, reading.logprobs, strict=True)
             ]
             scores[name].append(by_document(reading.windows, parts, len(documents)))

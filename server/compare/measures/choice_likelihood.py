@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ensemble_server.ensembles.base import DistributionModel, GenerationRequest, Message, Sampling, collect
 from ensemble_server.ensembles.errors import UnsupportedError
+from ensemble_server.server.compare.measures.byte_scores import is_over_bytes, score_bytes
 
 if TYPE_CHECKING:
     from ensemble_server.server.hosting import Hosting
@@ -28,19 +29,20 @@ async def option_logprobs(
 ) -> list[float]:
     """Nats of each option after `prompt`, raw text or messages.
 
-    After raw text that does not end in white space an option is preceded by a blank. Raises `UnsupportedError` if the
-    model cannot score text, or if its members see the messages differently.
+    After raw text that does not end in white space an option is preceded by a blank. Members of different vocabularies
+    may see the messages differently: what is scored are the option's bytes. Raises `UnsupportedError` if the model
+    cannot score text, or if members of one vocabulary see the messages differently.
     """
     model = hosting.models[model_name]
     if not isinstance(model, DistributionModel):
         raise UnsupportedError(f"model {model_name!r} gives text, not probabilities of options")
+    if is_over_bytes(model):
+        return [await _byte_nats(model, prompt, option, priority) for option in options]
     members = list(model.mixture.weights)
     surface = _surface(hosting, members[0])
     if isinstance(prompt, str):
         context = surface.encode(prompt)
-        blank = "" if prompt[-1:].isspace() else " "
-        texts = [option if option[:1].isspace() else blank + option for option in options]
-        sequences = [surface.encode(prompt + text) for text in texts]
+        sequences = [surface.encode(prompt + _behind(prompt, option)) for option in options]
     else:
         views = [_surface(hosting, member).render(prompt) for member in members]
         if any(view != views[0] for view in views):
@@ -63,6 +65,19 @@ async def option_logprobs(
         return sum(token.logprob for token in scored if token.logprob is not None)
 
     return [await nats(token_ids) for token_ids in sequences]
+
+
+def _behind(prompt: str, option: str) -> str:
+    return option if option[:1].isspace() or prompt[-1:].isspace() else f" {option}"
+
+
+async def _byte_nats(model: DistributionModel, prompt: str | tuple[Message, ...], option: str, priority: int) -> float:
+    """Of an option's bytes, under members of different vocabularies: each reads messages in its own rendering."""
+    if isinstance(prompt, str):
+        behind = _behind(prompt, option)
+        scores = await score_bytes(model, prompt + behind, priority=priority)
+        return float(scores.logprobs[-len(behind.encode()) :].sum())
+    return float((await score_bytes(model, option, after=prompt, priority=priority)).logprobs.sum())
 
 
 def _surface(hosting: Hosting, member: str) -> Surface:

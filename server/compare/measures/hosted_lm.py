@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ensemble_server.ensembles.base import DistributionModel, GenerationRequest, Sampling, collect
 from ensemble_server.ensembles.errors import EngineDeadError, EnsembleError, UnsupportedError
 from ensemble_server.ensembles.text_level import derived_seed
+from ensemble_server.server.compare.measures.byte_scores import is_over_bytes, score_bytes
 
 if TYPE_CHECKING:
     from ensemble_server.server.hosting import Hosting
@@ -97,8 +98,10 @@ class Answers:
         return surface
 
     async def likelihood(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[float, bool]:
-        """Nats of the continuation, and whether each of its tokens was the most likely one."""
+        """Nats of the continuation, and whether each of its tokens (or bytes) was the most likely one."""
         model = self.hosting.models[self.model_name]
+        if isinstance(model, DistributionModel) and is_over_bytes(model):
+            return await self._byte_likelihood(model, context, continuation)
         token_ids = (*context, *continuation)[-(model.max_model_len or 0) :]
         request = GenerationRequest(
             prompt=token_ids, prompt_logprobs=1, sampling=Sampling(max_tokens=0), priority=self.priority
@@ -108,6 +111,25 @@ class Answers:
         scored = prompt.tokens[max(1, len(token_ids) - len(continuation)) :]
         nats = sum(token.logprob for token in scored if token.logprob is not None)
         return nats, all(token.top[0].token_id == token.token_id for token in scored)
+
+    async def _byte_likelihood(
+        self, model: DistributionModel, context: Sequence[int], continuation: Sequence[int]
+    ) -> tuple[float, bool]:
+        """`likelihood` for members of different vocabularies: what the tokens of the first one spell is scored."""
+        surface = self.surface
+        ids = [*context, *continuation][-(model.max_model_len or 0) :]
+        text = surface.decode([token_id for token_id in ids if token_id not in surface.special_ids])
+        scored = surface.decode([token_id for token_id in continuation if token_id not in surface.special_ids])
+        scores = await score_bytes(model, text, priority=self.priority)
+        num_bytes = len(scored.encode())
+        if len(scores.logprobs) < num_bytes:
+            raise UnsupportedError(
+                f"the members of {self.model_name!r} have different vocabularies and share no token that could stand "
+                "before a text, so its first word has no likelihood; rolling likelihoods need one: measure bits per "
+                "byte with the texts of a comparison"
+            )
+        at = len(scores.logprobs) - num_bytes
+        return float(scores.logprobs[at:].sum()), bool(scores.is_likeliest[at:].all())
 
     async def generation(self, task: str, item: int, prompt: str, settings: Mapping[str, Any]) -> str:
         model = self.hosting.models[self.model_name]

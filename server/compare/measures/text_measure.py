@@ -28,11 +28,12 @@ from ensemble_server.ensembles.base import (
     Sampling,
     collect,
 )
-from ensemble_server.ensembles.errors import ModelLoadError, UnsupportedError
+from ensemble_server.ensembles.errors import ModelLoadError, RequestError, UnsupportedError
 from ensemble_server.ensembles.fitting.share import posterior_logprobs
 from ensemble_server.ensembles.pooling import effective_weights, pool
+from ensemble_server.server.compare.measures.byte_scores import is_over_bytes
 from ensemble_server.server.compare.measures.documents import Documents
-from ensemble_server.server.compare.measures.windows import Window, cut_windows
+from ensemble_server.server.compare.measures.windows import TextWindow, Window, cut_text_windows, cut_windows
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +85,8 @@ async def measure_text(
     """Score `documents` under the models `arms` (arm -> name of a model of `hosting`), in their order.
 
     Mixtures over hosted members of one vocabulary share one pass of their members. `stride` defaults to window - 1;
-    `shift`: so many tokens later all windows begin.
+    `shift`: so many tokens later all windows begin. Mixtures over members of different vocabularies are scored over
+    bytes, in windows that have the size of these in tokens of their first member (`cut_text_windows`).
     `on_progress` hears how many windows are done, and how many there are in all. A model that cannot score text is
     `NotScored`, with the reason; errors of the engine are raised, and `ConfigError` for a window that is impossible.
     """
@@ -97,10 +99,6 @@ async def measure_text(
             scores[arm] = NotScored(
                 f"its context holds {model.max_model_len} tokens, the window is {window}; choose a smaller window"
             )
-        elif isinstance(model, DistributionModel) and model.host.averages_over(model.mixture) == "bytes":
-            scores[arm] = NotScored(
-                "its members have different vocabularies and are averaged over text, which is not compared yet"
-            )
         elif isinstance(model, DistributionModel):
             mixtures[arm] = model
         elif hosting.surface(name) is None:
@@ -108,12 +106,13 @@ async def measure_text(
         else:
             others[arm] = model
 
-    async def windows_of(arm: str) -> list[Window]:
-        surface = hosting.surface(arms[arm])
+    async def windows_of(arm: str) -> Sequence[Window | TextWindow]:
+        surface, model = hosting.surface(arms[arm]), hosting.models[arms[arm]]
         assert surface is not None, "models without one are not scored"
-        return await asyncio.to_thread(cut_windows, surface, documents, window=window, stride=stride, shift=shift)
+        cut = cut_text_windows if is_over_bytes(model) else cut_windows
+        return await asyncio.to_thread(cut, surface, documents, window=window, stride=stride, shift=shift)
 
-    plans: list[tuple[Mapping[str, Mixture] | str, list[Window]]] = []
+    plans: list[tuple[Mapping[str, Mixture] | str, Sequence[Window | TextWindow]]] = []
     for group in _groups(mixtures):
         try:
             plans.append(({arm: mixtures[arm].mixture for arm in group}, await windows_of(group[0])))
@@ -127,29 +126,35 @@ async def measure_text(
             scores[arms_or_arm] = await _score_by_prompts(others[arms_or_arm], windows, len(documents), progress)
         else:
             host = mixtures[next(iter(arms_or_arm))].host
-            scores |= await score_mixtures(
-                host, arms_or_arm, windows, len(documents), priority=priority, on_window=progress.advance
-            )
+            begun = progress.done
+            try:
+                scores |= await score_mixtures(
+                    host, arms_or_arm, windows, len(documents), priority=priority, on_window=progress.advance
+                )
+            except RequestError as exc:  # of different vocabularies: one may read a text in more tokens, or change it
+                scores |= dict.fromkeys(arms_or_arm, NotScored(str(exc)))
+                progress.advance(len(windows) - (progress.done - begun))
     return {arm: scores[arm] for arm in arms}
 
 
 class _Progress:
     def __init__(self, total: int, listener: Callable[[int, int], None] | None) -> None:
-        self._done, self._total, self._listener = 0, total, listener
+        self.done, self._total, self._listener = 0, total, listener
 
     def advance(self, by: int = 1) -> None:
-        self._done += by
+        self.done += by
         if self._listener is not None:
-            self._listener(self._done, self._total)
+            self._listener(self.done, self._total)
 
 
 def _groups(mixtures: Mapping[str, DistributionModel]) -> list[list[str]]:
-    """Arms whose members can be read in one pass: on one host, of one vocabulary."""
+    """Arms whose members can be read in one pass: on one host, of one vocabulary; or over bytes, in windows of the same
+    first member."""
     groups: list[list[str]] = []
     for arm, model in mixtures.items():
         for group in groups:
             first = mixtures[group[0]]
-            if first.host is model.host and _share_vocabulary(model.host, first.mixture, model.mixture):
+            if first.host is model.host and _share_a_pass(model.host, first.mixture, model.mixture):
                 group.append(arm)
                 break
         else:
@@ -157,8 +162,11 @@ def _groups(mixtures: Mapping[str, DistributionModel]) -> list[list[str]]:
     return groups
 
 
-def _share_vocabulary(host: MixtureHost, *mixtures: Mixture) -> bool:
-    everyone = Mixture({member: 1.0 for mixture in mixtures for member in mixture.weights})
+def _share_a_pass(host: MixtureHost, one: Mixture, other: Mixture) -> bool:
+    kinds = {host.averages_over(one), host.averages_over(other)}
+    if "bytes" in kinds:
+        return len(kinds) == 1 and next(iter(one.weights)) == next(iter(other.weights))
+    everyone = Mixture(dict.fromkeys((*one.weights, *other.weights), 1.0))
     try:
         return host.averages_over(everyone) == "tokens"
     except ModelLoadError:
@@ -171,34 +179,34 @@ def _share_vocabulary(host: MixtureHost, *mixtures: Mixture) -> bool:
 async def score_mixtures(
     host: MixtureHost,
     mixtures: Mapping[str, Mixture],
-    windows: Sequence[Window],
+    windows: Sequence[Window | TextWindow],
     num_documents: int,
     *,
     priority: int = 1,
     on_window: Callable[[], None] | None = None,
 ) -> dict[str, TextScores]:
-    """`measure_text` for mixtures over members of one vocabulary, in one pass. `on_window` hears of every window."""
+    """`measure_text` for mixtures that can be read in one pass. `on_window` hears of every window."""
     members = list(dict.fromkeys(member for mixture in mixtures.values() for member in mixture.weights))
     place = {member: row for row, member in enumerate(members)}
     geometric = {arm: mixture for arm, mixture in mixtures.items() if mixture.pool == "geometric"}
     logprobs: dict[str, list[np.ndarray]] = {arm: [] for arm in mixtures}  # of the scored tokens, window by window
     for window in windows:
         reading = _Reading(geometric, place)
-        await host.visit_logprobs(members, window.token_ids, reading.visit, priority=priority)
+        await window.visit(host, members, reading.visit, priority=priority)
         for arm, mixture in mixtures.items():
             if arm in geometric:
-                of_window = np.concatenate(reading.pooled[arm])
+                of_window = np.concatenate([np.zeros(0), *reading.pooled[arm]])
             else:
                 rows = [place[member] for member in mixture.weights]
                 of_window = mixture_logprobs(mixture, reading.of_members[rows])
-            logprobs[arm].append(of_window[window.first_scored - 1 :])
+            logprobs[arm].append(scored_part(window, of_window))
         if on_window is not None:
             on_window()
     return {arm: by_document(windows, parts, num_documents) for arm, parts in logprobs.items()}
 
 
 class _Reading:
-    """What is kept of one window: what each member, and each geometric pool, gave the tokens that came (nats)."""
+    """What is kept of one window: what each member, and each geometric pool, gave what came (nats)."""
 
     def __init__(self, geometric: Mapping[str, Mixture], place: Mapping[str, int]) -> None:
         self._geometric = geometric
@@ -208,8 +216,8 @@ class _Reading:
 
     @property
     def of_members(self) -> np.ndarray:
-        """(K, T) float64; T is one less than the window has tokens."""
-        return np.concatenate(self._of_members, axis=1)
+        """(K, T) float64; T: of how many tokens or bytes something was expected."""
+        return np.concatenate([np.zeros((len(self._place), 0)), *self._of_members], axis=1)
 
     def visit(self, logprobs: torch.Tensor, targets: torch.Tensor) -> None:
         index = targets[None, :, None].expand(len(logprobs), -1, 1)
@@ -232,15 +240,26 @@ def mixture_logprobs(mixture: Mixture, of_members: np.ndarray) -> np.ndarray:
     return np.logaddexp.reduce(np.log(prior)[:, None] + of_members, axis=0)
 
 
-def by_document(windows: Sequence[Window], logprobs: Sequence[np.ndarray], num_documents: int) -> TextScores:
-    """`logprobs`: what the scored tokens of each window were given, (num_scored,) nats each."""
-    documents = np.concatenate([window.documents for window in windows]) if windows else np.empty(0, dtype=np.int64)
-    num_bytes = np.concatenate([window.num_bytes for window in windows]) if windows else np.empty(0)
-    nats = -np.concatenate(logprobs) if windows else np.empty(0)
+def scored_part(window: Window | TextWindow, logprobs: np.ndarray) -> np.ndarray:
+    """Of what was given to all tokens or bytes of a window, (T,), what is scored there: the end of it."""
+    return logprobs[max(0, len(logprobs) - len(window.documents)) :]
+
+
+def by_document(
+    windows: Sequence[Window | TextWindow], logprobs: Sequence[np.ndarray], num_documents: int
+) -> TextScores:
+    """`logprobs`: what the scored tokens or bytes of each window were given, nats; fewer where not all members could
+    expect the first of them."""
+    parts = list(zip(windows, logprobs, strict=True))
+    if not parts:
+        return TextScores(*np.zeros((3, num_documents)))
+    documents = np.concatenate([window.documents[len(window.documents) - len(part) :] for window, part in parts])
+    num_bytes = np.concatenate([window.num_bytes[len(window.num_bytes) - len(part) :] for window, part in parts])
+    num_tokens = np.concatenate([window.num_tokens[len(window.num_tokens) - len(part) :] for window, part in parts])
     return TextScores(
-        np.bincount(documents, nats, num_documents),
+        np.bincount(documents, -np.concatenate(logprobs), num_documents),
         np.bincount(documents, num_bytes, num_documents),
-        np.bincount(documents, minlength=num_documents).astype(np.float64),
+        np.bincount(documents, num_tokens, num_documents),
     )
 
 
@@ -248,10 +267,11 @@ def by_document(windows: Sequence[Window], logprobs: Sequence[np.ndarray], num_d
 
 
 async def _score_by_prompts(
-    model: Model, windows: Sequence[Window], num_documents: int, progress: _Progress
+    model: Model, windows: Sequence[Window | TextWindow], num_documents: int, progress: _Progress
 ) -> TextScores | NotScored:
     logprobs = []
     for done, window in enumerate(windows):
+        assert isinstance(window, Window), "only mixtures are over bytes"
         request = GenerationRequest(
             prompt=window.token_ids, prompt_logprobs=0, sampling=Sampling(max_tokens=0), priority=1
         )

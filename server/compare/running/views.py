@@ -12,12 +12,14 @@ from ensemble_server.server.compare.analysis.flips import Flipped, flipped_items
 from ensemble_server.server.compare.arms.candidates import ArmModel
 from ensemble_server.server.compare.kept.records import View
 from ensemble_server.server.compare.kept.results import TokenView
+from ensemble_server.server.compare.measures.byte_scores import is_over_bytes
 from ensemble_server.server.compare.running.work import Work
 
 if TYPE_CHECKING:
     import torch
 
     from ensemble_server.server.hosting import Hosting
+    from ensemble_server.server.weights.view import Surface
 
 MAX_TOKENS = 96  # whose members are shown
 
@@ -44,6 +46,8 @@ async def _view(hosting: Hosting, name: str, model: DistributionModel, flipped: 
 
     surface = hosting.surface(name)
     assert surface is not None, "a mixture has hosted members"
+    if is_over_bytes(model):
+        return await _view_of_bytes(surface, model, flipped)
     prompt = flipped.prompt
     before = surface.encode(prompt) if isinstance(prompt, str) else surface.render(prompt)
     shown = surface.encode(flipped.continuation, add_special_tokens=False)[:MAX_TOKENS]
@@ -73,6 +77,37 @@ async def _view(hosting: Hosting, name: str, model: DistributionModel, flipped: 
         )
         for place in range(max(len(before) - 1, 0), of_members.shape[1])
     ]
+
+
+async def _view_of_bytes(surface: Surface, model: DistributionModel, flipped: Flipped) -> list[TokenView]:
+    """Tokens of the first member, with what each member gave their bytes and its weight at the first of them."""
+    from ensemble_server.server.compare.measures.byte_scores import score_bytes
+
+    prompt = flipped.prompt
+    ids = surface.encode(flipped.continuation, add_special_tokens=False)[:MAX_TOKENS]
+    shown = surface.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")  # the last token may end inside a character
+    if isinstance(prompt, str):
+        scores = await score_bytes(model, prompt + shown)
+    else:
+        scores = await score_bytes(model, shown, after=prompt)
+    at = scores.of_members.shape[1] - len(shown.encode())
+    views: list[TokenView] = []
+    for token_id in ids:
+        part = slice(at, at + len(surface.bytes_of(token_id)))
+        at = part.stop
+        if part.start < 0 or part.stop > len(scores.logprobs):
+            continue  # not every member can expect it, or it is cut
+        views.append(
+            TokenView(
+                text=surface.decode([token_id]),
+                logprob=_finite(scores.logprobs[part].sum()),
+                members={
+                    name: _finite(scores.of_members[k, part].sum()) for k, name in enumerate(model.mixture.weights)
+                },
+                weights={name: float(scores.weights[k, part.start]) for k, name in enumerate(model.mixture.weights)},
+            )
+        )
+    return views
 
 
 def _finite(logprob: float) -> float:

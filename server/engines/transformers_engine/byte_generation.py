@@ -18,7 +18,7 @@ from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.byte_choice import ByteChoice, Reread
 from ensemble_server.server.engines.transformers_engine.byte_prompt import BytePrompt, common_end
 from ensemble_server.server.engines.transformers_engine.generation import Choice, Generation
-from ensemble_server.server.engines.transformers_engine.given_reading import GivenReading, scored_pieces
+from ensemble_server.server.engines.transformers_engine.given_reading import GivenReading, begun, scored_pieces
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey, PrefixCache
 from ensemble_server.server.engines.transformers_engine.speller import Speller
@@ -83,7 +83,8 @@ class ByteGeneration(Generation):
         if self.request.prompt_logprobs is not None:
             token_bytes = self._views[0].vocabulary.token_bytes
             text = b"".join(token_bytes[token_id] for token_id in self.token_ids[0])
-            self._scoring = GivenReading(self.members, self.token_ids, text)
+            readings = [begun(member, ids) for member, ids in zip(self.members, self.token_ids, strict=True)]
+            self._scoring = GivenReading(self.members, readings, text)
 
     def next_spans(self, budget: int, being_read: dict[BlockKey, bool]) -> list[tuple[Member, Span]]:
         if self._scoring is not None:

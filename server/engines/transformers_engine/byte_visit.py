@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ensemble_server.server.engines.transformers_engine.attention import Span
-from ensemble_server.server.engines.transformers_engine.given_reading import GivenReading
+from ensemble_server.server.engines.transformers_engine.given_reading import GivenReading, MemberReading
 from ensemble_server.server.engines.transformers_engine.job import Job
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey
@@ -21,7 +21,7 @@ class ByteVisit(Job):
     def __init__(
         self,
         members: Sequence[Member],
-        token_ids: Sequence[Sequence[int]],
+        readings: Sequence[MemberReading],
         text: bytes,
         visit: Visitor,
         loop: asyncio.AbstractEventLoop,
@@ -29,7 +29,7 @@ class ByteVisit(Job):
         priority: int,
     ) -> None:
         super().__init__(members, loop, priority=priority)
-        self._token_ids = token_ids
+        self._readings = readings
         self._text = text
         self._visit = visit
         self._reading: GivenReading | None = None
@@ -43,7 +43,7 @@ class ByteVisit(Job):
         return self._reading is None or not self._reading.is_done
 
     def begin(self) -> None:
-        self._reading = GivenReading(self.members, self._token_ids, self._text)
+        self._reading = GivenReading(self.members, self._readings, self._text)
 
     def next_spans(self, budget: int, being_read: dict[BlockKey, bool]) -> list[tuple[Member, Span]]:
         assert self._reading is not None, "it has begun"

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 
-from ensemble_server.ensembles.base import AveragedOver, Done, Event, GenerationRequest, Mixture
+from ensemble_server.ensembles.base import AveragedOver, Done, Event, GenerationRequest, Message, Mixture
 from ensemble_server.ensembles.errors import ContextLengthError, ModelLoadError, RequestError, UnsupportedError
 from ensemble_server.server.engines.engine import StepStats
 from ensemble_server.server.engines.shared import grammar
@@ -19,6 +19,7 @@ from ensemble_server.server.engines.transformers_engine.byte_request import byte
 from ensemble_server.server.engines.transformers_engine.byte_visit import ByteVisit
 from ensemble_server.server.engines.transformers_engine.family import as_family, check_shared_ids
 from ensemble_server.server.engines.transformers_engine.generation import Generation
+from ensemble_server.server.engines.transformers_engine.given_reading import begun
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import PrefixCache
 from ensemble_server.server.engines.transformers_engine.scheduler import Scheduler
@@ -143,30 +144,49 @@ class TransformersEngine:
         job = Visit(asked, list(token_ids), visit, asyncio.get_running_loop(), priority=priority)
         await self._visit(job)
 
-    async def visit_bytes(self, members: Sequence[str], text: str, visit: Visitor, *, priority: int = 1) -> None:
+    async def visit_bytes(
+        self,
+        members: Sequence[str],
+        text: str,
+        visit: Visitor,
+        *,
+        after: Sequence[Message] | None = None,
+        priority: int = 1,
+    ) -> None:
         """See `ensembles.base.MixtureHost`. `visit` runs on the engine's thread."""
         self.averages_over(Mixture(dict.fromkeys(members, 1.0), vocabulary="bytes"))
         asked = [self._members[name] for name in members]
-        token_ids = await asyncio.to_thread(self._read_bytes, asked, text)
+        readings = await asyncio.to_thread(self._read_bytes, asked, text, after)
         self._loop.check_alive()
         if not text:
             return
         loop = asyncio.get_running_loop()
-        job = ByteVisit(asked, token_ids, text.encode(), visit, loop, priority=priority)
+        job = ByteVisit(asked, readings, text.encode(), visit, loop, priority=priority)
         await self._visit(job)
 
-    def _read_bytes(self, members: Sequence[Member], text: str) -> list[list[int]]:
-        """The text in every member's own tokens. Raises `ContextLengthError`, and `RequestError` if it is not that."""
+    def _read_bytes(
+        self, members: Sequence[Member], text: str, after: Sequence[Message] | None
+    ) -> list[tuple[list[int], list[int]]]:
+        """What stands before the text and the text, in every member's own tokens.
+
+        Raises `ContextLengthError`, and `RequestError` if a member does not read the text byte for byte.
+        """
         with self._reader.tokenizing:
-            token_ids = [member.surface.encode(text) for member in members]
-        for member, ids in zip(members, token_ids, strict=True):
-            check_spelled(member, ids, text.encode())
-            if len(ids) > member.max_model_len:
+            if after is None:
+                readings = [begun(member, member.surface.encode(text)) for member in members]
+            else:
+                readings = [
+                    (member.surface.render(after), member.surface.encode(text, add_special_tokens=False))
+                    for member in members
+                ]
+        for member, (head, path) in zip(members, readings, strict=True):
+            check_spelled(member, path if after is not None else [*head, *path], text.encode())
+            if len(head) + len(path) > member.max_model_len:
                 raise ContextLengthError(
-                    f"the text has {len(ids)} tokens as {member.name!r} reads it; its context holds "
+                    f"the text has {len(head) + len(path)} tokens as {member.name!r} reads it; its context holds "
                     f"{member.max_model_len}; read it in windows"
                 )
-        return token_ids
+        return readings
 
     async def _visit(self, job: Visit | ByteVisit) -> None:
         """Until all of the text was visited. Raises what ended it sooner."""

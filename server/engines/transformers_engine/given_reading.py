@@ -46,14 +46,25 @@ class Judgement:
         return np.take_along_axis(self.rows, self.targets[None, :, None], axis=2)[..., 0]
 
 
-class GivenReading:
-    """`token_ids`: each member's own reading of `text`, with the special tokens that it puts before; their bytes are
-    the text's."""
+MemberReading = tuple[Sequence[int], Sequence[int]]
+"""What a member reads before it expects anything, and its own tokens of the text behind that."""
 
-    def __init__(self, members: Sequence[Member], token_ids: Sequence[Sequence[int]], text: bytes) -> None:
+
+def begun(member: Member, token_ids: Sequence[int]) -> tuple[list[int], list[int]]:
+    """A member's tokens of a text in two: the special ones that its tokenizer puts before, or else the first, and the
+    rest."""
+    token_bytes = spelled_vocabulary(member).token_bytes
+    num_before = next((i for i, token_id in enumerate(token_ids) if token_bytes[token_id]), len(token_ids))
+    return list(token_ids[: max(1, num_before)]), list(token_ids[max(1, num_before) :])
+
+
+class GivenReading:
+    """`readings`: how each member reads `text`. What stands before it may be all of a conversation, or a part of it."""
+
+    def __init__(self, members: Sequence[Member], readings: Sequence[MemberReading], text: bytes) -> None:
         self._members = members
         self._text = text
-        self._readers = [_Reader(member, ids, text) for member, ids in zip(members, token_ids, strict=True)]
+        self._readers = [_Reader(member, *reading, text) for member, reading in zip(members, readings, strict=True)]
         self._num_asked: list[int] = []  # rows of each member in this step
 
     @property
@@ -86,14 +97,12 @@ class _Reader:
     """One member. `begins_at`: the byte of the text before which it expects nothing: behind its first token, if its
     tokenizer puts none before a text."""
 
-    def __init__(self, member: Member, token_ids: Sequence[int], text: bytes) -> None:
+    def __init__(self, member: Member, head: Sequence[int], path: Sequence[int], text: bytes) -> None:
         self._member = member
         self._vocabulary: SpelledVocabulary = spelled_vocabulary(member)
         token_bytes = self._vocabulary.token_bytes
-        num_before = next((i for i, token_id in enumerate(token_ids) if token_bytes[token_id]), len(token_ids))
-        self._begin = list(token_ids[: max(1, num_before)])
-        self.begins_at = sum(len(token_bytes[token_id]) for token_id in self._begin)
-        self._path = list(token_ids[len(self._begin) :])
+        self._begin, self._path = list(head), list(path)
+        self.begins_at = len(text) - sum(len(token_bytes[token_id]) for token_id in path)
         self._text = text[self.begins_at :]
         self._cache = RowCache()
         self._given: GivenText | None = None

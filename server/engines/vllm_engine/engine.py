@@ -110,7 +110,9 @@ class VllmEngine:
             "engine.kind transformers for that"
         )
 
-    async def visit_bytes(self, members: Sequence[str], text: str, visit: object, *, priority: int = 1) -> None:
+    async def visit_bytes(
+        self, members: Sequence[str], text: str, visit: object, *, after: object = None, priority: int = 1
+    ) -> None:
         """Raises `UnsupportedError`, as `visit_logprobs` does."""
         await self.visit_logprobs(members, (), visit, priority=priority)
 

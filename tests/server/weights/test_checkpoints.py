@@ -45,9 +45,16 @@ def model_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def gguf_bytes(tmp_path_factory) -> bytes:
-    """A two-layer Llama with Q4_1 weights, a byte-level vocabulary with one merge (two spaces) and a chat template."""
-    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return written_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+def written_gguf(file: Path, *, begins: bool | None = None) -> bytes:
+    """A two-layer Llama with Q4_1 weights, a byte-level vocabulary with one merge (two spaces) and a chat template.
+
+    `begins`: whether a token is put before every text, if the file says so."""
     writer = gguf.GGUFWriter(file, "llama")
+    if begins is not None:
+        writer.add_add_bos_token(begins)
     writer.add_context_length(128)
     writer.add_embedding_length(WIDTH)
     writer.add_feed_forward_length(INNER)
@@ -187,6 +194,17 @@ def test_the_converted_tokenizer_has_the_chat_template_and_splits_digits_off_spa
     # Two spaces before a digit stay one token; GPT-2's pattern alone would give the digit one of them.
     assert tokenizer.tokenize("x  12") == ["x", "ĠĠ", "1", "2"]
     assert tokenizer.decode(tokenizer.encode("x =  12\n€")) == "x =  12\n€"
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_the_converted_tokenizer_begins_texts_as_the_file_asks_for(tmp_path, begins):
+    written_gguf(tmp_path / "tiny.gguf", begins=begins)
+    tokenizer = AutoTokenizer.from_pretrained(resolve_checkpoint("tiny.gguf", relative_to=tmp_path))
+    ids = tokenizer.encode("x  12")
+    assert (ids[0] == tokenizer.bos_token_id) == begins
+    assert tokenizer.decode(ids[begins:]) == "x  12"
+    encoding = tokenizer("a b", return_offsets_mapping=True, add_special_tokens=False)
+    assert encoding["offset_mapping"][0] == (0, 1)
 
 
 def test_a_gguf_file_is_converted_once_whatever_its_name(tmp_path, gguf_file, monkeypatch):

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from ensemble_server.ensembles.errors import ConfigError, UnknownModelError
-from ensemble_server.server.compare.deciding.fitting import check_fittable, fit_weights
+from ensemble_server.server.compare.deciding.fitting import WeightFit, check_fittable, fit_weights
 from ensemble_server.server.compare.deciding.held_back import fit_and_judge
 from ensemble_server.server.compare.measures.documents import Documents
 from ensemble_server.server.compare.measures.text_measure import measure_text
 from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.hosting import Hosting
 from tests.conftest import SAMPLE
+from tests.server.compare.different_vocabularies import config_over
 
 TEXT = Documents(tuple(SAMPLE[start : start + 100] for start in range(0, 600, 100)), is_continuous=True)
 WINDOW = 64
@@ -151,3 +152,30 @@ def test_what_cannot_be_fitted_is_said_before_anything_is_loaded(tiny, name, err
     lonely = {"method": "probability_average", "members": ["red"]}
     with pytest.raises(error, match=message):
         check_fittable(config_of(tiny, crowd=crowd, lonely=lonely), name)
+
+
+@pytest.mark.parametrize("pool", ["arithmetic", "geometric", "posterior"])
+async def test_members_of_different_vocabularies_are_weighed_by_their_evidence_for_bytes(tiny, tmp_path, pool) -> None:
+    """The members' bits per byte on the same bytes tell which is the better one; the fit goes there."""
+    config = config_over(
+        tiny,
+        tmp_path / "gemma",
+        found={"method": "probability_average", "members": ["llama", "gemma"], "pool": pool},
+    )
+    texts = [Documents(TEXT.texts[:3], is_continuous=True)]
+    async with Hosting.open(config) as hosting:
+        judged = await fit_and_judge(hosting, "found", texts, window=WINDOW)
+        fit = await WeightFit.read(hosting, "found", texts, window=WINDOW)
+    fitted = fit.solve()
+    assert fitted.unit == judged.fitted.unit == "byte"
+    num_bytes = len("".join(texts[0].texts).encode())
+    assert num_bytes - 8 < fitted.num_tokens < num_bytes  # all that come behind the first token of llama
+    (reading,) = fit.readings
+    nats = -sum(part[:, mask].sum(1) for part, mask in zip(reading.logprobs, reading.is_counted, strict=True))
+    assert judged.before.num_bytes.tolist() == judged.after.num_bytes.tolist()
+    if pool == "posterior":
+        assert fitted.share is not None
+        return
+    best = ("llama", "gemma")[int(np.argmin(nats))]
+    assert fitted.weights[best] == max(fitted.weights.values())
+    assert fitted.nats_per_token * fitted.num_tokens <= nats.min() * (1 + 1e-3)

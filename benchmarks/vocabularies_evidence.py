@@ -21,6 +21,7 @@ import asyncio
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -46,6 +47,7 @@ from ensemble_server.server.weights.spelled_vocabulary import spelled_vocabulary
 ROOT = Path(__file__).parent.parent
 PIVOT = "smollm2"
 WINDOW = 1024  # bytes
+UNIT = 256  # bytes that intervals count as one observation; neighbours are not taken for independent
 BATCH = 16  # rows of prefixes that a member cuts in its own way
 SHARES = (0.0, 0.05)
 Scored = list[tuple[int, float | None]]  # the byte where each token ends, and its nats; None for minus infinity
@@ -197,57 +199,56 @@ async def measure(models: Mapping[str, str], out: Path, num_bytes: int) -> None:
 # --- what follows from it --------------------------------------------------------------------------------------------
 
 
-def arms(window: Mapping[str, Any]) -> dict[str, tuple[float, int]]:
-    """Nats and bytes of one window under every model: all on the same bytes but for canonical scoring and the
-    approximations, which begin at the first token of theirs behind the beginning."""
-    begin, members = window["begin"], list(window["evidence"])
+Columns = tuple[np.ndarray, np.ndarray]
+"""Nats and bytes of each unit of a window, (num_units,) each."""
+
+
+def arms(window: Mapping[str, Any]) -> dict[str, Columns]:
+    """One window under every model: all on the same bytes, but canonical scoring and the approximations begin at the
+    first token of theirs behind the beginning, and so do the exact figures beside them."""
+    begin, members, total = window["begin"], list(window["evidence"]), window["num_bytes"]
     evidence = np.array([window["evidence"][member] for member in members])
-    num_bytes = evidence.shape[1]
-    found = {member: (-float(row.sum()), num_bytes) for member, row in zip(members, evidence, strict=True)}
-    subsets = [members, *([members[0], other] for other in members[1:])]
-    for names in subsets:
+    starts = np.arange(begin, total)
+
+    def by_bytes(logprobs: np.ndarray) -> Columns:
+        return _units(starts, logprobs, np.ones(len(starts)), total)
+
+    def by_tokens(scored: Scored, exact: np.ndarray) -> tuple[Columns, Columns]:
+        """Of the tokens and, beside them, of the exact row `exact`, (num_bytes - begin,), on the same bytes."""
+        borders = [end for end, _ in scored]
+        first = next(at for at, border in enumerate(borders) if border >= begin)
+        begins, ends = np.array(borders[first:-1]), np.array(borders[first + 1 :])
+        running = np.concatenate([[0.0], np.cumsum(exact)])
+        beside = running[ends - begin] - running[begins - begin]
+        own = [-math.inf if nats is None else nats for _, nats in scored[first + 1 :]]
+        sizes = ends - begins
+        return _units(begins, np.array(own), sizes, total), _units(begins, beside, sizes, total)
+
+    found = {member: by_bytes(row) for member, row in zip(members, evidence, strict=True)}
+    for names in (members, *([members[0], other] for other in members[1:])):
         rows = evidence[[members.index(name) for name in names]]
         prior = np.full(len(names), 1 / len(names))
         label = " + ".join(names)
-        found[f"arithmetic: {label}"] = (
-            -float((np.logaddexp.reduce(rows, axis=0) - np.log(len(names))).sum()),
-            num_bytes,
-        )
+        found[f"arithmetic: {label}"] = by_bytes(np.logaddexp.reduce(rows, axis=0) - np.log(len(names)))
         for share in SHARES:
-            found[f"posterior, share {share:g}: {label}"] = (
-                -float(posterior_logprobs(rows, prior, share).sum()),
-                num_bytes,
-            )
-    for member in members:
-        scored, start = _from(window["canonical"][member], begin)
-        exact = evidence[members.index(member)][start - begin :]
-        found[f"canonical: {member}"] = (-sum(nats or 0.0 for _, nats in scored), len(exact))
-        found[f"exact beside canonical: {member}"] = (-float(exact.sum()), len(exact))
-    pivot = members.index(PIVOT)
+            found[f"posterior, share {share:g}: {label}"] = by_bytes(posterior_logprobs(rows, prior, share))
+    for member, row in zip(members, evidence, strict=True):
+        own, beside = by_tokens(window["canonical"][member], row)
+        found |= {f"canonical: {member}": own, f"exact beside canonical: {member}": beside}
     for other, kinds in window["approximations"].items():
-        rows = evidence[[pivot, members.index(other)]]
+        rows = evidence[[members.index(PIVOT), members.index(other)]]
         arithmetic = np.logaddexp.reduce(rows, axis=0) - np.log(2)
-        for kind, of_tokens in kinds.items():
-            scored, start = _from(of_tokens, begin)
-            nats, last = 0.0, start
-            for end, logprob in scored:
-                # what has probability zero there is charged as the exact mixture does: the loss is then a lower bound
-                exact = float(arithmetic[last - begin : end - begin].sum())
-                nats -= exact if logprob is None else logprob
-                last = end
-            found[f"{kind}: {PIVOT} + {other}"] = (nats, window["num_bytes"] - start)
-        scored, start = _from(kinds["gac"], begin)
-        found[f"exact beside maps: {PIVOT} + {other}"] = (
-            -float(arithmetic[start - begin :].sum()),
-            window["num_bytes"] - start,
-        )
+        for kind, scored in kinds.items():
+            own, beside = by_tokens(scored, arithmetic)
+            found |= {f"{kind}: {PIVOT} + {other}": own, f"exact beside maps: {PIVOT} + {other}": beside}
     return found
 
 
-def _from(scored: Scored, begin: int) -> tuple[Scored, int]:
-    """The tokens that begin at `begin` or behind it, and where the first of them does."""
-    at = next(i for i, (end, _) in enumerate(scored) if end >= begin)
-    return scored[at + 1 :], scored[at][0]
+def _units(begins: np.ndarray, logprobs: np.ndarray, sizes: np.ndarray, total: int) -> Columns:
+    """Sums over the tokens or bytes that begin in each unit; the rest of a window belongs to its last."""
+    num = max(1, total // UNIT)
+    owners = np.minimum(begins // UNIT, num - 1)
+    return np.bincount(owners, -logprobs, num), np.bincount(owners, sizes, num)
 
 
 def impossible(window: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
@@ -288,38 +289,41 @@ def report(out: Path) -> Iterator[str]:
             baseline = against
             if baseline is None:  # the best of its own members
                 own = label.split(": ")[1].split(" + ")
-                baseline = min(own, key=lambda member: sum(window[member][0] for window in columns[name]))
+                baseline = min(own, key=lambda member: sum(window[member][0].sum() for window in columns[name]))
             cells.append(_difference(columns[name], label, baseline))
         yield f"| {label} less {against or 'its best member'} | " + " | ".join(cells) + " |"
     yield ""
-    zeros: dict[str, list[int]] = {}
-    for of_text in by_text.values():
-        for window in of_text:
-            for label, (none, num) in impossible(window).items():
-                total = zeros.setdefault(label, [0, 0])
-                total[0], total[1] = total[0] + none, total[1] + num
-    for label, (none, num) in zeros.items():
-        yield f"- probability zero, {label}: {none} of {num} tokens"
+    zeros: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    for window in results["windows"].values():
+        for label, (none, num) in impossible(window).items():
+            zeros[label] += none
+            tokens[label] += num
+    for label, num in zeros.items():
+        yield f"- probability zero, {label}: {num} of {tokens[label]} tokens"
 
 
-def _columns(found: Sequence[Mapping[str, tuple[float, int]]], label: str) -> tuple[np.ndarray, np.ndarray]:
-    pairs = np.array([window[label] for window in found], dtype=np.float64)
-    return pairs[:, 0], pairs[:, 1]
+def _columns(found: Sequence[Mapping[str, Columns]], label: str) -> Columns:
+    nats, num_bytes = zip(*(window[label] for window in found), strict=True)
+    return np.concatenate(nats), np.concatenate(num_bytes)
 
 
-def _cell(found: Sequence[Mapping[str, tuple[float, int]]], label: str) -> str:
+def _cell(found: Sequence[Mapping[str, Columns]], label: str) -> str:
     nats, num_bytes = _columns(found, label)
+    if not np.isfinite(nats).all():
+        return "not finite"
     estimate = bootstrap.ratio(nats / math.log(2), num_bytes)
     interval = estimate.interval
     return f"{estimate.value:.3f}" + (f" [{interval.low:.3f}, {interval.high:.3f}]" if interval else "")
 
 
-def _difference(found: Sequence[Mapping[str, tuple[float, int]]], label: str, baseline: str) -> str:
-    difference = compare_bits_per_byte(
-        *_columns(found, label), *_columns(found, baseline), are_neighbours=True
-    ).difference
+def _difference(found: Sequence[Mapping[str, Columns]], label: str, baseline: str) -> str:
+    own = _columns(found, label)
+    if not np.isfinite(own[0]).all():
+        return "not finite"
+    difference = compare_bits_per_byte(*own, *_columns(found, baseline), are_neighbours=True).difference
     interval = difference.interval
-    return f"{difference.value:+.4f}" + (f" [{interval.low:+.4f}, {interval.high:+.4f}]" if interval else "")
+    return f"{difference.value:+.3f}" + (f" [{interval.low:+.3f}, {interval.high:+.3f}]" if interval else "")
 
 
 def main() -> None:

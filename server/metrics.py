@@ -58,6 +58,11 @@ class Metrics:
         self.member_tokens = self._counter(
             "member_tokens_total", "Tokens, prompt and generated, that the engine put through a member", ["member"]
         )
+        self.lattice_restarts = self._counter(
+            "lattice_restarts_total",
+            "How often a member that is averaged over text could not write it, and began anew",
+            ["member"],
+        )
         self.prefix_cache_hits = self._counter(
             "prefix_cache_hits_total", "Prompt tokens that the prefix cache spared a member", ["member"]
         )
@@ -81,6 +86,8 @@ class Metrics:
             self.member_tokens.labels(member).inc(num_tokens)
         for member, num_tokens in stats.num_cached_tokens.items():
             self.prefix_cache_hits.labels(member).inc(num_tokens)
+        for member, num_restarts in stats.num_restarts.items():
+            self.lattice_restarts.labels(member).inc(num_restarts)
         self.prefix_cache_bytes.set(stats.prefix_cache_bytes)
 
     def observe_request(self, model: str, status: int, duration_s: float) -> None:

@@ -13,7 +13,8 @@ from ensemble_server.ensembles.base import MixtureHost
 class StepStats:
     """One step of the engine, for metrics. `num_rows`: rows (one per request and member) that each member forwarded;
     `num_tokens`: tokens, prompt and generated, that it forwarded; `num_cached_tokens`: prompt tokens that it did not
-    have to, since the prefix cache, which now holds `prefix_cache_bytes`, knew them."""
+    have to, since the prefix cache, which now holds `prefix_cache_bytes`, knew them; `num_restarts`: how often members
+    that are averaged over text could not write it, and began anew."""
 
     duration_s: float
     num_running: int
@@ -22,6 +23,7 @@ class StepStats:
     num_tokens: Mapping[str, int]
     num_cached_tokens: Mapping[str, int] = field(default_factory=dict)
     prefix_cache_bytes: int = 0
+    num_restarts: Mapping[str, int] = field(default_factory=dict)
 
 
 class Engine(MixtureHost, Protocol):

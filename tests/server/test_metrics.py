@@ -39,6 +39,14 @@ def test_what_the_prefix_cache_spares_is_counted():
     assert value(metrics, "prefix_cache_bytes") == 250
 
 
+def test_members_that_began_a_text_anew_are_counted():
+    metrics = Metrics()
+    metrics.observe_step(replace(step(), num_restarts={"base": 2}))
+    metrics.observe_step(replace(step(), num_restarts={"base": 1, "code": 0}))
+    assert value(metrics, "lattice_restarts_total", member="base") == 3
+    assert value(metrics, "lattice_restarts_total", member="code") == 0
+
+
 def test_the_gauges_fall_to_zero_when_the_last_request_ends():
     metrics = Metrics()
     with metrics.live_request():

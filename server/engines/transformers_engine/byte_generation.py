@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -72,6 +73,7 @@ class ByteGeneration(Generation):
         self._num_asked: list[int] = []  # rows of each member in this step
         self._scoring: GivenReading | None = None  # of the prompt, if it was asked for
         self._is_ready = False
+        self._untold_restarts: Counter[str] = Counter()  # of choices that have ended
         self._counts = np.zeros((len(members), 3), dtype=np.int64)  # rows, tokens, restarts of choices that have ended
 
     @property
@@ -146,6 +148,14 @@ class ByteGeneration(Generation):
         self.live.append(choice)
         return choice
 
+    def drain_restarts(self) -> Counter[str]:
+        """How often each member began anew since this was asked last: in reading the prompt, and in all choices."""
+        spellers = [*self._spellers, *(one for choice in self.live for one in _spellers_of(choice))]
+        told, self._untold_restarts = self._untold_restarts, Counter()
+        for speller in spellers:
+            told[speller.member.name] += speller.drain_restarts()
+        return told
+
     def _take_scoring(self, rows: Sequence[torch.Tensor]) -> None:
         assert self._scoring is not None, "the prompt is to be scored"
         self._scoring.take(rows)
@@ -189,8 +199,8 @@ class ByteGeneration(Generation):
         _, self._state = following.track(self._state, evidence, self._prior, self.mixture.share)
 
     def _ended(self, choice: Choice) -> None:
-        assert isinstance(choice, ByteChoice), "all that this kind starts are"
-        for k, speller in enumerate(choice.spellers):
+        for k, speller in enumerate(_spellers_of(choice)):
+            self._untold_restarts[speller.member.name] += speller.drain_restarts()
             self._counts[k] += (speller.num_rows, speller.num_tokens, speller.num_restarts)
 
     @property
@@ -214,3 +224,8 @@ class ByteGeneration(Generation):
             for member, (rows, tokens, restarts) in zip(self.members, self._counts, strict=True)
         }
         return (super()._trace() or {}) | {"members": told}
+
+
+def _spellers_of(choice: Choice) -> Sequence[Speller]:
+    assert isinstance(choice, ByteChoice), "all that this kind starts are"
+    return choice.spellers

@@ -44,6 +44,7 @@ class Speller:
     ) -> None:
         self.member = member
         self.num_restarts = 0
+        self._num_untold = 0  # of the restarts
         self.num_rows = 0  # forwarded for this choice
         self.num_tokens = 0
         self.begins_at = begins_at
@@ -64,7 +65,7 @@ class Speller:
         twin.lattice = self.lattice.fork() if self.lattice is not None else None
         twin._cache = self._cache.fork()
         twin._held = list(self._held)
-        twin.num_rows = twin.num_tokens = twin.num_restarts = 0
+        twin.num_rows = twin.num_tokens = twin.num_restarts = twin._num_untold = 0
         return twin
 
     @property
@@ -102,6 +103,12 @@ class Speller:
         """Begin anew after `token_ids`, this member's own reading of prompt and text up to byte `position`."""
         self._restart, self.begins_at = list(token_ids), position
         self.num_restarts += 1
+        self._num_untold += 1
+
+    def drain_restarts(self) -> int:
+        """How often it began anew since this was asked last."""
+        num, self._num_untold = self._num_untold, 0
+        return num
 
     def row(self, *, spreads: bool) -> np.ndarray:
         """(257,) float64: log-probabilities of what comes next; all -inf for a member that is lost. `spreads`: see

@@ -256,7 +256,17 @@ class StepLoop:
             num_tokens=num_tokens,
             num_cached_tokens=self._prefixes.drain_hits(),
             prefix_cache_bytes=self._prefixes.num_bytes,
+            num_restarts=_drained_restarts(work),
         )
+
+
+def _drained_restarts(work: Sequence[Work]) -> Counter[str]:
+    """How often members that are averaged over text began it anew, since these jobs were asked last."""
+    restarts: Counter[str] = Counter()
+    for job in {id(item.job): item.job for item in work}.values():
+        if isinstance(job, ByteGeneration):
+            restarts.update(job.drain_restarts())
+    return restarts
 
 
 def _check_finite(job: Generation, logprobs: Sequence[torch.Tensor], pooled: torch.Tensor) -> None:

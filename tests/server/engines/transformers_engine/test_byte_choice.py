@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -212,10 +213,13 @@ async def test_prompts_of_token_ids_are_read_as_the_text_that_they_stand_for(mix
         await ask(mixed, mixture, prompt=(special, 70, special))
 
 
-async def test_a_text_that_one_member_cannot_write_does_not_end_the_request(mixed):
-    answer = await ask(
-        mixed, Mixture({"narrow": 1, "llama": 1}), grammar=Grammar("regex", "a😀b{5}"), explain=True, max_tokens=20
-    )
+async def test_a_text_that_one_member_cannot_write_does_not_end_the_request(families):
+    restarts: Counter[str] = Counter()
+    with families.running(on_step=lambda stats: restarts.update(stats.num_restarts)) as engine:
+        answer = await ask(
+            engine, Mixture({"narrow": 1, "llama": 1}), grammar=Grammar("regex", "a😀b{5}"), explain=True, max_tokens=20
+        )
+    assert {name: told["restarts"] for name, told in answer.done.trace["members"].items()} == dict(restarts)
     assert answer.choices[0].text == "a😀" + "b" * 5
     assert answer.done.trace["members"]["narrow"]["restarts"] >= 1
     assert answer.choices[0].tokens[-1].members["narrow"].weight > 0

@@ -8,6 +8,7 @@ row "batch".
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
@@ -15,7 +16,7 @@ from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 COMMANDS: dict[str, str] = {
     "init": "ensemble_server.server.cli.init:init",
@@ -36,13 +37,28 @@ COMMANDS: dict[str, str] = {
 }
 
 
+class _BareFlags:
+    """Help shows what an option takes; a flag takes nothing, so it has no type there."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False) and param.metavar is None:
+                param.metavar = ""
+        return params
+
+
+class _Command(_BareFlags, TyperCommand):
+    pass
+
+
 class _LazyCommands(Mapping[str, Any]):
     """`COMMANDS` as typer sees it: a command's module is imported when that command is looked at."""
 
     def __getitem__(self, name: str) -> Any:
         module, _, function = COMMANDS[name].partition(":")
         command = typer.Typer(add_completion=False, rich_markup_mode="rich")
-        command.command(name)(getattr(import_module(module), function))
+        command.command(name, cls=_Command)(getattr(import_module(module), function))
         return typer.main.get_command(command)
 
     def __iter__(self) -> Iterator[str]:
@@ -52,7 +68,7 @@ class _LazyCommands(Mapping[str, Any]):
         return len(COMMANDS)
 
 
-class _CommandGroup(TyperGroup):
+class _CommandGroup(_BareFlags, TyperGroup):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.commands = _LazyCommands()
@@ -94,6 +110,7 @@ def _root(
 def main() -> None:
     """Run the command line and exit. An error is one line on stderr and exit code 1; with --debug, a traceback."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    _keep_bars_out_of_files()
     try:
         app(arguments, prog_name="ensemble")
     except Exception as exc:
@@ -101,6 +118,14 @@ def main() -> None:
             raise
         typer.echo(f"error: {_described(exc)}", err=True)
         sys.exit(1)
+
+
+def _keep_bars_out_of_files() -> None:
+    """Bars of libraries that load, download or measure are for a terminal. The variables are read when those are
+    imported, which is later."""
+    if not sys.stderr.isatty():
+        for variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+            os.environ.setdefault(variable, "1")
 
 
 def _described(exc: Exception) -> str:

@@ -15,6 +15,7 @@ import typer
 
 from ensemble_server.server.cli.batch_files import STDIO, InputOptions, OutputOptions
 from ensemble_server.server.cli.batch_options import RequestOptions, parsed
+from ensemble_server.server.cli.completion import model_names
 
 INTERRUPTED = 130
 INPUT, REQUESTS, OUTPUT, RUN = "What goes in", "What is asked", "What comes out", "How it runs"
@@ -57,7 +58,12 @@ def batch(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="NAME[,...]", help="Several make a grid: every row for each.", rich_help_panel=REQUESTS),
+        typer.Option(
+            metavar="NAME[,...]",
+            help="Several make a grid: every row for each.",
+            rich_help_panel=REQUESTS,
+            autocompletion=model_names,
+        ),
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, rich_help_panel=REQUESTS)] = None,
     temperature: Annotated[

@@ -9,18 +9,16 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AsyncExitStack, aclosing, suppress
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from contextlib import AsyncExitStack, suppress
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ensemble_server.server.cli.completion import model_names
+from ensemble_server.server.cli.conversation import Conversation
+
 if TYPE_CHECKING:
-    from ensemble_server.ensembles.base import Done, Message, Model, Sampling
-
-HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer."
-
-Show: TypeAlias = Callable[[str, bool], None]  # a piece of text, and whether it is reasoning
+    from ensemble_server.server.cli.chat_commands import Session
 
 
 def chat(
@@ -31,7 +29,10 @@ def chat(
             help="A YAML file, or models, loaded in this process; or a server's address.",
         ),
     ],
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Whom to talk to; default: the main one.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Whom to talk to; default: the main one.", autocompletion=model_names),
+    ] = None,
     system: Annotated[str | None, typer.Option("--system", "-s", help="A system prompt for the conversation.")] = None,
     message: Annotated[str | None, typer.Option("--message", help="Ask this, print the answer and exit.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
@@ -43,7 +44,8 @@ def chat(
 ) -> None:
     """Chat with a model. With --message, or text on standard input: ask once, print the answer alone, and exit."""
     from ensemble_server.ensembles.base import Sampling
-    from ensemble_server.server.cli.partner import partner
+    from ensemble_server.server.cli.chat_commands import Session
+    from ensemble_server.server.cli.partner import partners
 
     if message is None and not sys.stdin.isatty():
         message = sys.stdin.read().strip()
@@ -53,108 +55,66 @@ def chat(
     with asyncio.Runner() as runner:
         stack = AsyncExitStack()
         try:
-            spoken_to = runner.run(stack.enter_async_context(partner(targets, model, api_key_env)))
-            conversation = Conversation(spoken_to, system, sampling)
+            found = runner.run(stack.enter_async_context(partners(targets, model, api_key_env)))
+            conversation = Conversation(found.model(found.chosen), system, sampling)
             if message is not None:
                 runner.run(conversation.ask(message, _write_text))
                 typer.echo()
             else:
-                _converse(runner, conversation)
+                _converse(runner, Session(found, conversation))
         finally:
             runner.run(stack.aclose())
 
 
-class Conversation:
-    """What was said so far, with `model`. The system prompt survives a reset."""
-
-    def __init__(self, model: Model, system: str | None, sampling: Sampling) -> None:
-        self.model = model
-        self._system: list[Message] = [{"role": "system", "content": system}] if system else []
-        self._sampling = sampling
-        self.messages: list[Message] = []
-
-    def reset(self) -> None:
-        self.messages = []
-
-    async def ask(self, text: str, show: Show) -> Done:
-        """Pass the answer to `show` as it comes. One that is cut short stays in the conversation as far as it came.
-
-        Raises what the model raises; the question is then as if it had not been asked.
-        """
-        from ensemble_server.ensembles.base import Delta, Done, GenerationRequest
-
-        question = {"role": "user", "content": text}
-        request = GenerationRequest(messages=(*self._system, *self.messages, question), sampling=self._sampling)
-        answer = ""
-        try:
-            async with aclosing(self.model.generate(request)) as events:
-                async for event in events:
-                    match event:
-                        case Delta():
-                            if event.reasoning:
-                                show(event.reasoning, True)
-                            if event.text:
-                                show(event.text, False)
-                            answer += event.text
-                        case Done():
-                            done = event
-        except asyncio.CancelledError:
-            self._remember(question, answer)
-            raise
-        self._remember(question, answer)
-        return done
-
-    def _remember(self, question: Message, answer: str) -> None:
-        if answer:
-            self.messages += [question, {"role": "assistant", "content": answer}]
-
-
-def _converse(runner: asyncio.Runner, conversation: Conversation) -> None:
+def _converse(runner: asyncio.Runner, session: Session) -> None:
     """Ask and answer until /exit or the end of input."""
     from rich.console import Console
 
     from ensemble_server.ensembles.errors import EnsembleError
+    from ensemble_server.server.cli import chat_commands
+    from ensemble_server.server.cli.explained import ExplainedAnswer, visible
 
     with suppress(ImportError):
         import readline  # noqa: F401 - gives input() its line editing
     console = Console(highlight=False)
 
     def show(text: str, is_reasoning: bool) -> None:
-        visible = "".join(char for char in text if char.isprintable() or char in "\n\t")  # no escape codes from a model
-        console.print(visible, end="", markup=False, soft_wrap=True, style="dim" if is_reasoning else None)
+        style = "dim" if is_reasoning else None
+        console.print(visible(text), end="", markup=False, soft_wrap=True, style=style)
 
-    console.print(f"[bold]{conversation.model.name}[/bold]  [dim]{HELP}[/dim]")
+    def tell(text: str) -> None:
+        console.print(visible(text), markup=False, style="dim", soft_wrap=True)
+
+    tell(f"{session.conversation.model.name}  {chat_commands.HELP}")
     while True:
         try:
             line = input("> ").strip()
         except KeyboardInterrupt:
-            console.print(f"\n[dim]{HELP}[/dim]")
+            tell(f"\n{chat_commands.HELP}")
             continue
         except EOFError:
             console.print()
             return
-        match line:
-            case "":
-                continue
-            case "/exit":
-                return
-            case "/reset":
-                conversation.reset()
-                console.print("[dim]forgotten[/dim]")
-                continue
-        if line.startswith("/"):
-            console.print(f"[dim]unknown command {line.split()[0]}. {HELP}[/dim]")
+        if line == "/exit":
+            return
+        if not line:
             continue
+        explained = ExplainedAnswer(console) if session.explains else None
         start = time.perf_counter()
         try:
-            done = runner.run(conversation.ask(line, show))
+            if line.startswith("/"):
+                tell(chat_commands.run(line, session))
+                continue
+            done = runner.run(session.conversation.ask(line, show, explained=explained and explained.show))
         except (KeyboardInterrupt, asyncio.CancelledError):  # the second where something else was cancelling, too
-            console.print("\n[dim](stopped)[/dim]")
+            tell("\n(stopped)")
         except EnsembleError as exc:
-            console.print(f"[red]error:[/red] {exc}", markup=True)
+            console.print(f"error: {visible(str(exc))}", markup=False, style="red", soft_wrap=True)
         else:
             num_tokens, duration_s = done.usage.completion_tokens, time.perf_counter() - start
-            console.print(f"\n[dim]{num_tokens} tokens, {num_tokens / duration_s:.1f} tokens/s[/dim]")
+            tell(f"\n{num_tokens} tokens, {num_tokens / duration_s:.1f} tokens/s")
+            if explained is not None:
+                explained.print_summary(done.trace)
 
 
 def _write_text(text: str, is_reasoning: bool) -> None:

@@ -7,10 +7,17 @@ from typing import Annotated
 
 import typer
 
+from ensemble_server.server.cli.completion import ensemble_names
+
 
 def export(
     config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The YAML file.", metavar="CONFIG")],
-    name: Annotated[str, typer.Argument(help="Which of its models: a probability_average.", metavar="NAME")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="Which of its models: a probability_average.", metavar="NAME", autocompletion=ensemble_names
+        ),
+    ],
     folder: Annotated[Path, typer.Argument(help="An empty folder, or one to be made.", metavar="DIR")],
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy the members' weights into DIR instead of referring to them.")

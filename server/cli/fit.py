@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ensemble_server.server.cli.completion import ensemble_names
+
 if TYPE_CHECKING:
     from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
     from ensemble_server.server.compare.deciding.held_back import JudgedFit
@@ -25,7 +27,7 @@ MARGIN_BITS_PER_BYTE = 0.01  # the smallest difference that the verdict takes fo
 
 def fit(
     config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The YAML file.", metavar="CONFIG")],
-    name: Annotated[str, typer.Argument(help="A probability_average of it.")],
+    name: Annotated[str, typer.Argument(help="A probability_average of it.", autocompletion=ensemble_names)],
     more: Annotated[
         list[Path] | None,
         typer.Argument(exists=True, dir_okay=False, metavar="[TEXT]...", help="More files, as in --text A B C."),

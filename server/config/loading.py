@@ -58,6 +58,11 @@ def _parse(data: Any, *, source: Path, problems: list[str]) -> Config:
     problems = [*problems, *missing_variables]
     if not isinstance(data, dict):
         raise ConfigError(_report(source, [*problems, "must be a map with the key `models`"]))
+    if "models" not in data and {"baseline", "arms"} & data.keys():
+        named = f", {data['config']}" if isinstance(data.get("config"), str) else ""
+        raise ConfigError(
+            f"{source} is a plan of `ensemble compare`, not a config; give the config that it names{named}"
+        )
     blocks: dict[str, type[Block]] = {
         "server": ServerConfig,
         "engine": _engine_block(data.get("engine")),

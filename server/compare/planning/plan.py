@@ -70,6 +70,11 @@ def load_plan(path: Path) -> Plan:
     problems = [*problems, *missing_variables]
     if not isinstance(data, dict):
         raise ConfigError(_report(path, [*problems, "must be a map with the keys `config`, `baseline` and `arms`"]))
+    if "models" in data and not {"baseline", "arms"} & data.keys():
+        raise ConfigError(
+            f"{path} is a config, not a plan: a plan names it as `config: {path.name}`, a `baseline` and `arms` among "
+            "its models, and what to measure; configs/compare-demo.yaml is one"
+        )
     context = {"folder": Path(os.path.abspath(path)).parent}
     try:
         file = PlanFile.model_validate(data, context=context)

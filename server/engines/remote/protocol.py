@@ -16,6 +16,7 @@ from ensemble_server.ensembles.base import (
     FinishReason,
     GenerationRequest,
     Grammar,
+    MemberToken,
     NamedFunction,
     Sampling,
     TokenLogprob,
@@ -55,13 +56,18 @@ _SAMPLING_FIELDS = (
 # --- the request --------------------------------------------------------------------------------------------------
 
 
-def request_body(name: str, model: str, request: GenerationRequest) -> tuple[str, dict[str, Any]]:
+def request_body(
+    name: str, model: str, request: GenerationRequest, *, takes_ensemble: bool = False
+) -> tuple[str, dict[str, Any]]:
     """The path below the base URL, and the JSON body, of `request` to the remote `model` that is called `name` here.
 
-    Raises `UnsupportedError` for what no OpenAI-compatible API takes.
+    `takes_ensemble`: the remote end is a server of this kind, which knows the `"ensemble"` object. Raises
+    `UnsupportedError` for what no other OpenAI-compatible API takes.
     """
-    _check_supported(name, request)
+    _check_supported(name, replace(request, overrides={}) if takes_ensemble else request)
     body: dict[str, Any] = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
+    if takes_ensemble and (request.overrides or request.explain):
+        body["ensemble"] = dict(request.overrides) | ({"explain": True} if request.explain else {})
     if request.messages is not None:
         path = "chat/completions"
         body["messages"] = [dict(message) for message in request.messages]
@@ -153,8 +159,31 @@ class Alternative(BaseModel):
         return TokenLogprob(UNKNOWN_TOKEN_ID, self.token, raw, self.logprob, top)
 
 
+class MemberView(BaseModel):
+    logprob: float
+    weight: float
+
+
+def _views(members: Any) -> Any:
+    """Each member's view of a token; None for a field of that name which means something else."""
+    is_ours = isinstance(members, dict) and all(
+        isinstance(view, dict) and all(isinstance(view.get(key), int | float) for key in ("logprob", "weight"))
+        for view in members.values()
+    )
+    return members if is_ours else None
+
+
 class ChatToken(Alternative):
+    """`members` come from a server of this kind where `explain` was asked for."""
+
     top_logprobs: list[Alternative] = Field(default_factory=list)
+    members: Annotated[dict[str, MemberView] | None, BeforeValidator(_views)] = None
+
+    def read_all(self) -> TokenLogprob:
+        read = self.read(tuple(other.read() for other in self.top_logprobs))
+        if self.members is None:
+            return read
+        return replace(read, members={name: MemberToken(v.logprob, v.weight) for name, v in self.members.items()})
 
 
 class Logprobs(BaseModel):
@@ -168,7 +197,7 @@ class Logprobs(BaseModel):
     def read(self) -> tuple[TokenLogprob, ...]:
         """Raises `ValueError` if the parallel lists differ in length."""
         if self.content is not None:
-            return tuple(token.read(tuple(other.read() for other in token.top_logprobs)) for token in self.content)
+            return tuple(token.read_all() for token in self.content)
         tokens = self.tokens or []
         logprobs = self.token_logprobs or [None] * len(tokens)
         tops = self.top_logprobs or [None] * len(tokens)
@@ -251,6 +280,7 @@ class Chunk(BaseModel):
 
     choices: list[ChunkChoice] | None = None
     usage: ChunkUsage | None = None
+    ensemble: Any = None
     error: Any = None
 
 

@@ -97,6 +97,7 @@ class _Progress:
     ends: dict[int, tuple[FinishReason, str | int | None]] = field(default_factory=dict)
     shown: set[int] = field(default_factory=set)
     usages: list[ChunkUsage] = field(default_factory=list)  # one per call
+    ensemble: dict[str, Any] = field(default_factory=dict)  # what a server of this kind tells of how it answered
     is_over: bool = False  # the remote end said so: [DONE], or an answer in one piece
 
     @property
@@ -159,10 +160,10 @@ class _Call:
 class RemoteChat:
     """A remote model; see `ensembles.base.Model`. `aclose` it when no more requests come.
 
-    `sleep` and `rng` (which draws the jitter) make the waits between tries testable.
+    `sleep` and `rng` (which draws the jitter) make the waits between tries testable. `explains_tokens`: whether it does
+    (a model on a server of this kind, which also takes what a request may change of an ensemble), else None.
     """
 
-    explains_tokens = False  # a remote end may have no log-probabilities to give
     fan_out = 1
 
     def __init__(
@@ -173,8 +174,11 @@ class RemoteChat:
         backoff: Backoff | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         rng: random.Random | None = None,
+        explains_tokens: bool | None = None,
     ) -> None:
         self.name = name
+        self.explains_tokens = bool(explains_tokens)  # any other end may have no log-probabilities to give
+        self._is_of_ours = explains_tokens is not None
         self.members = (name,)
         self.max_model_len: int | None = config.max_model_len
         self._config = config
@@ -209,7 +213,7 @@ class RemoteChat:
         many ends take no notice of `n`."""
         start = asyncio.get_running_loop().time()
         progress = _Progress(request, None if request.deadline_s is None else start + request.deadline_s)
-        request_body(self.name, self._config.model or self.name, request)  # or it cannot be asked at all
+        self._body(request)  # or it cannot be asked at all
         try:
             async with asyncio.timeout_at(progress.deadline):
                 await self._slots.acquire()
@@ -244,8 +248,14 @@ class RemoteChat:
         missing = progress.missing
         if missing:
             logger.warning("member %r: choices %s of %d stayed empty", self.name, missing, request.n)
-        trace = {"empty_choices": missing} if missing and request.explain else None
-        yield Done(self._usage(progress.usages), method="remote", members=self.members, turnout=1, trace=trace)
+        told = progress.ensemble.get("trace")
+        trace: dict[str, Any] = told if isinstance(told, dict) else {}
+        if missing and request.explain:
+            trace = trace | {"empty_choices": missing}
+        yield Done(self._usage(progress.usages), method="remote", members=self.members, turnout=1, trace=trace or None)
+
+    def _body(self, request: GenerationRequest) -> tuple[str, dict[str, Any]]:
+        return request_body(self.name, self._config.model or self.name, request, takes_ensemble=self._is_of_ours)
 
     def _too_late(self, progress: _Progress) -> DeadlineError:
         return DeadlineError(f"member {self.name!r}: no answer within {progress.request.deadline_s:g} s")
@@ -270,7 +280,7 @@ class RemoteChat:
         if num_before and seed is not None:  # the same seed would give the same again
             seed = (seed + num_before) % 2**31
         asked = replace(request, n=len(places), sampling=replace(request.sampling, seed=seed))
-        path, body = request_body(self.name, self._config.model or self.name, asked)
+        path, body = self._body(asked)
         call, progress.is_over = _Call(places, self._secrets), False
         progress.usages.append(call.usage)
         response = await self._connect(path, body, progress)
@@ -353,6 +363,8 @@ class RemoteChat:
                     if chunk.error is not None:
                         raise self._failed(f"the remote end failed: {error_message(chunk.error)[0]}")
                     call.usage = chunk.usage or call.usage
+                    if self._is_of_ours and isinstance(chunk.ensemble, dict):
+                        progress.ensemble = chunk.ensemble
                     for choice in chunk.choices or ():
                         if (delta := self._delta(choice, call, progress)) is not None:
                             yield delta

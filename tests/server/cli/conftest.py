@@ -27,6 +27,7 @@ def ensemble(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     def run(*arguments: str | Path) -> Run:
         monkeypatch.setattr("sys.argv", ["ensemble", *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", "300")
+        monkeypatch.setenv("TQDM_DISABLE", "")  # off: what `main` would set is for processes of its own
         with pytest.raises(SystemExit) as left:
             main()
         captured = capsys.readouterr()

@@ -136,3 +136,8 @@ def test_commands_and_options_are_completed_by_the_shell(
         monkeypatch.setenv("COMP_WORDS", line)
         monkeypatch.setenv("COMP_CWORD", str(place))
         assert found in ensemble().out.split()
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_names_no_type_for_flags(ensemble: Callable[..., Run], command: str) -> None:
+    assert "<bool>" not in ensemble(*command.split(), "--help").out

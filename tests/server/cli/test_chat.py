@@ -90,8 +90,13 @@ async def test_a_question_that_fails_is_as_if_not_asked() -> None:
 # --- against a server ---
 
 
+ALL = [{"id": "first"}, {"id": "second"}]
+OURS = {"id": "mix", "explains_tokens": True, "ensemble": {"weights": {"base": 1, "code": 2}}}
+
+
 class Handler(BaseHTTPRequestHandler):
-    """Serves two models. The answer repeats the question; at "slow" it goes on until the client leaves."""
+    """Serves two models, and below /ours an ensemble as this server has. The answer repeats the question; at "slow"
+    it goes on until the client leaves."""
 
     bodies: list[dict]
     keys: list[str | None]
@@ -99,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.keys.append(self.headers["Authorization"])
         status = 401 if self.path.startswith("/locked") and not self.headers["Authorization"] else 200
-        data = {"data": [{"id": "first"}, {"id": "second"}]}
+        data = {"data": [{"id": "first"}, {"id": "second"}, OURS] if self.path.startswith("/ours") else ALL}
         if self.path.startswith("/odd"):
             data = {"hello": "world"}
         self._start(status, "application/json")
@@ -110,6 +115,10 @@ class Handler(BaseHTTPRequestHandler):
         self.bodies.append(body)
         self._start(200, "text/event-stream")
         question = body["messages"][-1]["content"]
+        if body.get("ensemble", {}).get("explain"):
+            self._explained_chunk(
+                "Paris", {"base": {"logprob": -0.1, "weight": 0.3}, "code": {"logprob": -3, "weight": 0.7}}
+            )
         self._chunk({"content": f"you said {question}\x1b[31m"})
         while question == "slow":
             time.sleep(0.02)
@@ -125,6 +134,12 @@ class Handler(BaseHTTPRequestHandler):
     def _chunk(self, delta: dict, finish_reason: str | None = None) -> None:
         choices = [{"index": 0, "delta": delta, "finish_reason": finish_reason}]
         self.wfile.write(f"data: {json.dumps({'choices': choices})}\n\n".encode())
+
+    def _explained_chunk(self, token: str, members: dict) -> None:
+        content = [{"token": token, "logprob": -0.5, "bytes": list(token.encode()), "members": members}]
+        choices = [{"index": 0, "delta": {"content": token}, "logprobs": {"content": content}, "finish_reason": None}]
+        told = {"trace": {"gates": {"base": 0.25}}}
+        self.wfile.write(f"data: {json.dumps({'choices': choices, 'ensemble': told})}\n\n".encode())
 
     def log_message(self, *_: object) -> None:
         pass
@@ -266,6 +281,35 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(url: str) -> None:
     assert histories[0] == ["hello"]
     assert histories[1] == ["hello", "you said hello\x1b[31m", "slow"]
     assert histories[2] == ["again"]
+
+
+def test_commands_change_whom_one_talks_to_and_how(url: str) -> None:
+    terminal = Terminal(f"{url}/ours", "--model", "first")
+    try:
+        for line, answer in (
+            ("/help", "/weights [A=1 B=0.5]"),
+            ("/weights", "first has no weights"),
+            ("/model mix", "talking to mix"),
+            ("/system Be brief.", "Be brief."),
+            ("/weights base=1 code=0.5", "base=1, code=0.5"),
+            ("/explain", "the member that drove them"),
+            ("where?", "⟨base⟩Paris"),  # the terminal is dumb: no colours
+            ("/explain off", "shown plainly"),
+            ("again", "you said again"),
+        ):
+            terminal.wait_for("> ")
+            terminal.type(f"{line}\n")
+            terminal.wait_for(answer)
+        terminal.wait_for("> ")
+        terminal.type("/exit\n")
+        assert terminal.process.wait(timeout=30) == 0
+    finally:
+        terminal.close()
+    first, second = Handler.bodies
+    assert first["ensemble"] == {"weights": {"base": 1, "code": 0.5}, "explain": True}
+    assert second["ensemble"] == {"weights": {"base": 1, "code": 0.5}}
+    assert first["model"] == "mix"
+    assert first["messages"][0] == {"role": "system", "content": "Be brief."}
 
 
 # --- with models of its own ---

@@ -139,14 +139,22 @@ async def remote_of() -> AsyncIterator[Callable[..., Any]]:
     """remote_of(behaviour, ..., config_key=value) -> a running server and the model that talks to it."""
     opened: list[tuple[RemoteChat, ScriptedRemote]] = []
 
-    async def make(*behaviours: Behaviour, **config: Any) -> tuple[RemoteChat, ScriptedRemote]:
+    async def make(
+        *behaviours: Behaviour, explains_tokens: bool | None = None, **config: Any
+    ) -> tuple[RemoteChat, ScriptedRemote]:
         server = await ScriptedRemote(list(behaviours)).__aenter__()
         waits: list[float] = []
 
         async def sleep(wait_s: float) -> None:
             waits.append(wait_s)
 
-        model = RemoteChat("far", RemoteModel(url=server.url, **config), sleep=sleep, rng=random.Random(0))
+        model = RemoteChat(
+            "far",
+            RemoteModel(url=server.url, **config),
+            sleep=sleep,
+            rng=random.Random(0),
+            explains_tokens=explains_tokens,
+        )
         model.waits = waits  # type: ignore[attr-defined]
         opened.append((model, server))
         return model, server
@@ -370,6 +378,34 @@ async def test_logprobs_of_a_chat_are_mapped(remote_of: Callable[..., Any]) -> N
     (read,) = answer.choices[0].tokens
     assert (read.text, read.logprob, read.bytes, read.top[0].text) == ("é", -0.5, b"\xc3\xa9", "é")
     assert (server.connections[0].body["logprobs"], server.connections[0].body["top_logprobs"]) == (True, 1)
+
+
+async def test_a_server_of_this_kind_takes_weights_and_explains(remote_of: Callable[..., Any]) -> None:
+    views = {"base": {"logprob": -0.1, "weight": 0.75}, "code": {"logprob": -9999.0, "weight": 0.25}}
+    chunk = content(
+        "é", logprobs={"content": [{"token": "é", "logprob": -0.4, "members": views}]}, finish_reason="stop"
+    )
+    model, server = await remote_of(
+        streaming(chunk | {"ensemble": {"trace": {"gates": {"a": 1}}}}, "[DONE]"), explains_tokens=True
+    )
+    asked = ask(overrides={"weights": {"base": 3}}, explain=True, top_logprobs=0)
+    answer = await collect(model, asked)
+    assert server.connections[0].body["ensemble"] == {"weights": {"base": 3}, "explain": True}
+    members = answer.choices[0].tokens[0].members
+    assert {name: (view.logprob, view.weight) for name, view in members.items()} == {
+        "base": (-0.1, 0.75),
+        "code": (-9999.0, 0.25),
+    }
+    assert answer.done.trace == {"gates": {"a": 1}}
+    assert model.explains_tokens
+
+
+@pytest.mark.parametrize("members", ["none", {"base": 1}, {"base": {"logprob": "much", "weight": 1}}])
+async def test_members_that_mean_something_else_are_ignored(remote_of: Callable[..., Any], members: Any) -> None:
+    token = {"token": "é", "logprob": -0.4, "members": members}
+    model, _ = await remote_of(streaming(content("é", logprobs={"content": [token]}, finish_reason="stop"), "[DONE]"))
+    answer = await collect(model, ask(top_logprobs=0))
+    assert answer.choices[0].tokens[0].members is None
 
 
 async def test_logprobs_of_a_completion_are_mapped(remote_of: Callable[..., Any]) -> None:

@@ -78,13 +78,13 @@ def _of_file(name: str, tree: ast.Module) -> Iterator[Refusal]:
                     section, code = "request", (kind.code or "") if kind else ""
                 else:
                     continue
-                yield from (Refusal(section, text, code) for text in map(text_of, args) if _is_a_sentence(text))
+                texts = (text for argument in args for text in texts_of(argument))
+                yield from (Refusal(section, text, code) for text in texts if _is_a_sentence(text))
             case ast.FunctionDef(name=function) if "problem" in function:
                 for text in _noted(node):
                     yield Refusal("config", text, "")
             case ast.Call(func=ast.Attribute(value=value, attr="append"), args=[text]) if _is_problems(value):
-                if _is_a_sentence(text_of(text)):
-                    yield Refusal("config", text_of(text), "")
+                yield from (Refusal("config", said, "") for said in texts_of(text) if _is_a_sentence(said))
 
 
 def _section(status: int) -> str:
@@ -98,14 +98,21 @@ def _noted(function: ast.FunctionDef) -> Iterator[str]:
     for node in ast.walk(function):
         match node:
             case ast.Yield(value=ast.expr() as value) | ast.Return(value=ast.expr() as value):
-                if _is_a_sentence(text := text_of(value)):
-                    yield text
+                yield from filter(_is_a_sentence, texts_of(value))
 
 
 def _is_problems(value: ast.expr) -> bool:
     return (isinstance(value, ast.Name) and value.id == "problems") or (
         isinstance(value, ast.Attribute) and value.attr == "problems"
     )
+
+
+def texts_of(expression: ast.expr) -> list[str]:
+    """What an expression may say: of a conditional one, both branches."""
+    match expression:
+        case ast.IfExp(body=body, orelse=other):
+            return [*texts_of(body), *texts_of(other)]
+    return [text_of(expression)]
 
 
 def text_of(expression: ast.expr) -> str:

@@ -52,12 +52,12 @@ def live(engine: str, folders: dict[str, Path], tmp_path_factory: pytest.TempPat
 
 
 @contextmanager
-def server_of(config: Path) -> Iterator[LiveServer]:
+def server_of(config: Path, *arguments: str) -> Iterator[LiveServer]:
     """A server in a process of its own; its log lies beside the config. It is stopped in an orderly way."""
     log = config.with_suffix(".log")
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     with log.open("w") as output:
-        command = [sys.executable, "-m", "ensemble_server", "serve", str(config)]
+        command = [sys.executable, "-m", "ensemble_server", "serve", str(config), *arguments]
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
         yield LiveServer(_address(process, log), process)

@@ -57,6 +57,8 @@ class Snippet:
             return self.language
         if self.language in ("sh", "bash", "shell", "console"):
             return "shell"
+        if not self.language and self.text.startswith(("import ", "from ")):
+            return "python"
         lines = [line for line in self.text.split("\n") if line.strip()]
         return "shell" if not self.language and lines and _COMMAND.match(lines[0]) else "data"
 

@@ -59,3 +59,19 @@ def test_the_page_of_refusals_is_made_from_the_code() -> None:
     classes = {cls.__name__ for cls in KINDS}
     assert classes == set(refusals.OURS)
     assert len(set(refusals.refusals())) > 400
+
+
+def test_what_your_own_models_says_of_refusals_is_what_they_say() -> None:
+    page = (ROOT / "docs" / "your-own-models.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \|", page.partition("| it says |")[2], re.MULTILINE)
+    phrases = [phrase for phrase in rows if set(phrase) - set("-|")]
+    assert len(phrases) > 10
+    said = [refusal.message for refusal in refusals.refusals()] + template_problems()
+    patterns = {phrase: ".*".join(map(re.escape, phrase.split("…"))) for phrase in phrases}
+    assert [phrase for phrase, pattern in patterns.items() if not any(re.search(pattern, text) for text in said)] == []
+
+
+def template_problems() -> list[str]:
+    """What is found wrong with a chat template, which becomes a part of other refusals."""
+    source = (ROOT / "server" / "weights" / "view.py").read_text(encoding="utf-8")
+    return re.findall(r'return f?"(cannot render [^"]+)"', source)

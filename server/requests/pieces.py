@@ -47,6 +47,8 @@ class PieceReader:
         self.usage = chunk["usage"]
         if not chunk["choices"]:
             self.ensemble = chunk["ensemble"]
+            if details := chunk["usage"].get("completion_tokens_details"):  # the engine knows better than the pieces
+                self.num_thought_tokens = details["reasoning_tokens"]
             return
         [choice] = chunk["choices"]
         if choice["logprobs"]:

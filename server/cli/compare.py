@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ensemble_server.server.compare.kept.results import ArmResult, Difference, Results
     from ensemble_server.server.compare.listener import Listener
+    from ensemble_server.server.compare.planning.plan import Plan
 
 SOME_ARMS_FAILED = 3
 INTERRUPTED = 130
@@ -29,37 +30,92 @@ SECONDS_BETWEEN_LINES = 10
 
 def compare(
     plan: Annotated[
-        Path, typer.Argument(exists=True, dir_okay=False, metavar="PLAN", help="YAML: the arms and what is measured.")
-    ],
+        Path | None,
+        typer.Argument(
+            dir_okay=False,
+            metavar="[PLAN]",
+            help="YAML: the arms and what is measured. With --init: where to write it.",
+        ),
+    ] = None,
     out: Annotated[
-        Path,
+        Path | None,
         typer.Option("--out", "-o", file_okay=False, help="Folder for results and reports; may hold earlier ones."),
-    ],
+    ] = None,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Write results and report again from what is measured; run no model.")
     ] = False,
+    csv: Annotated[
+        Path | None,
+        typer.Option("--csv", dir_okay=False, metavar="FILE", help="Also write every item of every arm as CSV."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print arms, items, tokens, hours and money; start and write nothing.")
+    ] = False,
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            "--init",
+            exists=True,
+            dir_okay=False,
+            metavar="CONFIG",
+            help="Write a plan for this config, to be filled in; by default compare.yaml beside it.",
+        ),
+    ] = None,
+    diff: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--diff", exists=True, metavar="A B", help="What changed between two results: files or folders."),
+    ] = None,
 ) -> None:
     """Compare models, ensembles and weight merges on the same texts and tasks.
 
-    Writes results.json, report.md and report.html. What was measured before stays as long as nothing that it depends on
-    has changed; so a comparison that was stopped goes on with the same command.
+    Writes results.json, report.md, report.html and items.html. What was measured before stays as long as nothing that
+    it depends on has changed; so a comparison that was stopped goes on with the same command.
     """
+    if diff is not None:
+        from ensemble_server.server.cli.compare_diff import print_difference
+
+        print_difference(*diff)
+        return
+    if init is not None:
+        from ensemble_server.server.cli.compare_init import init_plan
+
+        init_plan(init, plan or init.parent / "compare.yaml")
+        return
+    if plan is None or not plan.is_file():
+        what = "give a plan" if plan is None else f"there is no file {plan}"
+        raise typer.BadParameter(f"{what}; `ensemble compare --init CONFIG` writes one", param_hint="PLAN")
+    if out is None and not dry_run:
+        raise typer.BadParameter("give the folder for results", param_hint="--out")
     from ensemble_server.server.compare.planning.plan import load_plan
 
     loaded = load_plan(plan)
-    from ensemble_server.server.compare.run import report_again, run_comparison
+    if dry_run:
+        from ensemble_server.server.cli.compare_dry_run import dry_run as say_what_it_takes
+
+        say_what_it_takes(loaded)
+        return
+    assert out is not None, "checked above"
+    _run(loaded, out, report_only=report_only, csv=csv)
+
+
+def _run(plan: Plan, out: Path, *, report_only: bool, csv: Path | None) -> None:
+    from ensemble_server.server.compare.run import read_items, report_again, run_comparison
 
     try:
         if report_only:
-            results = report_again(loaded, out)
+            results = report_again(plan, out)
         else:
             with _listener() as listener:
-                results = asyncio.run(run_comparison(loaded, out, listener, command=_command()))
+                results = asyncio.run(run_comparison(plan, out, listener, command=_command()))
     except KeyboardInterrupt:
         typer.echo(f"interrupted; what was measured is kept in {out}, the same command goes on from there", err=True)
         raise typer.Exit(INTERRUPTED) from None
     typer.echo(_summary(results))
-    typer.echo(f"{out / 'report.html'}, report.md and results.json tell the rest")
+    typer.echo(f"{out / 'report.html'}, items.html, report.md and results.json tell the rest")
+    if csv is not None:
+        from ensemble_server.server.compare.report.items_csv import write_csv
+
+        typer.echo(f"{csv}: {write_csv(read_items(plan, out), csv)} lines, one for each item and arm")
     failed = {name: arm.error for name, arm in results.arms.items() if arm.error is not None}
     for name, error in failed.items():
         typer.echo(f"{name}: {error}", err=True)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from ensemble_server.ensembles.errors import ConfigError
 from ensemble_server.server.compare.analysis.flips import flips
-from ensemble_server.server.compare.analysis.statistics import compute_results
+from ensemble_server.server.compare.analysis.items import item_tables, read_fields
+from ensemble_server.server.compare.analysis.statistics import compute_pairs, compute_results
 from ensemble_server.server.compare.arms.candidates import (
     ArmModel,
     Candidate,
@@ -27,6 +28,7 @@ from ensemble_server.server.compare.arms.candidates import (
 from ensemble_server.server.compare.arms.footprint import groups
 from ensemble_server.server.compare.deciding.matched import measure_matched
 from ensemble_server.server.compare.deciding.preparation import config_with, prepare
+from ensemble_server.server.compare.kept.items import ItemTable
 from ensemble_server.server.compare.kept.provenance import provenance
 from ensemble_server.server.compare.kept.records import Facts, Failure, Records
 from ensemble_server.server.compare.kept.results import Results
@@ -81,18 +83,19 @@ def report_again(plan: Plan, folder: Path) -> Results:
 
 
 def write_results(plan: Plan, folder: Path, texts: Mapping[str, Documents], tasks: Mapping[str, Task]) -> Results:
-    """`results.json` and the report, from the records and facts in `folder`."""
+    """`results.json`, `pairs.json` and the report, from the records and facts in `folder`."""
     from ensemble_server.server.compare.report import write_report
 
     records, facts = Records(folder), Facts.load(folder)
     baseline = records.get(plan.file.baseline)
     per_measure = plan.file.flips.per_arm
     arms = [*plan.arms, *facts.added_arms]
+    clusters = read_clusters(plan.file.tasks)
     results = compute_results(
         plan.file,
         arms,
         records,
-        clusters=read_clusters(plan.file.tasks),
+        clusters=clusters,
         flips=[
             flip for arm in arms for flip in flips(records.get(arm), baseline, texts, tasks, per_measure=per_measure)
         ],
@@ -100,8 +103,20 @@ def write_results(plan: Plan, folder: Path, texts: Mapping[str, Documents], task
         provenance=facts.provenance,
     )
     results.save(folder / RESULTS_FILE)
-    write_report(results, folder)
+    pairs = compute_pairs(plan.file, arms, records, clusters=clusters)
+    pairs.save(folder)
+    items = item_tables([records.get(arm) for arm in arms], texts, tasks, read_fields(plan.file.tasks))
+    write_report(results, folder, pairs=pairs, items=items)
     return results
+
+
+def read_items(plan: Plan, folder: Path) -> list[ItemTable]:
+    """What every arm made of every item, from the records in `folder`. Raises `ConfigError` if data cannot be read."""
+    records = Records(folder)
+    arms = [*plan.arms, *Facts.load(folder).added_arms]
+    texts = read_texts(plan.file.text, min_bytes=plan.file.document_bytes)
+    tasks = read_tasks(plan.file.tasks)
+    return item_tables([records.get(arm) for arm in arms], texts, tasks, read_fields(plan.file.tasks))
 
 
 async def _measure(

@@ -61,7 +61,8 @@ def _parse(data: Any, *, source: Path, problems: list[str]) -> Config:
     if "models" not in data and {"baseline", "arms"} & data.keys():
         named = f", {data['config']}" if isinstance(data.get("config"), str) else ""
         raise ConfigError(
-            f"{source} is a plan of `ensemble compare`, not a config; give the config that it names{named}"
+            f"{source} is a plan of `ensemble compare`, not a config; give the config that it names{named}, or run "
+            f"`ensemble compare {source} --out FOLDER`"
         )
     blocks: dict[str, type[Block]] = {
         "server": ServerConfig,

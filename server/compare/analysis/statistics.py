@@ -35,6 +35,9 @@ from ensemble_server.server.compare.analysis.pairing import (
     scores_of,
     text_columns,
 )
+from ensemble_server.server.compare.analysis.pairs import all_pairs
+from ensemble_server.server.compare.analysis.win_rates import win_rates
+from ensemble_server.server.compare.kept.pairs import Pairs
 from ensemble_server.server.compare.kept.records import ArmRecord, ItemRecord, Records, TaskRecord, TextRecord
 from ensemble_server.server.compare.kept.results import (
     ArmResult,
@@ -124,6 +127,7 @@ def compute_results(
         texts={text: identity for text in texts if (identity := _text_identity(text, file, of_arms)) is not None},
         tasks={task: identity for task in tasks if (identity := _task_identity(task, file, of_arms)) is not None},
         best_of_kinds=tuple(best_of_kinds(of_arms, counted, rules)),
+        win_rates=win_rates(of_arms, counted, rules),
         null_checks=tuple(_null_checks(baseline, [*of_arms.values()], texts, tasks, rules)),
         mean_over=mean_over,
         left_out=left_out,
@@ -138,6 +142,15 @@ def compute_results(
         ),
         provenance=dict(provenance or {}),
     )
+
+
+def compute_pairs(
+    file: PlanFile, arms: Sequence[str], records: Records, *, clusters: Mapping[str, Sequence[str]] | None = None
+) -> Pairs:
+    """Every arm against every other one, under the rules and on the measures of `compute_results`."""
+    of_arms = {name: records.get(name) for name in arms}
+    counted, _ = counted_measures(file, list(of_arms.values()))
+    return all_pairs(of_arms, file.baseline, counted, rules_of(file, clusters or {}))
 
 
 def _task_names(file: PlanFile) -> list[str]:

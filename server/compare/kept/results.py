@@ -190,6 +190,16 @@ class BestOfKinds(Part):
     verdict: Verdict
 
 
+class WinRate(Part):
+    """`win_rate`: the chance to beat another arm, drawn at random, on an item. `log_strength`: Bradley and Terry's, sum
+    zero over the arms, with its interval `ci`."""
+
+    win_rate: float
+    log_strength: float
+    ci: Interval | None
+    num_items: int
+
+
 class NullCheck(Part):
     """The baseline against itself: where nothing differs, does the test claim that something does?
 
@@ -256,7 +266,8 @@ class Results(Part):
     """The whole file. `texts` and `tasks` name the measures in the plan's order, with what proves them equal.
 
     `mean_over`: the measures that `mean_text` and `mean_tasks` count alike: those that every arm has which has any;
-    `left_out`: measures ("text NAME", "task NAME") that they leave out, with the reason.
+    `left_out`: measures ("text NAME", "task NAME") that they leave out, with the reason. `win_rates`: "text", "task" ->
+    arm -> over the items of these.
     """
 
     version: Literal[1] = 1
@@ -266,6 +277,7 @@ class Results(Part):
     texts: Mapping[str, MeasureIdentity] = Field(default_factory=dict)
     tasks: Mapping[str, MeasureIdentity] = Field(default_factory=dict)
     best_of_kinds: tuple[BestOfKinds, ...] = ()
+    win_rates: Mapping[str, Mapping[str, WinRate]] = Field(default_factory=dict)
     null_checks: tuple[NullCheck, ...] = ()
     flips: tuple[Flip, ...] = ()
     notes: tuple[str, ...] = ()

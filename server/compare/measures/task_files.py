@@ -30,9 +30,10 @@ def read_task(
 ) -> Task:
     """The task in a JSONL file. `template` and `answer` are Jinja over each row's fields; `settings` are `Task`'s.
 
-    If `answer` is one field alone and it holds a list, each of its elements is right. A row's id is its field `id`,
-    else its number from 0. A multiple choice finds its options in the field `choices`, else `options`, and the right
-    one by its text, its letter or its number from 0. Raises `ConfigError` naming the file, the line and the rule.
+    If `answer` is one field alone and it holds a list, each of its elements is right (of the metric `json` a list is
+    the answer itself). A row's id is its field `id`, else its number from 0. A
+    multiple choice finds its options in the field `choices`, else `options`, and the right one by its text, its letter
+    or its number from 0. Raises `ConfigError` naming the file, the line and the rule.
     """
     prompts = PromptTemplate(template, name=f"tasks.{name}.template")
     answers = PromptTemplate(answer, name=f"tasks.{name}.answer")
@@ -78,8 +79,11 @@ def _item(
     if not prompt.strip():
         raise ValueError("the prompt is blank")
     field = _ONE_FIELD.fullmatch(answers.source)
-    listed = row.get(field.group(1)) if field else None
-    references = tuple(str(one) for one in listed) if isinstance(listed, list) else (answers.render(row),)
+    value = row.get(field.group(1)) if field else None
+    if metric == "json" and value is not None and not isinstance(value, str):
+        references: tuple[str, ...] = (json.dumps(value),)
+    else:
+        references = tuple(str(one) for one in value) if isinstance(value, list) else (answers.render(row),)
     if not references:
         raise ValueError("has no right answer")
     if metric in ("multiple_choice", "multiple_choice_per_byte"):

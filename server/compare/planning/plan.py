@@ -72,8 +72,9 @@ def load_plan(path: Path) -> Plan:
         raise ConfigError(_report(path, [*problems, "must be a map with the keys `config`, `baseline` and `arms`"]))
     if "models" in data and not {"baseline", "arms"} & data.keys():
         raise ConfigError(
-            f"{path} is a config, not a plan: a plan names it as `config: {path.name}`, a `baseline` and `arms` among "
-            "its models, and what to measure; configs/compare-demo.yaml is one"
+            f"{path} is a config, not a plan: `ensemble compare --init {path}` writes a plan for it, which names it as "
+            f"`config: {path.name}`, a `baseline` and `arms` among its models, and what to measure; "
+            "configs/compare-demo.yaml is one"
         )
     context = {"folder": Path(os.path.abspath(path)).parent}
     try:

@@ -62,6 +62,7 @@ def contents(results: Results) -> Report:
             table
             for table in (
                 _best_of_kinds(results),
+                _win_rates(results),
                 _choices(results),
                 _replicates(results),
                 _null_checks(results),
@@ -289,6 +290,28 @@ def _best_of_kinds(results: Results) -> Table:
         "Chosen on these very items, so the interval pays for the choice: it is taken at the level at which the "
         "intervals of all pairs of the two kinds hold together. A gain above zero is better.",
         ["measure", "best", "its figure", "against", "its figure", "gain", "interval", "verdict", "the choice"],
+        rows,
+    )
+
+
+def _win_rates(results: Results) -> Table:
+    rows = [
+        [
+            name,
+            f"{family}s",
+            f"{100 * found.win_rate:.1f}%",
+            words.signed(found.log_strength, 2),
+            words.interval(found.ci, 2, is_signed=True),
+            str(found.num_items),
+        ]
+        for family, arms in results.win_rates.items()
+        for name, found in sorted(arms.items(), key=lambda item: -item[1].log_strength)
+    ]
+    return Table(
+        "Win rates",
+        "The chance that an arm does better than another one, drawn at random, on an item; its strength is Bradley and "
+        "Terry's, in logits, over all pairs of arms at once. Draws are half a win for either.",
+        ["arm", "over", "win rate", "strength", "interval", "items"],
         rows,
     )
 

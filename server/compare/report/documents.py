@@ -5,13 +5,13 @@ from __future__ import annotations
 import colorsys
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ensemble_server.server.compare.kept.results import Flip, TokenView
 from ensemble_server.server.compare.report import words
-from ensemble_server.server.compare.report.contents import Report
+from ensemble_server.server.compare.report.contents import Report, Table
 from ensemble_server.server.compare.report.figures import Figure
 
 if TYPE_CHECKING:
@@ -20,15 +20,26 @@ if TYPE_CHECKING:
 NO_FIGURES = "No figures: they need matplotlib; run: pip install 'ensemble-server[compare]' and report again."
 
 
-def as_html(report: Report, figures: Sequence[Figure]) -> str:
-    """One page that needs nothing else: no script, no font, no address."""
-    return _environment(is_html=True).get_template("report.html.j2").render(_values(report, figures))
+def as_html(
+    report: Report,
+    figures: Sequence[Figure],
+    *,
+    quality: Mapping[str, Sequence[Table]] | None = None,
+    items_page: str | None = None,
+) -> str:
+    """One page that needs nothing else: no script, no font, no address but that of `items_page` beside it.
+
+    `quality`: the tables of results for each baseline that a reader may choose, the report's own first.
+    """
+    chosen = {report.baseline: report.quality} if quality is None else quality
+    values = _values(report, figures) | {"quality": chosen, "items_page": items_page}
+    return environment(is_html=True).get_template("report.html.j2").render(values)
 
 
 def as_markdown(report: Report, figures: Sequence[Figure], figure_folder: str) -> str:
     """GitHub's Markdown. Figures are the SVG files in `figure_folder`."""
     values = _values(report, figures) | {"figure_folder": figure_folder}
-    return _environment(is_html=False).get_template("report.md.j2").render(values)
+    return environment(is_html=False).get_template("report.md.j2").render(values)
 
 
 def _values(report: Report, figures: Sequence[Figure]) -> dict[str, Any]:
@@ -36,7 +47,8 @@ def _values(report: Report, figures: Sequence[Figure]) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=2)
-def _environment(*, is_html: bool) -> Environment:
+def environment(*, is_html: bool) -> Environment:
+    """The templates beside this file, and how figures and tokens are shown in them. `is_html`: escape what is shown."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

@@ -78,3 +78,80 @@ def test_an_interrupt_is_exit_code_130_and_says_how_to_go_on(ensemble, plan, tmp
     monkeypatch.setattr(asyncio, "run", interrupted)
     run = ensemble("compare", plan, "--out", tmp_path / "out")
     assert run.code == 130 and "the same command goes on" in run.err
+
+
+def test_every_item_is_written_as_csv(ensemble, plan, tmp_path):
+    run = ensemble("compare", plan, "--out", tmp_path / "out", "--csv", tmp_path / "items.csv")
+    assert run.code == 0 and "items.csv: " in run.out
+    lines = (tmp_path / "items.csv").read_text(encoding="utf-8")
+    assert lines.startswith("measure,item,arm,score,") and "text verse,document 0,red," in lines
+    assert (tmp_path / "out" / "items.html").stat().st_size > 1000
+
+    same = ensemble("compare", "--diff", tmp_path / "out", tmp_path / "out" / "results.json")
+    assert same.code == 0
+    assert "base, text verse: " in same.out and "(0.0000), " in same.out and "0 items better, 0 worse" in same.out
+
+
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(ensemble, plan, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    run = ensemble("compare", plan, "--dry-run", "--out", tmp_path / "out")
+    assert run.code == 0 and sorted(tmp_path.rglob("*")) == before
+    assert "text verse: " in run.out and "documents, 440 bytes" in run.out
+    assert "base  single model, the baseline: reads " in run.out and "writes up to 0" in run.out
+    assert "2 arms, " in run.out and "0 to pay" in run.out and "nothing written" in run.out
+
+
+def test_a_dry_run_adds_up_what_remote_models_cost(ensemble, plan, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        config.read_text(encoding="utf-8").replace(
+            "engine:",
+            "  far: {url: 'http://127.0.0.1:9/v1', completion_price_per_million: 1000000}\n"
+            "  vote: {method: majority, members: [far], samples: 3, answer: number}\nengine:",
+        ),
+        encoding="utf-8",
+    )
+    (tmp_path / "sums.jsonl").write_text('{"q": "1 + 1?", "answer": 2}\n{"q": "2 + 2?", "answer": 4}\n')
+    plan.write_text(
+        "config: config.yaml\nbaseline: far\narms: [far, vote]\ncost: {concurrency: []}\n"
+        "tasks: [{name: sums, data: sums.jsonl, metric: number, template: '{{ q }}', max_tokens: 5}]\n",
+        encoding="utf-8",
+    )
+    run = ensemble("compare", plan, "--dry-run")
+    assert "far   remote model, the baseline: reads " in run.out and "writes up to 10;" in run.out
+    assert "about 0 seconds, 10 to pay" in run.out and "writes up to 30; about 0 seconds, 30 to pay" in run.out
+
+
+def test_a_proposed_plan_loads_and_names_what_is_to_be_filled_in(ensemble, plan, tmp_path):
+    from ensemble_server.server.compare.planning.plan import load_plan
+
+    config = tmp_path / "config.yaml"
+    text = config.read_text(encoding="utf-8").replace("nowhere", "red").replace("  broken:", "  green:")
+    config.write_text(
+        text.replace("engine:", "  mix: {method: probability_average, members: [base, red]}\nengine:"), encoding="utf-8"
+    )
+    run = ensemble("compare", "--init", config)
+    assert run.code == 0
+    assert "single models: base, red, green" in run.out and "ensembles: mix" in run.out
+    assert "merges: merge-linear, merge-task-arithmetic" in run.out and "To be filled in" in run.out
+    written = load_plan(tmp_path / "compare.yaml")
+    assert list(written.arms) == ["base", "red", "green", "mix", "merge-linear", "merge-task-arithmetic"]
+    assert written.file.baseline == "base" and written.file.tasks[0].name == "compare-questions"
+    assert (tmp_path / "compare.yaml").read_text(encoding="utf-8").count("FILL IN") >= 4
+    again = ensemble("compare", "--init", config)
+    assert again.code == 1 and "is there already" in again.err
+    assert ensemble("compare", tmp_path / "compare.yaml", "--dry-run").code == 0
+
+
+def test_a_config_is_no_plan_and_a_plan_no_config(ensemble, plan, tmp_path):
+    config = tmp_path / "config.yaml"
+    run = ensemble("compare", config, "--out", tmp_path / "out")
+    assert run.code == 1 and f"ensemble compare --init {config}" in run.err
+    run = ensemble("models", plan)
+    assert run.code == 1 and f"ensemble compare {plan} --out FOLDER" in run.err and "config.yaml" in run.err
+
+
+def test_called_without_a_plan_is_exit_code_2_and_names_the_way_to_one(ensemble, tmp_path):
+    run = ensemble("compare", "--out", tmp_path / "out")
+    assert run.code == 2 and "--init" in run.err
+    assert ensemble("compare", tmp_path / "none.yaml", "--out", tmp_path / "out").code == 2

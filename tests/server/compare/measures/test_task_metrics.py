@@ -18,6 +18,13 @@ from ensemble_server.server.compare.measures.task_metrics import judge, unreadab
         ("rouge_l", "the cat sat", ["the cat sat on the mat"], "the cat sat", 2 * 1 * 0.5 / 1.5),
         ("rouge_l", "the cat", ["a dog", "The cat!"], "the cat", 1),
         ("rouge_l", " \n", ["a dog"], None, 0),
+        ("regex", "It was in 1969, July.", [r"in (\d{4})"], "1969", 1),
+        ("regex", "It was long ago.", [r"\d{4}", "(?i)LONG"], "long", 1),
+        ("regex", "It was long ago.", [r"\d{4}"], None, 0),
+        ("regex", "a" * 40, ["(a|aa)+$b"], None, 0),
+        ("json", '```json\n{"b": 1.0, "a": [true]}\n```', ['{"a": [true], "b": 1}'], '{"a": [true], "b": 1}', 1),
+        ("json", 'So it is {"a": 1}, I think.', ['{"a": true}'], '{"a": 1}', 0),
+        ("json", "[1, 2", ["[1, 2]"], None, 0),
         ("chrf", "the cat sat", ["the cat sat"], "the cat sat", 1),
         ("chrf", "", ["the cat sat"], None, 0),
     ],
@@ -36,3 +43,5 @@ def test_references_that_nothing_could_match_are_found():
     assert unreadable_reference("number", ["3", "three"]) == "three"
     assert unreadable_reference("number", ["3"]) is None
     assert unreadable_reference("rouge_l", ["a", " "]) == " "
+    assert unreadable_reference("regex", ["a+", "(a"]) == "(a"
+    assert unreadable_reference("json", ['{"a": 1}', "{a: 1}"]) == "{a: 1}"

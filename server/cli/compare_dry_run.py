@@ -1,0 +1,55 @@
+"""`ensemble compare --dry-run`: what a plan will take, before anything is loaded, asked or written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from ensemble_server.server.compare.planning.plan import Plan
+
+
+def dry_run(plan: Plan) -> None:
+    """Print arms, items, tokens, hours and money. Raises `ConfigError` if texts or tasks cannot be read."""
+    from ensemble_server.server.compare.arms.forecast import forecasts, this_machines_speed, total_hours
+    from ensemble_server.server.compare.planning.sources import read_tasks, read_texts
+    from ensemble_server.server.compare.report.words import KINDS
+
+    file = plan.file
+    texts = read_texts(file.text, min_bytes=file.document_bytes)
+    tasks = read_tasks(file.tasks)
+    for name, documents in texts.items():
+        num_bytes = sum(len(text.encode()) for text in documents.texts)
+        typer.echo(f"text {name}: {len(documents)} documents, {num_bytes:,} bytes")
+    for name, task in tasks.items():
+        samples = f", {task.num_samples} samples each" if task.num_samples > 1 else ""
+        typer.echo(f"task {name}: {len(task.items)} items{samples}, {task.metric}")
+    if file.lm_eval is not None:
+        typer.echo(f"lm_eval {', '.join(file.lm_eval.tasks)}: not counted below")
+    found = forecasts(plan, texts, tasks, this_machines_speed())
+    width = max(len(one.arm) for one in found)
+    typer.echo("")
+    for one in found:
+        takes = "size not known" if one.hours is None else f"about {_duration(one.hours)}"
+        money = f", {one.money:.4g} to pay" if one.money else ""
+        baseline = ", the baseline" if one.arm == file.baseline else ""
+        typer.echo(
+            f"{one.arm:<{width}}  {KINDS[one.kind]}{baseline}: reads {one.num_read:,} tokens, writes up to "
+            f"{one.num_written:,}; {takes}{money}"
+        )
+    hours, money = total_hours(found), sum(one.money for one in found)
+    typer.echo(
+        f"\n{len(found)} arms, {sum(one.num_read + one.num_written for one in found):,} tokens at most, "
+        f"{'hours not known' if hours is None else f'about {_duration(hours)} on this machine'}, {money:.4g} to pay. "
+        "An order of magnitude: arms on the same weights read a text together, answers are mostly shorter than they "
+        "may be; merges, fits and loading come on top. Nothing was started and nothing written."
+    )
+
+
+def _duration(hours: float) -> str:
+    """0.5 -> "30 minutes" """
+    if hours >= 1:
+        return f"{hours:.1f} hours"
+    minutes = hours * 60
+    return f"{minutes:.0f} minutes" if minutes >= 2 else f"{minutes * 60:.0f} seconds"

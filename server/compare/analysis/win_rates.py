@@ -1,0 +1,82 @@
+"""All arms against all others at once: one strength for each, by Bradley and Terry, over the measures that count.
+
+An item is won by the arm with the better figure on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ensemble_server.ensembles.comparison.bradley_terry import bradley_terry, outcomes_of_scores
+from ensemble_server.server.compare.analysis.pairing import (
+    Counted,
+    Rules,
+    has_figures,
+    has_scores,
+    same_items,
+    same_texts,
+    scores_of,
+    text_columns,
+)
+from ensemble_server.server.compare.kept.records import ArmRecord, TaskRecord
+from ensemble_server.server.compare.kept.results import WinRate
+
+
+def win_rates(records: Mapping[str, ArmRecord], counted: Counted, rules: Rules) -> dict[str, dict[str, WinRate]]:
+    """ "text", "task" -> arm -> its win rate; arms that lack one of the measures are left out."""
+    found = {}
+    for family, outcomes in (
+        ("text", _of_texts(list(records.values()), counted.mean_texts)),
+        ("task", _of_tasks(list(records.values()), counted.mean_tasks)),
+    ):
+        if outcomes is not None:
+            found[family] = _rated(*outcomes, rules)
+    return found
+
+
+def _rated(names: Sequence[str], outcomes: np.ndarray, rules: Rules) -> dict[str, WinRate]:
+    strengths = bradley_terry(outcomes, seed=rules.seed, level=rules.level)
+    return {
+        name: WinRate(
+            win_rate=one.win_rate,
+            log_strength=one.log_strength,
+            ci=None if one.interval is None else (one.interval.low, one.interval.high),
+            num_items=outcomes.shape[2],
+        )
+        for name, one in zip(names, strengths, strict=True)
+    }
+
+
+def _of_texts(records: Sequence[ArmRecord], texts: Sequence[str]) -> tuple[list[str], np.ndarray] | None:
+    having = [record for record in records if texts and all(has_figures(record, text) for text in texts)]
+    having = [one for one in having if all(same_texts(one.text[text], having[0].text[text]) for text in texts)]
+    if len(having) < 2:
+        return None
+    parts = []
+    for text in texts:
+        columns = [text_columns(record.text[text]) for record in having]
+        is_scored = np.all([size > 0 for _, size in columns], axis=0)
+        parts.append(outcomes_of_scores(np.array([-(bits / size)[is_scored] for bits, size in _safe(columns)])))
+    return [record.name for record in having], np.concatenate(parts, axis=2)
+
+
+def _safe(columns: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """With one byte for none: such documents are left out afterwards."""
+    return [(bits, np.where(size > 0, size, 1.0)) for bits, size in columns]
+
+
+def _of_tasks(records: Sequence[ArmRecord], tasks: Sequence[str]) -> tuple[list[str], np.ndarray] | None:
+    having = [record for record in records if tasks and all(has_scores(record, task) for task in tasks)]
+    having = [one for one in having if all(same_items(one.tasks[task], having[0].tasks[task]) for task in tasks)]
+    if len(having) < 2:
+        return None
+    parts = [_of_task([record.tasks[task] for record in having]) for task in tasks]
+    return [record.name for record in having], np.concatenate(parts, axis=2)
+
+
+def _of_task(records: Sequence[TaskRecord]) -> np.ndarray:
+    """(num_arms, num_arms, num_items)"""
+    sign = 1.0 if records[0].higher_is_better else -1.0
+    return outcomes_of_scores(sign * np.array([scores_of(record) for record in records]))

@@ -26,6 +26,7 @@ from ensemble_server.server.compare.merges.merge_checks import (
     check_weights,
 )
 from ensemble_server.server.compare.merges.merging import Build, Merge, OnStage, build_from_json
+from ensemble_server.server.compare.merges.widen import register_with_mergekit
 
 DESCRIPTION_FILE = "merge.json"
 TOKENIZER_FILES = (
@@ -111,6 +112,7 @@ def _merge(merge: Merge, out: Path) -> None:
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
 
+    register_with_mergekit()
     run_merge(MergeConfiguration.model_validate(dict(merge.recipe)), str(out), _options(merge))
 
 

@@ -5,39 +5,31 @@ a model there may also stand the name of a hosted model. mergekit reads over wha
 block has, and a parameter that no method has, is an error. A parameter that only another method has is read over, as
 published recipes often carry one.
 
+Neither mergekit nor torch is imported: a wrong recipe is refused at once.
+
 Format: https://github.com/arcee-ai/mergekit/blob/main/README.md, .../docs/moe.md
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ValidationError
 
 from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.compare.merges.methods import METHODS
+from ensemble_server.server.compare.merges.recipe_blocks import MergeBlock, MoeBlock
+from ensemble_server.server.compare.merges.references import Reference, parse_reference
 from ensemble_server.server.config.problems import nearest
 from ensemble_server.server.config.strict_yaml import read_yaml
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
 
 _MODEL_KEYS = {"model", "base_model", "source_model"}
 _NAMES_OF_KINDS = {"union", "base"}  # where a tokenizer is asked for, these are no models
 _EXTRA_TOP_LEVEL_KEYS = {"name"}  # mergekit-multi's; says nothing about the weights
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A model as a recipe names it: `path[@revision][+lora]`. `written`: that text, which says which are the same."""
-
-    written: str
-    path: str
-    revision: str | None = None
-    lora: str | None = None
-    architecture: str | None = None  # mergekit's override_architecture
 
 
 @dataclass(frozen=True)
@@ -103,11 +95,7 @@ def require_mergekit() -> None:
 
 
 def _problems(data: dict[str, Any], kind: Literal["merge", "moe"]) -> list[str]:
-    from mergekit.config import MergeConfiguration
-    from mergekit.moe.config import MoEMergeConfig
-    from pydantic import ValidationError
-
-    block: type[BaseModel] = MergeConfiguration if kind == "merge" else MoEMergeConfig
+    block: type[BaseModel] = MergeBlock if kind == "merge" else MoeBlock
     known = {key: value for key, value in data.items() if key not in _EXTRA_TOP_LEVEL_KEYS}
     problems = list(_unknown_keys(block, known, ""))
     if kind == "merge":
@@ -118,27 +106,40 @@ def _problems(data: dict[str, Any], kind: Literal["merge", "moe"]) -> list[str]:
         block.model_validate(data)
     except ValidationError as exc:
         return [
-            f"{'.'.join(map(str, found['loc'])) or 'recipe'}: {found['msg']}"
+            f"{'.'.join(map(str, found['loc'])) or 'recipe'}: {found['msg'].removeprefix('Value error, ')}"
             for found in exc.errors(include_url=False, include_input=False)
         ]
-    except Exception as exc:  # subtle: mergekit's validators raise RuntimeError, which pydantic lets through
-        return [str(exc)]
-    return []
+    return list(_count_problems(data)) if kind == "merge" else []
 
 
 def _method_problems(data: dict[str, Any]) -> Iterator[str]:
-    from mergekit.merge_methods.registry import registered_methods
-
-    methods = {method.spec.name: method.spec for method in registered_methods()}
     method = data.get("merge_method")
     if method is None:
         yield "needs `merge_method` (a merge) or `experts` (a mixture of experts)"
-    elif method not in methods:
-        yield f"merge_method: there is no method {method!r}{nearest(str(method), list(methods))}"
-    parameters = {parameter.name for spec in methods.values() for parameter in spec.parameters}
+    elif method not in METHODS:
+        yield f"merge_method: there is no method {method!r}{nearest(str(method), list(METHODS))}"
+    parameters = {name for known in METHODS.values() for name in known.parameters}
     for at, name in _parameter_names(data, ""):
         if name not in parameters:
             yield f"unknown parameter {f'{at}.{name}'!r}{nearest(name, parameters)}"
+
+
+def _count_problems(data: dict[str, Any]) -> Iterator[str]:
+    """A base that is missing, and models too few or too many; of recipes with slices or modules mergekit says it."""
+    name = data["merge_method"]
+    method, models = METHODS[name], data.get("models")
+    if not models:
+        return
+    base = data.get("base_model")
+    if method.base == "required" and base is None:
+        yield f"base_model: {name} needs one, the model from which the others differ"
+        return
+    written = {parse_reference(entry["model"]).written for entry in models}
+    others = len(written - ({parse_reference(base).written} if base is not None else set()))
+    least, most = method.num_models
+    if others < least or (most is not None and others > most):
+        wanted = str(least) if least == most else f"at least {least}" if others < least else f"at most {most}"
+        yield f"models: {name} takes {wanted} beside the base, got {others}"
 
 
 def _parameter_names(value: Any, at: str) -> Iterator[tuple[str, str]]:
@@ -175,8 +176,6 @@ def _unknown_keys(block: type[BaseModel], value: Any, at: str) -> Iterator[str]:
 
 
 def _blocks_in(annotation: Any) -> list[type[BaseModel]]:
-    from pydantic import BaseModel
-
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [block for argument in get_args(annotation) for block in _blocks_in(argument)]
@@ -241,19 +240,7 @@ def _mapped_tokenizer(tokenizer: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _reference(value: Any) -> Reference:
-    """mergekit's reading of a model: a string `path[@revision][+lora]`, or a map of these."""
-    from mergekit.common import ModelReference
-
     try:
-        parsed = ModelReference.model_validate(value)
-    except Exception as exc:  # mergekit's validators raise RuntimeError, pydantic its own
-        raise ConfigError(f"{value!r} is no model; write path[+lora], or the name of a hosted model") from exc
-    if parsed.lora is not None and parsed.lora.revision is not None:
-        raise ConfigError(f"{value!r}: a revision of a LoRA is not supported; give the adapter's folder")
-    return Reference(
-        written=value if isinstance(value, str) else json.dumps(parsed.model_dump(mode="json"), sort_keys=True),
-        path=parsed.model.path,
-        revision=parsed.model.revision,
-        lora=None if parsed.lora is None else parsed.lora.path,
-        architecture=parsed.override_architecture,
-    )
+        return parse_reference(value)
+    except ValueError as exc:
+        raise ConfigError(str(exc)) from exc

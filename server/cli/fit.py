@@ -137,6 +137,7 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
 def report_lines(name: str, entry: ProbabilityAverage.Config, judged: JudgedFit) -> Iterator[str]:
     """The weights before and after, each member alone, and the gain with its interval and a verdict."""
     from ensemble_server.ensembles.comparison.verdict import verdict
+    from ensemble_server.server.compare.planning.held_out import MAX_SHARE, NUM_WORDS
 
     fitted, difference = judged.fitted, judged.difference.difference
     yield f"{name} ({fitted.pool}), fitted to {fitted.num_tokens} {fitted.unit}s of {judged.num_fitted} documents"
@@ -150,6 +151,11 @@ def report_lines(name: str, entry: ProbabilityAverage.Config, judged: JudgedFit)
         before = entry.share if isinstance(entry.share, str) else f"{entry.share:g}"
         yield f"share: {before}, fitted {fitted.share:g}"
     yield ""
+    if judged.share_seen > MAX_SHARE:
+        yield (
+            f"{judged.share_seen:.0%} of what is held back (sequences of {NUM_WORDS} words) stands in what was fitted "
+            "to, too: the gain below is no evidence of one on other text"
+        )
     yield f"on {judged.num_held_back} documents held back, bits per byte:"
     yield f"  as configured  {judged.before.bits_per_byte:.4f}"
     yield f"  fitted         {judged.after.bits_per_byte:.4f}"

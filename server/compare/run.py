@@ -25,7 +25,7 @@ from ensemble_server.server.compare.arms.candidates import (
     build_candidates,
     kind_of,
 )
-from ensemble_server.server.compare.arms.footprint import groups
+from ensemble_server.server.compare.arms.footprint import free_memory, groups
 from ensemble_server.server.compare.deciding.matched import measure_matched
 from ensemble_server.server.compare.deciding.preparation import config_with, prepare
 from ensemble_server.server.compare.kept.items import ItemTable
@@ -36,8 +36,10 @@ from ensemble_server.server.compare.listener import Listener
 from ensemble_server.server.compare.measures.documents import Documents
 from ensemble_server.server.compare.measures.task_measure import Task
 from ensemble_server.server.compare.planning.blocks import Arm, PlanFile
+from ensemble_server.server.compare.planning.held_out import check_held_out, check_held_out_rows
+from ensemble_server.server.compare.planning.outlook import outlooks, shared_beginnings
 from ensemble_server.server.compare.planning.plan import Plan
-from ensemble_server.server.compare.planning.sources import read_clusters, read_tasks, read_texts
+from ensemble_server.server.compare.planning.sources import read_clusters, read_tasks, read_text_clusters, read_texts
 from ensemble_server.server.compare.running.measuring import measure_group
 from ensemble_server.server.compare.running.work import Work, introduce
 
@@ -47,14 +49,15 @@ RESULTS_FILE = "results.json"
 async def run_comparison(plan: Plan, folder: Path, listener: Listener, *, command: str | None = None) -> Results:
     """Measure what is not measured yet and write `results.json`, `report.md` and `report.html` into `folder`.
 
-    Arms that fail are in the results with their error. Raises `ConfigError` if a text or a task cannot be read, or if
-    another process works in `folder`.
+    Arms that fail are in the results with their error. Raises `ConfigError` if a text or a task cannot be read, if what
+    is fitted on stands in what is measured, or if another process works in `folder`.
     """
     file = plan.file
     with claimed(folder):
         texts = read_texts(file.text, min_bytes=file.document_bytes)
         held_out = read_texts(file.fit, min_bytes=file.document_bytes)
         tasks = read_tasks(file.tasks)
+        notes = _told_before(file, texts, held_out, tasks, listener)
         records = Records(folder)
         work = Work(plan, texts, tasks, records, listener)
         arms, entries = await _measure(work, None, held_out)
@@ -69,7 +72,7 @@ async def run_comparison(plan: Plan, folder: Path, listener: Listener, *, comman
             files=_files(file),
             command=command,
         )
-        Facts(added_arms=matched.arms, notes=matched.notes, provenance=facts).save(folder)
+        Facts(added_arms=matched.arms, notes=(*notes, *matched.notes), provenance=facts).save(folder)
         return write_results(plan, folder, texts, tasks)
 
 
@@ -90,7 +93,7 @@ def write_results(plan: Plan, folder: Path, texts: Mapping[str, Documents], task
     baseline = records.get(plan.file.baseline)
     per_measure = plan.file.flips.per_arm
     arms = [*plan.arms, *facts.added_arms]
-    clusters = read_clusters(plan.file.tasks)
+    clusters = read_clusters(plan.file.tasks) | read_text_clusters(plan.file.text, texts)
     results = compute_results(
         plan.file,
         arms,
@@ -117,6 +120,35 @@ def read_items(plan: Plan, folder: Path) -> list[ItemTable]:
     texts = read_texts(plan.file.text, min_bytes=plan.file.document_bytes)
     tasks = read_tasks(plan.file.tasks)
     return item_tables([records.get(arm) for arm in arms], texts, tasks, read_fields(plan.file.tasks))
+
+
+def _told_before(
+    file: PlanFile,
+    texts: Mapping[str, Documents],
+    held_out: Mapping[str, Documents],
+    tasks: Mapping[str, Task],
+    listener: Listener,
+) -> list[str]:
+    """What can be said before anything is measured; returned is what the report has to say again.
+
+    Raises `ConfigError` if weights and variants would be chosen on what is measured.
+    """
+    held_out_rows = read_tasks(
+        [
+            source.model_copy(update={"data": source.dev, "limit": None})
+            for source in file.tasks
+            if source.dev is not None
+        ]
+    )
+    check_held_out_rows(tasks, held_out_rows, max_share=file.max_overlap)
+    overlap = check_held_out(texts, held_out, max_share=file.max_overlap)
+    clusters = read_clusters(file.tasks) | read_text_clusters(file.text, texts)
+    told = outlooks(file, texts, tasks, clusters)
+    warnings = list(shared_beginnings(file, tasks))
+    for line in [*(one.sentence for one in told), *([overlap] if overlap is not None else []), *warnings]:
+        listener.stage(f"planned: {line}")
+    too_few = [f"Too few items for any verdict: {one.sentence}." for one in told if one.is_hopeless]
+    return [*([overlap] if overlap is not None else []), *too_few, *(f"{warning}." for warning in warnings)]
 
 
 async def _measure(
@@ -164,12 +196,6 @@ def _note_failure(work: Work, name: str, replicate: str | None, candidate: Candi
     record.text, record.tasks, record.cost = {}, {}, None  # of something that cannot be built any more
     work.records.save(record)
     work.listener.stage(f"{name}: failed ({failure.stage}): {failure.message}")
-
-
-def free_memory() -> float:
-    import psutil
-
-    return float(psutil.virtual_memory().available)
 
 
 @contextmanager

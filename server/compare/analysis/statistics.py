@@ -132,7 +132,7 @@ def compute_results(
         mean_over=mean_over,
         left_out=left_out,
         flips=tuple(flips),
-        notes=tuple(notes),
+        notes=(*notes, *_lags(differences)),
         statistics=StatisticsUsed(
             seed=rules.seed,
             num_resamples=rules.num_resamples,
@@ -151,6 +151,21 @@ def compute_pairs(
     of_arms = {name: records.get(name) for name in arms}
     counted, _ = counted_measures(file, list(of_arms.values()))
     return all_pairs(of_arms, file.baseline, counted, rules_of(file, clusters or {}))
+
+
+def _lags(differences: Mapping[str, Mapping[str, Difference]]) -> Iterator[str]:
+    """One sentence on how much neighbouring documents resemble each other, by text; the median over the arms."""
+    of_texts = {
+        measure.removeprefix("text "): lags
+        for measure, of_arms in differences.items()
+        if measure.startswith("text ") and (lags := [one.lag for one in of_arms.values() if one.lag is not None])
+    }
+    if of_texts:
+        told = ", ".join(f"{text} {np.median(lags):+.2f}" for text, lags in of_texts.items())
+        yield (
+            f"Correlation of the differences of neighbouring documents (lag, median over the arms): {told}. Where it "
+            "is above zero, documents count for fewer."
+        )
 
 
 def _task_names(file: PlanFile) -> list[str]:

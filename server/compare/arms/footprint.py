@@ -91,6 +91,13 @@ def groups(config: Config, arms: Sequence[ArmModel], *, free_bytes: float) -> li
     return made
 
 
+def free_memory() -> float:
+    """Bytes that the machine has left."""
+    import psutil
+
+    return float(psutil.virtual_memory().available)
+
+
 def clusters(config: Config, arms: Sequence[ArmModel]) -> list[list[ArmModel]]:
     """Arms that share weights stand together, all in their order: they can be scored in one pass of these."""
     made: list[tuple[set[str], list[ArmModel]]] = []

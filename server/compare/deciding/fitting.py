@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Required, TypedDict, Unpack
 
 import numpy as np
 
@@ -38,6 +38,20 @@ if TYPE_CHECKING:
 
 SAMPLE_BYTES = 512 * 2**20
 CHUNK_POSITIONS = 64  # of a sample, that are float32 at a time
+
+
+class ReadingSettings(TypedDict, total=False):
+    """How members read the texts of a fit; the defaults are those of `WeightFit.read`.
+
+    `window`, `stride`: tokens; `sample_bytes`, `seed`: of the sample of positions that a geometric pool is fitted on;
+    `on_progress` hears how many windows are read, and how many there are.
+    """
+
+    window: Required[int]
+    stride: int | None
+    sample_bytes: int
+    seed: int
+    on_progress: Callable[[int, int], None] | None
 
 
 @dataclass(frozen=True)
@@ -113,28 +127,15 @@ async def fit_weights(
     model_name: str,
     texts: Sequence[Documents],
     *,
-    window: int,
-    stride: int | None = None,
     constraint: Constraint = "simplex",
-    sample_bytes: int = SAMPLE_BYTES,
-    seed: int = 0,
-    on_progress: Callable[[int, int], None] | None = None,
+    **reading: Unpack[ReadingSettings],
 ) -> FittedWeights:
     """The weights of all members of the probability average `model_name` that make `texts` most likely.
 
     Of a posterior pool the share is fitted, its weights stay as they are. Raises `ConfigError` for a model that cannot
     be fitted.
     """
-    fit = await WeightFit.read(
-        hosting,
-        model_name,
-        texts,
-        window=window,
-        stride=stride,
-        sample_bytes=sample_bytes,
-        seed=seed,
-        on_progress=on_progress,
-    )
+    fit = await WeightFit.read(hosting, model_name, texts, **reading)
     return await in_own_thread(fit.solve, constraint)
 
 

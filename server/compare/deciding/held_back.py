@@ -6,9 +6,9 @@ to the other where the text is continuous, for the fitted pool and for the one t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from ensemble_server.ensembles.base import Mixture
 from ensemble_server.ensembles.comparison.paired import Comparison, compare_bits_per_byte
 from ensemble_server.ensembles.errors import ConfigError
 from ensemble_server.ensembles.probability_averaging import mixture_of
-from ensemble_server.server.compare.deciding.fitting import SAMPLE_BYTES, FittedWeights, WeightFit
+from ensemble_server.server.compare.deciding.fitting import FittedWeights, ReadingSettings, WeightFit
 from ensemble_server.server.compare.measures.documents import Documents
 from ensemble_server.server.compare.measures.text_measure import (
     TextScores,
@@ -25,6 +25,7 @@ from ensemble_server.server.compare.measures.text_measure import (
     score_mixtures,
     scored_part,
 )
+from ensemble_server.server.compare.planning.held_out import shared_sequences
 from ensemble_server.server.weights.threads import in_own_thread
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class JudgedFit:
 
     `before`, `after`: the pool as configured, and as fitted; `alone`: each member of the pool; `difference`: after less
     before, in bits per byte, paired by document. `num_fitted`, `num_held_back` count documents.
+    `share_seen`: of the sequences of 13 words held back, those that stand in what was fitted to as well.
     """
 
     fitted: FittedWeights
@@ -47,6 +49,7 @@ class JudgedFit:
     difference: Comparison
     num_fitted: int
     num_held_back: int
+    share_seen: float
 
 
 async def fit_and_judge(
@@ -54,14 +57,11 @@ async def fit_and_judge(
     model_name: str,
     texts: Sequence[Documents],
     *,
-    window: int,
-    stride: int | None = None,
     constraint: Constraint = "simplex",
-    sample_bytes: int = SAMPLE_BYTES,
-    seed: int = 0,
-    on_progress: Callable[[int, int], None] | None = None,
+    **reading: Unpack[ReadingSettings],
 ) -> JudgedFit:
-    """Raises `ConfigError` if the model cannot be fitted, or if there is no document to hold back.
+    """`seed`: of the interval, too. Raises `ConfigError` if the model cannot be fitted, or if there is no document to
+    hold back.
 
     Members read the texts once; for a geometric pool twice, as only then its new weights are known.
     """
@@ -71,17 +71,7 @@ async def fit_and_judge(
         raise ConfigError(
             "there are too few documents to hold one back from each file; give more text, or cut it into shorter ones"
         )
-    fit = await WeightFit.read(
-        hosting,
-        model_name,
-        texts,
-        window=window,
-        stride=stride,
-        counted=is_fitted,
-        sample_bytes=sample_bytes,
-        seed=seed,
-        on_progress=on_progress,
-    )
+    fit = await WeightFit.read(hosting, model_name, texts, counted=is_fitted, **reading)
     fitted = await in_own_thread(fit.solve, constraint)
     mixture = fit.model.mixture
     pools = {
@@ -105,10 +95,11 @@ async def fit_and_judge(
             before.nats,
             before.num_bytes,
             are_neighbours=all(documents.is_continuous for documents in texts),
-            seed=seed,
+            seed=reading.get("seed", 0),
         ),
         sum(int(half.sum()) for half in is_fitted),
         num_held_back,
+        shared_sequences(_chosen(texts, is_fitted, False), _chosen(texts, is_fitted, True)),
     )
 
 
@@ -135,6 +126,11 @@ async def _scores(
             for name, of_text in found.items():
                 scores[name].append(of_text)
     return scores
+
+
+def _chosen(texts: Sequence[Documents], is_fitted: Sequence[np.ndarray], wanted: bool) -> Iterator[str]:
+    for documents, halves in zip(texts, is_fitted, strict=True):
+        yield from (text for text, is_first in zip(documents.texts, halves, strict=True) if is_first == wanted)
 
 
 def _only(scores: TextScores, chosen: np.ndarray) -> TextScores:

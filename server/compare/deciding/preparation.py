@@ -15,6 +15,7 @@ import numpy as np
 from ensemble_server.ensembles.errors import EnsembleError, ModelLoadError
 from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
 from ensemble_server.server.compare.arms.candidates import Candidate, Entry, as_arm_model
+from ensemble_server.server.compare.arms.footprint import free_memory, groups
 from ensemble_server.server.compare.arms.identity import identity
 from ensemble_server.server.compare.deciding.fitting import FittedWeights, WeightFit, check_fittable
 from ensemble_server.server.compare.kept.provenance import COMPUTING, versions
@@ -213,27 +214,32 @@ async def _scores(
     held_out: Mapping[str, Documents],
     listener: Listener,
 ) -> dict[int, float]:
-    """Variant -> bits per byte on the held-out texts, each counted alike. Raises `ModelLoadError` if none has any."""
+    """Variant -> bits per byte on the held-out texts, each counted alike. Raises `ModelLoadError` if none has any.
+
+    As many are loaded together as the memory holds.
+    """
     entries = {candidate.model: candidate.entry for candidate in variants if candidate.entry is not None}
     config = config_with(plan, replicate, entries)
-    arms = {candidate.model: as_arm_model(candidate, config, replicate).model for candidate in variants}
-    per_text: dict[str, list[float]] = {model: [] for model in arms}
+    models = [replace(as_arm_model(candidate, config, replicate), arm=candidate.model) for candidate in variants]
+    per_text: dict[str, list[float]] = {candidate.model: [] for candidate in variants}
     reasons: list[str] = []
-    async with Hosting.open(excerpt(config, list(arms))) as hosting:
-        for name, documents in held_out.items():
-            scores = await measure_text(
-                hosting,
-                arms,
-                documents,
-                window=plan.file.window,
-                stride=plan.file.stride,
-                on_progress=listener.progress,
-            )
-            for model, found in scores.items():
-                if isinstance(found, NotScored):
-                    reasons.append(f"{name}: {found.reason}")
-                else:
-                    per_text[model].append(found.bits_per_byte)
+    for group in groups(config, models, free_bytes=free_memory()):
+        names = {one.arm: one.model for one in group}
+        async with Hosting.open(excerpt(config, list(names.values()))) as hosting:
+            for text, documents in held_out.items():
+                scores = await measure_text(
+                    hosting,
+                    names,
+                    documents,
+                    window=plan.file.window,
+                    stride=plan.file.stride,
+                    on_progress=listener.progress,
+                )
+                for model, found in scores.items():
+                    if isinstance(found, NotScored):
+                        reasons.append(f"{text}: {found.reason}")
+                    else:
+                        per_text[model].append(found.bits_per_byte)
     complete = {
         candidate.index: float(np.mean(per_text[candidate.model]))
         for candidate in variants

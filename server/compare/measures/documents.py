@@ -20,6 +20,9 @@ MIN_DOCUMENT_BYTES = 2000
 PIECE_BYTES = 380
 
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
+_SENTENCE = re.compile(r".+?(?:[.!?\u2026][\"')\]\u201d\u2019]*\s+|[\u3002\uff01\uff1f]\s*|\Z)", re.DOTALL)
+_WORD = re.compile(r"\s*\S+\s*|\s+")
+_PARAGRAPH_START, _LINE_START, _SENTENCE_START, _WORD_START, _NO_START = 4, 3, 2, 1, 0  # the best place comes first
 _HEADING = re.compile(r"#{1,6} |={2,} |[ \t]*:[^:\n]+:[ \t]")  # Markdown, wikis, and entries such as "   :term: n."
 
 
@@ -76,26 +79,52 @@ def _from_lines(path: Path, text: str) -> Iterator[str]:
 
 
 def cut_into_documents(text: str, *, min_bytes: int = MIN_DOCUMENT_BYTES) -> list[str]:
-    """Consecutive pieces of at least `min_bytes` UTF-8 bytes, cut after blank lines and before headings.
+    """Consecutive pieces of `min_bytes` UTF-8 bytes or a little more, cut after blank lines and before headings.
 
-    Where no such place comes for four times as many bytes, at the end of a line. A rest that is too short joins the
-    last piece, so a text shorter than `min_bytes` is one piece. The pieces join to `text`.
+    Where no such place comes before twice as many bytes, it is the end of a line; in a line that is longer than a piece
+    the end of a sentence, in a longer sentence a space. A rest that is too short joins the last piece, so a text
+    shorter than `min_bytes` is one piece. The pieces join to `text`.
     """
     documents: list[str] = []
     piece: list[str] = []
     size = 0
-    for previous, line in pairwise(["", *_LINE.findall(text)]):
-        is_border = (not previous.strip() and bool(line.strip())) or _HEADING.match(line) is not None
-        if piece and ((is_border and size >= min_bytes) or size >= 4 * min_bytes):
-            documents.append("".join(piece))
-            piece, size = [], 0
-        piece.append(line)
-        size += len(line.encode())
+    best: tuple[int, int] | None = None  # rank of a place for a cut, and how many units of `piece` stand before it
+    for rank, unit in _units(text, min_bytes):
+        num_bytes = len(unit.encode())
+        if size >= min_bytes:
+            if rank > (_NO_START if best is None else best[0]):
+                best = rank, len(piece)
+            if best is not None and (rank == _PARAGRAPH_START or size + num_bytes > 2 * min_bytes):
+                documents.append("".join(piece[: best[1]]))
+                piece = piece[best[1] :]
+                size = sum(len(one.encode()) for one in piece)
+                best = (rank, len(piece)) if size >= min_bytes and rank else None
+        piece.append(unit)
+        size += num_bytes
+    if best is not None and len("".join(piece[best[1] :]).encode()) >= min_bytes:
+        documents.append("".join(piece[: best[1]]))
+        piece = piece[best[1] :]
     if piece and documents and size < min_bytes:
         documents[-1] += "".join(piece)
     elif piece:
         documents.append("".join(piece))
     return documents
+
+
+def _units(text: str, min_bytes: int) -> Iterator[tuple[int, str]]:
+    """Lines, or their sentences and words where they are longer than a piece; each with what begins with it."""
+    for previous, line in pairwise(["", *_LINE.findall(text)]):
+        is_paragraph = (not previous.strip() and bool(line.strip())) or _HEADING.match(line) is not None
+        rank = _PARAGRAPH_START if is_paragraph else _LINE_START if line.strip() else _NO_START
+        for sentence in _parts(_SENTENCE, line, min_bytes):
+            for word in _parts(_WORD, sentence, min_bytes):
+                yield rank, word
+                rank = _WORD_START
+            rank = _SENTENCE_START
+
+
+def _parts(pattern: re.Pattern[str], text: str, min_bytes: int) -> list[str]:
+    return pattern.findall(text) if len(text.encode()) > min_bytes else [text]
 
 
 def switching_text(

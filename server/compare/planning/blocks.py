@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from ensemble_server.server.compare.measures.cost_settings import CostSettings
 from ensemble_server.server.compare.measures.task_measure import Metric
+from ensemble_server.server.compare.planning.held_out import MAX_SHARE
 from ensemble_server.server.config.blocks import Block
 from ensemble_server.server.config.values import Count, LocalPath, Tokens, Unit
 
@@ -42,6 +44,18 @@ class Variant(Block):
         return self
 
 
+def _kind_of_choice(value: Any) -> str:
+    return "settings" if isinstance(value, Mapping) else "auto" if isinstance(value, str) else "variants"
+
+
+Choose = Annotated[
+    Annotated[tuple[Variant, ...], Tag("variants")]
+    | Annotated[dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]], Tag("settings")]
+    | Annotated[Literal["auto"], Tag("auto")],
+    Discriminator(_kind_of_choice),
+]
+
+
 class Arm(Block):
     """One arm: a model of the config by its name alone, or one that is made for the comparison."""
 
@@ -55,14 +69,22 @@ class Arm(Block):
     ensemble: dict[str, Any] | None = Field(
         default=None, description="a model entry; `weights: fitted` fits them on `fit`"
     )
-    choose: tuple[Variant, ...] = Field(default=(), description="variants, of which the best on `fit` becomes the arm")
+    choose: Choose = Field(
+        default=(),
+        description="variants, of which the best on `fit` becomes the arm; beside `merge` or `ensemble` a map of its "
+        "settings to values that are tried, or `auto` for those of a merge method that usually matter",
+    )
 
     @model_validator(mode="after")
     def _is_one_thing_at_most(self) -> Arm:
-        if (self.merge is not None) + (self.ensemble is not None) + bool(self.choose) > 1:
+        has_variants = isinstance(self.choose, tuple) and bool(self.choose)
+        if (self.merge is not None) + (self.ensemble is not None) + has_variants > 1:
             raise ValueError("takes one of `merge`, `ensemble` and `choose`")
-        if "choose" in self.model_fields_set and len(self.choose) < 2:
-            raise ValueError("`choose` needs at least two variants")
+        if isinstance(self.choose, tuple):
+            if "choose" in self.model_fields_set and len(self.choose) < 2:
+                raise ValueError("`choose` needs at least two variants")
+        elif self.merge is None and self.ensemble is None:
+            raise ValueError("`choose` with settings needs the `merge` or the `ensemble` whose settings they are")
         return self
 
     @property
@@ -72,7 +94,7 @@ class Arm(Block):
     @property
     def variants(self) -> tuple[Variant, ...]:
         """What it can become; none if it is a model of the config."""
-        if self.choose:
+        if self.choose and isinstance(self.choose, tuple):
             return self.choose
         return () if self.is_of_config else (Variant(label=None, merge=self.merge, ensemble=self.ensemble),)
 
@@ -87,6 +109,9 @@ class TextSource(Block):
     switching: tuple[str, ...] = Field(default=(), description="other texts (by name) whose pieces take turns")
     piece_bytes: Bytes = Field(default=380, description="length of a piece of `switching`; cut between characters")
     bytes: Bytes | None = Field(default=None, description="at most so much, from the start; default: all")
+    cluster: str | None = Field(
+        default=None, description="of a .jsonl text: a field whose equal values mark documents that go together"
+    )
 
     @model_validator(mode="after")
     def _is_one_kind(self) -> TextSource:
@@ -94,6 +119,10 @@ class TextSource(Block):
             raise ValueError("needs exactly one of `path` and `switching`")
         if self.switching and (len(self.switching) < 2 or self.tail is not None):
             raise ValueError("`switching` needs at least two texts, and takes no `tail`")
+        if self.cluster is not None and self.is_one_text:
+            raise ValueError(
+                "`cluster` names a field of the rows of a .jsonl file; of one text neighbours are looked at"
+            )
         return self
 
     @property
@@ -190,13 +219,22 @@ class PlanFile(Block):
     fit: dict[str, Text] = Field(
         default_factory=dict, description="name -> held-out text on which weights and variants are chosen"
     )
+    max_overlap: float = Field(
+        default=MAX_SHARE,
+        ge=0,
+        le=1,
+        description="largest share of a test text (in sequences of 13 words) that may stand in `fit`, or of a task's "
+        "questions in its `dev` rows",
+    )
     tasks: tuple[TaskSource, ...] = ()
     lm_eval: HarnessTasks | None = None
     window: Tokens = Field(default=512, ge=2, description="longest context in which a token of a text is scored")
     stride: Tokens | None = Field(
         default=None, description="tokens between two windows; default: window - 1, no overlap"
     )
-    document_bytes: Bytes = Field(default=2000, description="shortest piece of a text that counts as one of its items")
+    document_bytes: Bytes = Field(
+        default=2000, description="length of the pieces of a text that count as its items; none is shorter"
+    )
     cost: CostSettings = CostSettings()
     cost_matched: CostMatched | None = Field(default=None, description="default: on where a task has `dev` data")
     statistics: StatisticsSettings = StatisticsSettings()

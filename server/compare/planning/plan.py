@@ -7,6 +7,7 @@
       - {name: ties, merge: merges/ties.yml}                     # a mergekit recipe, as a file or inline
       - {name: fitted, ensemble: {method: probability_average, members: [base, code], weights: fitted}}
       - {name: posterior, choose: [{ensemble: {...}}, {ensemble: {...}}]}      # whichever is best on `fit`
+      - {name: tuned, merge: merges/ties.yml, choose: auto}      # the same, the variants written out (`variants.py`)
     text: {code: code_test.txt, mixed: {switching: [code, prose], piece_bytes: 380, bytes: 48000}}
     fit: {code: {path: code_train.txt, tail: 0.05}}              # for weights and choices; never a test text
     tasks: [{name: sums, data: sums.jsonl, metric: numeric, template: "Q: {{ question }}", dev: sums_dev.jsonl}]
@@ -31,6 +32,7 @@ from pydantic import ValidationError
 from ensemble_server.ensembles.errors import ConfigError
 from ensemble_server.server.compare.merges.recipes import read_recipe
 from ensemble_server.server.compare.planning.blocks import Arm, PlanFile
+from ensemble_server.server.compare.planning.variants import written_out
 from ensemble_server.server.config.blocks import Config
 from ensemble_server.server.config.loading import load_config, parse_config
 from ensemble_server.server.config.problems import findings, nearest
@@ -91,11 +93,24 @@ def load_plan(path: Path) -> Plan:
         raw_config, _ = read_yaml(Path(file.config))
     except ConfigError as exc:
         raise ConfigError(_report(path, [*problems, f"config: {exc}"])) from exc
-    plan = Plan(path, file, config, raw_config)
+    arms, of_variants = _written_out(file, context["folder"], config)
+    problems += of_variants
+    plan = Plan(path, file.model_copy(update={"arms": arms}), config, raw_config)
     problems += _model_problems(plan)
     if problems:
         raise ConfigError(_report(path, problems))
     return plan
+
+
+def _written_out(file: PlanFile, folder: Path, config: Config) -> tuple[tuple[Arm, ...], list[str]]:
+    arms, problems = [], []
+    for index, arm in enumerate(file.arms):
+        try:
+            arms.append(written_out(arm, folder, config.models))
+        except ConfigError as exc:
+            arms.append(arm)
+            problems.append(f"arms.{index}: {exc}")
+    return tuple(arms), problems
 
 
 def _without_unknown_keys(data: Any, error: ValidationError) -> Any:

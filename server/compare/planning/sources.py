@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from ensemble_server.ensembles.errors import ConfigError
 from ensemble_server.server.compare.measures.documents import (
@@ -55,17 +56,36 @@ def read_clusters(sources: Sequence[TaskSource]) -> dict[str, list[str]]:
 
     Raises `ConfigError` that names file and line if a row has no such field.
     """
+    return {
+        f"task {source.name}": _clusters(
+            Path(source.data), islice(rows_of(Path(source.data)), source.limit), source.cluster
+        )
+        for source in sources
+        if source.cluster is not None
+    }
+
+
+def read_text_clusters(sources: Mapping[str, TextSource], texts: Mapping[str, Documents]) -> dict[str, list[str]]:
+    """ "text NAME" -> the cluster of each of its documents, for `.jsonl` texts that name a field `cluster`.
+
+    Raises `ConfigError` that names file and line if a row has no such field.
+    """
     found = {}
-    for source in sources:
-        if source.cluster is None:
+    for name, source in sources.items():
+        if source.cluster is None or source.path is None:
             continue
-        clusters = []
-        for line, row in islice(rows_of(Path(source.data)), source.limit):
-            if source.cluster not in row:
-                raise ConfigError(f"{source.data}, line {line}: has no field {source.cluster!r}, which `cluster` names")
-            clusters.append(str(row[source.cluster]))
-        found[f"task {source.name}"] = clusters
+        rows = islice(rows_of(Path(source.path)), len(texts[name]))
+        found[f"text {name}"] = _clusters(Path(source.path), rows, source.cluster)
     return found
+
+
+def _clusters(path: Path, rows: Iterable[tuple[int, Mapping[str, Any]]], field: str) -> list[str]:
+    clusters = []
+    for line, row in rows:
+        if field not in row:
+            raise ConfigError(f"{path}, line {line}: has no field {field!r}, which `cluster` names")
+        clusters.append(str(row[field]))
+    return clusters
 
 
 def sha256_of(documents: Documents) -> str:

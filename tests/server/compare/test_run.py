@@ -82,7 +82,7 @@ engine: {{max_context: 256}}
     code = "".join(f"def f{number}(x): return x + {number}\n\n" for number in range(40))
     (folder / "verse.txt").write_text(verse, encoding="utf-8")
     (folder / "code.txt").write_text(code, encoding="utf-8")
-    (folder / "train.txt").write_text(code.replace("f", "g") + verse, encoding="utf-8")
+    (folder / "train.txt").write_text(code.replace("f", "g") + verse.replace("line", "row"), encoding="utf-8")
     rows = [json.dumps({"id": f"q{n}", "question": f"What is {n} + {n}?", "answer": 2 * n}) for n in range(6)]
     (folder / "sums.jsonl").write_text("\n".join(rows), encoding="utf-8")
     (folder / "sums_dev.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": 2}), encoding="utf-8")

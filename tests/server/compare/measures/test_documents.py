@@ -31,12 +31,32 @@ def test_no_document_is_too_short_unless_the_text_is(text, min_bytes):
 
 def test_documents_begin_after_blank_lines_and_at_headings():
     text = "one\ntwo\n\nthree\n# four\nfive\n"
-    assert cut_into_documents(text, min_bytes=3) == ["one\ntwo\n\n", "three\n", "# four\nfive\n"]
+    assert cut_into_documents(text, min_bytes=6) == ["one\ntwo\n\n", "three\n", "# four\nfive\n"]
 
 
 def test_a_text_without_borders_is_cut_at_line_ends():
     text = "abcdefghi\n" * 20
-    assert [len(document) for document in cut_into_documents(text, min_bytes=10)] == [40] * 5
+    assert [len(document) for document in cut_into_documents(text, min_bytes=10)] == [10] * 20
+
+
+def test_a_blank_line_that_comes_too_late_is_not_waited_for():
+    text = "abcdefghi\n" * 5 + "\n" + "abcdefghi\n" * 2
+    assert [len(document) for document in cut_into_documents(text, min_bytes=15)] == [20, 20, 31]
+
+
+def test_lines_longer_than_a_document_are_cut_at_sentences_and_sentences_at_spaces():
+    prose = "A first one. And a second! Is this the third? " * 3 + "Yes.\n"
+    documents = cut_into_documents(prose, min_bytes=30)
+    assert all(30 <= len(document) <= 60 and document.rstrip()[-1] in ".!?" for document in documents)
+    words = cut_into_documents("word " * 40, min_bytes=20)
+    assert {len(document) for document in words} == {20}
+    assert cut_into_documents("x" * 100, min_bytes=20) == ["x" * 100]  # no place to cut
+
+
+def test_prose_with_long_paragraphs_gives_as_many_documents_as_fit():
+    paragraph = "The quick brown fox jumps over the lazy dog, and nobody minds it. " * 60 + "\n\n"
+    documents = cut_into_documents(paragraph * 5, min_bytes=1000)
+    assert len(documents) >= 0.75 * len(paragraph) * 5 / 1000
 
 
 def test_lines_of_json_are_documents_of_their_own(tmp_path: Path):

@@ -6,7 +6,13 @@ import pytest
 
 from ensemble_server.ensembles.errors import ConfigError
 from ensemble_server.server.compare.planning.blocks import TaskSource, TextSource
-from ensemble_server.server.compare.planning.sources import read_clusters, read_texts, sha256_of, tail_of
+from ensemble_server.server.compare.planning.sources import (
+    read_clusters,
+    read_text_clusters,
+    read_texts,
+    sha256_of,
+    tail_of,
+)
 
 
 @pytest.fixture
@@ -59,3 +65,15 @@ def test_rows_that_go_together_are_known_by_a_field(tmp_path):
     assert read_clusters([TaskSource(**source | {"cluster": None})]) == {}
     with pytest.raises(ConfigError, match="line 3: has no field 'passage'"):
         read_clusters([TaskSource(**source)])
+
+
+def test_documents_that_go_together_are_known_by_a_field(tmp_path):
+    rows = tmp_path / "texts.jsonl"
+    rows.write_text('{"text": "one", "by": "a"}\n\n{"text": "two", "by": "b"}\n{"text": "three"}\n', encoding="utf-8")
+    source = {"letters": TextSource(path=str(rows), bytes=7, cluster="by")}
+    assert read_text_clusters(source, read_texts(source, min_bytes=1)) == {"text letters": ["a", "b"]}
+    source = {"letters": TextSource(path=str(rows), cluster="by")}
+    with pytest.raises(ConfigError, match="line 4: has no field 'by'"):
+        read_text_clusters(source, read_texts(source, min_bytes=1))
+    with pytest.raises(ValueError, match=r"names a field of the rows of a \.jsonl file"):
+        TextSource(path="a.txt", cluster="by")

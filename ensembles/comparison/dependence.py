@@ -10,8 +10,8 @@ r is corrected for the bias that few items have (Marriott & Pope 1954: the plain
 There f is the variance of the clusters' sums over what it would be if items were independent (Kish 1965).
 
 A standard error grows by √f, and its tails are Student's with n / f - 1 degrees of freedom. At a lag of 0.4 a 95%
-interval that takes neighbours for independent holds the truth in 80% of cases; this one in 93 to 95% from 10 items on
-(`benchmarks/comparison_levels.py`; blocks of n^(1/3) neighbours: 89 to 93%).
+interval that takes neighbours for independent holds the truth in 80% of cases; this one in 92 to 93% from 10 items on
+(`benchmarks/comparison_levels.py`; blocks of n^(1/3) neighbours: 91 to 92%).
 """
 
 from __future__ import annotations

@@ -118,6 +118,11 @@ class RemoteModel(Block):
     max_model_len: Tokens | None = Field(
         default=None, description="prompt and completion together; default: only the remote end knows"
     )
+    tokenizer: CheckpointPath | None = Field(
+        default=None,
+        description="the tokenizer that the model over there uses, a folder or a hub id: then `ensemble compare` "
+        "scores texts and options by likelihood, where the endpoint gives `prompt_logprobs`, or `echo` with `logprobs`",
+    )
     listed: bool = Field(default=True, description=LISTED)
 
 

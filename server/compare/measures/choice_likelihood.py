@@ -3,16 +3,20 @@
     score(option) = Σ log p(token | prompt, earlier tokens of the option)        over the option's tokens
 
 `per_byte` divides by the option's UTF-8 bytes, so that long options are not at a disadvantage. Needs a model that gives
-probabilities of a text that is given: a hosted member or a mixture of them.
+probabilities of a text that is given: a hosted member, a mixture of them, or a remote model whose entry names its
+`tokenizer`.
 """
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from ensemble_server.ensembles.base import DistributionModel, GenerationRequest, Message, Sampling, collect
 from ensemble_server.ensembles.errors import UnsupportedError
 from ensemble_server.server.compare.measures.byte_scores import is_over_bytes, score_bytes
+from ensemble_server.server.compare.measures.remote_tokens import remote_surface
+from ensemble_server.server.engines.remote.remote import RemoteChat
 
 if TYPE_CHECKING:
     from ensemble_server.server.hosting import Hosting
@@ -34,6 +38,8 @@ async def option_logprobs(
     cannot score text, or if members of one vocabulary see the messages differently.
     """
     model = hosting.models[model_name]
+    if isinstance(model, RemoteChat):
+        return await _remote_logprobs(hosting, model, prompt, options)
     if not isinstance(model, DistributionModel):
         raise UnsupportedError(f"model {model_name!r} gives text, not probabilities of options")
     if is_over_bytes(model):
@@ -41,8 +47,7 @@ async def option_logprobs(
     members = list(model.mixture.weights)
     surface = _surface(hosting, members[0])
     if isinstance(prompt, str):
-        context = surface.encode(prompt)
-        sequences = [surface.encode(prompt + _behind(prompt, option)) for option in options]
+        context, sequences = _after_text(surface, prompt, options)
     else:
         views = [_surface(hosting, member).render(prompt) for member in members]
         if any(view != views[0] for view in views):
@@ -59,9 +64,7 @@ async def option_logprobs(
         )
         answer = await collect(model, request)
         assert answer.prompt is not None, "a hosted model says how it read the prompt"
-        # The option's first letters may have joined the prompt's last token: score from where the two part.
-        same = next((i for i, (a, b) in enumerate(zip(context, token_ids, strict=False)) if a != b), len(context))
-        scored = answer.prompt.tokens[max(1, min(same, len(token_ids) - 1)) :]
+        scored = answer.prompt.tokens[_first_scored(context, token_ids) :]
         return sum(token.logprob for token in scored if token.logprob is not None)
 
     return [await nats(token_ids) for token_ids in sequences]
@@ -78,6 +81,33 @@ async def _byte_nats(model: DistributionModel, prompt: str | tuple[Message, ...]
         scores = await score_bytes(model, prompt + behind, priority=priority)
         return float(scores.logprobs[-len(behind.encode()) :].sum())
     return float((await score_bytes(model, option, after=prompt, priority=priority)).logprobs.sum())
+
+
+async def _remote_logprobs(
+    hosting: Hosting, model: RemoteChat, prompt: str | tuple[Message, ...], options: tuple[str, ...]
+) -> list[float]:
+    surface = await asyncio.to_thread(remote_surface, hosting, model.name)
+    if surface is None:
+        raise UnsupportedError(
+            f"model {model.name!r} gives text, not probabilities of options: its entry names no `tokenizer`"
+        )
+    if isinstance(prompt, str):
+        context, sequences = _after_text(surface, prompt, options)
+    else:
+        context = surface.render(prompt)
+        sequences = [context + surface.encode(option, add_special_tokens=False) for option in options]
+    return [sum((await model.score(token_ids))[_first_scored(context, token_ids) - 1 :]) for token_ids in sequences]
+
+
+def _after_text(surface: Surface, prompt: str, options: tuple[str, ...]) -> tuple[list[int], list[list[int]]]:
+    """The tokens of the prompt, and of the prompt with each option after it."""
+    return surface.encode(prompt), [surface.encode(prompt + _behind(prompt, option)) for option in options]
+
+
+def _first_scored(context: list[int], token_ids: list[int]) -> int:
+    """The option's first letters may have joined the prompt's last token: score from where the two part."""
+    same = next((i for i, (a, b) in enumerate(zip(context, token_ids, strict=False)) if a != b), len(context))
+    return max(1, min(same, len(token_ids) - 1))
 
 
 def _surface(hosting: Hosting, member: str) -> Surface:

@@ -33,12 +33,15 @@ from ensemble_server.ensembles.fitting.share import posterior_logprobs
 from ensemble_server.ensembles.pooling import effective_weights, pool
 from ensemble_server.server.compare.measures.byte_scores import is_over_bytes
 from ensemble_server.server.compare.measures.documents import Documents
+from ensemble_server.server.compare.measures.remote_tokens import remote_surface
 from ensemble_server.server.compare.measures.windows import TextWindow, Window, cut_text_windows, cut_windows
+from ensemble_server.server.engines.remote.remote import RemoteChat
 
 if TYPE_CHECKING:
     import torch
 
     from ensemble_server.server.hosting import Hosting
+    from ensemble_server.server.weights.view import Surface
 
 WINDOW = 512
 
@@ -93,6 +96,7 @@ async def measure_text(
     scores: dict[str, TextScores | NotScored] = {}
     mixtures: dict[str, DistributionModel] = {}
     others: dict[str, Model] = {}
+    surfaces: dict[str, Surface | None] = {}  # of remote models
     for arm, name in arms.items():
         model = hosting.models[name]
         if model.max_model_len is not None and model.max_model_len < window:
@@ -101,13 +105,21 @@ async def measure_text(
             )
         elif isinstance(model, DistributionModel):
             mixtures[arm] = model
+        elif isinstance(model, RemoteChat):
+            others[arm] = model
+            surfaces[arm] = await asyncio.to_thread(remote_surface, hosting, name)
+            if surfaces[arm] is None:
+                del others[arm]
+                scores[arm] = NotScored(
+                    f"model {name!r} gives text, not probabilities of one that is given: its entry has no `tokenizer`"
+                )
         elif hosting.surface(name) is None:
             scores[arm] = NotScored(f"model {name!r} gives text, not probabilities of a text that is given")
         else:
             others[arm] = model
 
     async def windows_of(arm: str) -> Sequence[Window | TextWindow]:
-        surface, model = hosting.surface(arms[arm]), hosting.models[arms[arm]]
+        surface, model = surfaces.get(arm) or hosting.surface(arms[arm]), hosting.models[arms[arm]]
         assert surface is not None, "models without one are not scored"
         cut = cut_text_windows if is_over_bytes(model) else cut_windows
         return await asyncio.to_thread(cut, surface, documents, window=window, stride=stride, shift=shift)
@@ -123,7 +135,11 @@ async def measure_text(
     progress = _Progress(sum(len(windows) for _, windows in plans), on_progress)
     for arms_or_arm, windows in plans:
         if isinstance(arms_or_arm, str):
-            scores[arms_or_arm] = await _score_by_prompts(others[arms_or_arm], windows, len(documents), progress)
+            model = others[arms_or_arm]
+            if isinstance(model, RemoteChat):
+                scores[arms_or_arm] = await _score_remotely(model, windows, len(documents), progress)
+            else:
+                scores[arms_or_arm] = await _score_by_prompts(model, windows, len(documents), progress)
         else:
             host = mixtures[next(iter(arms_or_arm))].host
             begun = progress.done
@@ -286,3 +302,27 @@ async def _score_by_prompts(
         logprobs.append(np.array([token.logprob for token in answer.prompt.tokens[window.first_scored :]]))
         progress.advance()
     return by_document(windows, logprobs, num_documents)
+
+
+async def _score_remotely(
+    model: RemoteChat, cut: Sequence[Window | TextWindow], num_documents: int, progress: _Progress
+) -> TextScores | NotScored:
+    """By requests, as many at once as the model's entry allows. The first goes alone: it shows whether the remote end
+    scores texts at all."""
+    windows = [window for window in cut if isinstance(window, Window)]  # all are: a single model is not over bytes
+
+    async def scored(window: Window) -> np.ndarray:
+        nats = await model.score(window.token_ids)
+        progress.advance()
+        return np.array(nats[window.first_scored - 1 :])
+
+    try:
+        logprobs = [await scored(window) for window in windows[:1]]
+        async with asyncio.TaskGroup() as group:
+            running = [group.create_task(scored(window)) for window in windows[1:]]
+    except UnsupportedError as exc:
+        progress.advance(len(windows))
+        return NotScored(str(exc))
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None  # one is enough: they fail for one reason
+    return by_document(windows, [*logprobs, *(one.result() for one in running)], num_documents)

@@ -6,6 +6,7 @@ form of errors) is understood in every variant.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -282,6 +283,47 @@ class Chunk(BaseModel):
     usage: ChunkUsage | None = None
     ensemble: Any = None
     error: Any = None
+
+
+# --- scoring a text that is given ---------------------------------------------------------------------------------
+
+
+def scoring_bodies(model: str, token_ids: Sequence[int]) -> tuple[dict[str, Any], ...]:
+    """Bodies of completions that ask for the log-probabilities of `token_ids`, in the order in which they are tried:
+    as vLLM has it, and as OpenAI's first API had it."""
+    prompt = list(token_ids)
+    common = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0.0}
+    return {**common, "prompt_logprobs": 0}, {**common, "echo": True, "logprobs": 1}
+
+
+class ScoredChoice(BaseModel):
+    prompt_logprobs: list[dict[str, dict[str, Any]] | None] | None = None
+    logprobs: Logprobs | None = None
+
+    def of_prompt(self, token_ids: Sequence[int]) -> list[float] | None:
+        """Nats of every token but the first; None if they are not in the answer, or not those of `token_ids`."""
+        if self.prompt_logprobs is not None:
+            given = [
+                None if entry is None else entry.get(str(token_id))
+                for entry, token_id in zip(self.prompt_logprobs, token_ids, strict=False)
+            ]
+            found = [None if entry is None else entry.get("logprob") for entry in given[1:]]
+            is_whole = len(self.prompt_logprobs) == len(token_ids)
+        elif self.logprobs is not None and self.logprobs.token_logprobs is not None:
+            of_all = self.logprobs.token_logprobs
+            found, is_whole = of_all[1 : len(token_ids)], len(token_ids) <= len(of_all) <= len(token_ids) + 1
+            is_whole = is_whole and of_all[0] is None  # an end that put a token before the text scores the first, too
+        else:
+            return None
+        numbers = [float(one) for one in found if isinstance(one, int | float)]
+        return numbers if is_whole and len(numbers) == len(token_ids) - 1 else None
+
+
+class Scored(BaseModel):
+    """A completion that was asked for the log-probabilities of its prompt."""
+
+    choices: list[ScoredChoice] = Field(min_length=1)
+    usage: ChunkUsage | None = None
 
 
 # --- errors -------------------------------------------------------------------------------------------------------

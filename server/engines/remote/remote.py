@@ -56,10 +56,12 @@ from ensemble_server.server.engines.remote.protocol import (
     Chunk,
     ChunkChoice,
     ChunkUsage,
+    Scored,
     error_message,
     is_about_context,
     parse_error_body,
     request_body,
+    scoring_bodies,
 )
 from ensemble_server.server.engines.remote.secrets import Secrets, without_secrets
 from ensemble_server.server.engines.remote.sse import EventDecoder
@@ -187,6 +189,7 @@ class RemoteChat:
         self._rng = rng or random.Random()
         self.max_concurrency = config.max_concurrency  # requests at once; more wait
         self.is_out_of_reach = False  # whether the last try found nobody who takes requests
+        self._scored_by = 0  # the first way of scoring a text that is worth a try
         self._slots = asyncio.Semaphore(config.max_concurrency)
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         key = _api_key(name, config.api_key_env) if config.api_key_env else None
@@ -256,6 +259,51 @@ class RemoteChat:
 
     def _body(self, request: GenerationRequest) -> tuple[str, dict[str, Any]]:
         return request_body(self.name, self._config.model or self.name, request, takes_ensemble=self._is_of_ours)
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        """Nats of every token of a text but the first, as the remote end scores them.
+
+        Raises `UnsupportedError` where it gives no log-probabilities of a text that is given, or of other tokens.
+        """
+        refusal = "its answers have no log-probabilities of their prompts"
+        async with self._slots:
+            for body in scoring_bodies(self._config.model or self.name, token_ids)[self._scored_by :]:
+                progress = _Progress(GenerationRequest(prompt=tuple(token_ids)), None)
+                try:
+                    response = await self._connect("completions", body, progress)
+                except MemberError as exc:
+                    refusal = str(exc)
+                    if not isinstance(exc, MemberTimeoutError) and not self.is_out_of_reach:
+                        self._scored_by = 1  # the other way is tried from now on
+                        continue
+                    raise
+                scored = await self._scored(response)
+                if (found := scored.choices[0].of_prompt(token_ids)) is not None:
+                    return found
+                self._scored_by = 1
+        raise UnsupportedError(
+            f"model {self.name!r}: its remote end does not score these tokens ({refusal}); is `tokenizer` its own?"
+        )
+
+    async def _scored(self, response: httpx.Response) -> Scored:
+        body = bytearray()
+        try:
+            async with (
+                asyncio.timeout(self._config.timeout_s),
+                aclosing(pieces_of(response, MAX_STREAM_BYTES)) as pieces,
+            ):
+                async for piece in pieces:
+                    body += piece
+            return Scored.model_validate_json(bytes(body))
+        except TimeoutError as exc:
+            reason = f"no whole answer within timeout_s = {self._config.timeout_s:g} s"
+            raise MemberTimeoutError(self.name, reason) from exc
+        except httpx.RequestError as exc:
+            raise self._failed(f"the connection broke off: {_words(exc)}") from exc
+        except ValueError as exc:
+            raise self._failed(f"malformed answer: {exc}") from exc
+        finally:
+            await response.aclose()
 
     def _too_late(self, progress: _Progress) -> DeadlineError:
         return DeadlineError(f"member {self.name!r}: no answer within {progress.request.deadline_s:g} s")

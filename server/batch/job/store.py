@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -366,7 +366,7 @@ def _insert_result(db: sqlite3.Connection, place: int, result: RowResult) -> Non
         "INSERT INTO spent VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
         " prompt_tokens = prompt_tokens + excluded.prompt_tokens,"
         " completion_tokens = completion_tokens + excluded.completion_tokens, cost = cost + excluded.cost",
-        [(member, *astuple(used)) for member, used in result.usage.items()],
+        [(member, used.prompt_tokens, used.completion_tokens, used.cost) for member, used in result.usage.items()],
     )
 
 

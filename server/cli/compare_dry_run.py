@@ -25,6 +25,10 @@ def dry_run(plan: Plan) -> None:
     for name, task in tasks.items():
         samples = f", {task.num_samples} samples each" if task.num_samples > 1 else ""
         typer.echo(f"task {name}: {len(task.items)} items{samples}, {task.metric}")
+    for source in file.tasks:
+        if source.judge is not None:
+            num_pairs = len(tasks[source.name].items) * len(file.arms) * (len(file.arms) - 1)
+            typer.echo(f"task {source.name}: {source.judge} judges up to {num_pairs:,} times; not counted below")
     if file.lm_eval is not None:
         typer.echo(f"lm_eval {', '.join(file.lm_eval.tasks)}: not counted below")
     found = forecasts(plan, texts, tasks, this_machines_speed())

@@ -40,6 +40,7 @@ from ensemble_server.server.compare.planning.held_out import check_held_out, che
 from ensemble_server.server.compare.planning.outlook import outlooks, shared_beginnings
 from ensemble_server.server.compare.planning.plan import Plan
 from ensemble_server.server.compare.planning.sources import read_clusters, read_tasks, read_text_clusters, read_texts
+from ensemble_server.server.compare.running.judging import judge_tasks
 from ensemble_server.server.compare.running.measuring import measure_group
 from ensemble_server.server.compare.running.work import Work, introduce
 
@@ -62,6 +63,7 @@ async def run_comparison(plan: Plan, folder: Path, listener: Listener, *, comman
         work = Work(plan, texts, tasks, records, listener)
         arms, entries = await _measure(work, None, held_out)
         matched = await measure_matched(work, entries, arms, folder / "held_out", free_memory())
+        await judge_tasks(work, (*plan.arms, *matched.arms))
         for replicate in file.replicates:
             only_texts = replace(work, tasks={}, is_speed_measured=False, with_harness=False)
             await _measure(only_texts, replicate, held_out)

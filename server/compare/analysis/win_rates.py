@@ -1,6 +1,6 @@
 """All arms against all others at once: one strength for each, by Bradley and Terry, over the measures that count.
 
-An item is won by the arm with the better figure on it.
+An item is won by the arm with the better figure on it; of a task that a model judged, by as much as it was preferred.
 """
 
 from __future__ import annotations
@@ -72,11 +72,16 @@ def _of_tasks(records: Sequence[ArmRecord], tasks: Sequence[str]) -> tuple[list[
     having = [one for one in having if all(same_items(one.tasks[task], having[0].tasks[task]) for task in tasks)]
     if len(having) < 2:
         return None
-    parts = [_of_task([record.tasks[task] for record in having]) for task in tasks]
-    return [record.name for record in having], np.concatenate(parts, axis=2)
+    names = [record.name for record in having]
+    parts = [_of_task([record.tasks[task] for record in having], names) for task in tasks]
+    return names, np.concatenate(parts, axis=2)
 
 
-def _of_task(records: Sequence[TaskRecord]) -> np.ndarray:
+def _of_task(records: Sequence[TaskRecord], names: Sequence[str]) -> np.ndarray:
     """(num_arms, num_arms, num_items)"""
+    if all(item.preferences for record in records for item in record.items):
+        return np.array(
+            [[[item.preferences.get(other, 0.5) for item in record.items] for other in names] for record in records]
+        )
     sign = 1.0 if records[0].higher_is_better else -1.0
     return outcomes_of_scores(sign * np.array([scores_of(record) for record in records]))

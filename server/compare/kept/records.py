@@ -36,7 +36,8 @@ class TextRecord(Stored):
 
 
 class ItemRecord(Stored):
-    """See `server.compare.measures.task_measure.ItemScore`."""
+    """See `server.compare.measures.task_measure.ItemScore`. `preferences`: other arm -> how much a judge preferred this
+    one, 1/2 for a draw."""
 
     id: str
     score: float
@@ -47,15 +48,19 @@ class ItemRecord(Stored):
     prompt_sha256: str = ""
     completion_tokens: int = 0
     error: str | None = None
+    preferences: dict[str, float] = Field(default_factory=dict)
 
 
 class TaskRecord(Stored):
+    """`judged`: what a judge's scores of it depend on; empty where none was asked."""
+
     inputs: str
     items_sha256: str
     metric: str
     higher_is_better: bool = True
     items: list[ItemRecord] = Field(default_factory=list)
     skipped: str | None = None
+    judged: str = ""
 
 
 class CostRecord(Stored):

@@ -31,7 +31,7 @@ def read_task(
     """The task in a JSONL file. `template` and `answer` are Jinja over each row's fields; `settings` are `Task`'s.
 
     If `answer` is one field alone and it holds a list, each of its elements is right (of the metric `json` a list is
-    the answer itself). A row's id is its field `id`, else its number from 0. A
+    the answer itself). What `judge` compares needs no answer. A row's id is its field `id`, else its number from 0. A
     multiple choice finds its options in the field `choices`, else `options`, and the right one by its text, its letter
     or its number from 0. Raises `ConfigError` naming the file, the line and the rule.
     """
@@ -80,6 +80,8 @@ def _item(
         raise ValueError("the prompt is blank")
     field = _ONE_FIELD.fullmatch(answers.source)
     value = row.get(field.group(1)) if field else None
+    if metric == "judge":
+        return Item(item_id, prompt, ("",))
     if metric == "json" and value is not None and not isinstance(value, str):
         references: tuple[str, ...] = (json.dumps(value),)
     else:

@@ -6,6 +6,8 @@
     json                     the JSON value in the output equals that of a reference: keys in any order, 1 equals 1.0
     rouge_l                  ROUGE-L F over words against the closest reference (`ensembles.voting.similarity`)
     chrf                     chrF2 of the sentence against the references, over 100 (sacrebleu)
+    judge                    a model's preference of the output over the other arms' (`server.compare.running.judging`,
+                             once all arms have answered); until then 0
 
 Answers are found as votes find them (`ensembles.voting.answer_extraction`). An output in which nothing is found has the
 answer None and scores 0.
@@ -22,7 +24,7 @@ from ensemble_server.ensembles.errors import ConfigError
 from ensemble_server.ensembles.voting.answer_extraction import AnswerKind, extract
 from ensemble_server.ensembles.voting.similarity import rouge_l
 
-GenerationMetric = Literal["exact_match", "number", "choice", "yes_no", "regex", "json", "rouge_l", "chrf"]
+GenerationMetric = Literal["exact_match", "number", "choice", "yes_no", "regex", "json", "rouge_l", "chrf", "judge"]
 
 MATCH_TIMEOUT_S = 2.0  # a pattern that backtracks without end must not hold up a comparison
 
@@ -46,6 +48,8 @@ def judge(metric: GenerationMetric, output: str, references: Sequence[str]) -> t
     answer = output.strip() or None
     if answer is None:
         return None, 0.0
+    if metric == "judge":
+        return answer, 0.0
     if metric == "regex":
         found = next((match for one in references if (match := _match(one, output)) is not None), None)
         return found, float(found is not None)
@@ -111,6 +115,8 @@ def _chrf(output: str, references: Sequence[str]) -> float:
 
 def unreadable_reference(metric: GenerationMetric, references: Sequence[str]) -> str | None:
     """The first reference in which no answer of the metric's kind is found, so that nothing could ever match it."""
+    if metric == "judge":
+        return None
     if metric == "json":
         return next((reference for reference in references if json_value(reference) is None), None)
     if metric == "regex":

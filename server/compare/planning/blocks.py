@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from ensemble_server.ensembles.voting.pairwise import CRITERION
 from ensemble_server.server.compare.measures.cost_settings import CostSettings
 from ensemble_server.server.compare.measures.task_measure import Metric
 from ensemble_server.server.compare.planning.held_out import MAX_SHARE
@@ -156,6 +157,10 @@ class TaskSource(Block):
         default=None,
         description="a field whose equal values mark rows that go together, such as questions on one passage",
     )
+    judge: str | None = Field(
+        default=None, description="metric judge only: the model of the config that compares the arms' answers in pairs"
+    )
+    criterion: str = Field(default=CRITERION, min_length=1, description="metric judge only: which answer is ...?")
     dev: LocalPath | None = Field(
         default=None,
         description="other rows of the same form, for choosing the best single member; never scored as a test",
@@ -167,6 +172,10 @@ class TaskSource(Block):
             raise ValueError("several samples need a temperature above 0, or all are the same")
         if too_many := [k for k in self.pass_at if k > self.samples]:
             raise ValueError(f"pass_at {too_many[0]} needs as many samples; there are {self.samples}")
+        if (self.metric == "judge") != (self.judge is not None):
+            raise ValueError("`judge` names the model that the metric judge asks; the two go together")
+        if self.metric == "judge" and (self.samples > 1 or self.dev is not None):
+            raise ValueError("the metric judge compares one answer of each arm: leave `samples` and `dev` out")
         if self.metric.startswith("multiple_choice") and self.samples > 1:
             raise ValueError(f"{self.metric} compares likelihoods, which do not vary: leave `samples` out")
         return self

@@ -216,6 +216,9 @@ def _model_problems(plan: Plan) -> Iterator[str]:
                 yield from _recipe_problems(variant.merge, plan.path.parent, f"{where}.merge")
             else:
                 yield from _entry_problems(plan, arm.name, variant.ensemble or {}, f"{where}.ensemble")
+    for index, task in enumerate(plan.file.tasks):
+        if task.judge is not None and task.judge not in plan.config.models:
+            yield f"tasks.{index}.judge: there is no model {task.judge!r}{nearest(task.judge, known)}"
     for name, entries in plan.file.replicates.items():
         for model in entries:
             if model not in plan.config.models:

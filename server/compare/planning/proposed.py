@@ -157,7 +157,7 @@ def _as_yaml(
     lines += [
         "",
         "# FILL IN the questions that you care about, one JSON object a line; a verdict needs some hundred of them.",
-        "# metric: exact_match, number, choice, yes_no, regex, json, multiple_choice, rouge_l, chrf",
+        "# metric: exact_match, number, choice, yes_no, regex, json, multiple_choice, rouge_l, chrf, judge",
         "tasks:",
         f"  - name: {_flow(Path(QUESTIONS_FILE).stem)}",
         f"    data: {_flow(QUESTIONS_FILE)}         # FILL IN",

@@ -107,6 +107,7 @@ class Work:
             name
             for name, task in self.tasks.items()
             if task.temperature > 0
+            and task.metric != "judge"
             and (name not in known or known[name].inputs != self.task_inputs(arm, name, seed=self.null_seed))
         ]
 

@@ -25,6 +25,7 @@ from ensemble_server.server.compare.measures.task_metrics import judge, unreadab
         ("json", '```json\n{"b": 1.0, "a": [true]}\n```', ['{"a": [true], "b": 1}'], '{"a": [true], "b": 1}', 1),
         ("json", 'So it is {"a": 1}, I think.', ['{"a": true}'], '{"a": 1}', 0),
         ("json", "[1, 2", ["[1, 2]"], None, 0),
+        ("judge", "Paris", [""], "Paris", 0),
         ("chrf", "the cat sat", ["the cat sat"], "the cat sat", 1),
         ("chrf", "", ["the cat sat"], None, 0),
     ],

@@ -278,6 +278,28 @@ async def test_reasoning_is_kept_apart_from_the_answer(remote_of: Callable[..., 
     assert (answer.choices[0].reasoning, answer.text) == ("hm", "18")
 
 
+async def test_effort_and_the_bound_of_thoughts_reach_the_remote_end(remote_of: Callable[..., Any]) -> None:
+    model, server = await remote_of(saying("18"))
+    await collect(model, ask(reasoning_effort="low", max_reasoning_tokens=64))
+    await collect(model, ASK)
+    told, untold = (connection.body for connection in server.connections)
+    assert (told["reasoning_effort"], told["thinking_token_budget"]) == ("low", 64)
+    assert not {"reasoning_effort", "thinking_token_budget"} & untold.keys()
+
+
+@pytest.mark.parametrize(("details", "num"), [({"reasoning_tokens": 5}, 5), (None, 0), ("many", 0), ({}, 0)])
+async def test_tokens_of_thoughts_are_counted_as_the_remote_end_says(
+    remote_of: Callable[..., Any], details: Any, num: int
+) -> None:
+    usage = {"prompt_tokens": 4, "completion_tokens": 9, "completion_tokens_details": details}
+    model, _ = await remote_of(
+        streaming(content("18", finish_reason="stop"), {"choices": [], "usage": usage}, "[DONE]")
+    )
+    done = (await collect(model, ASK)).done
+    assert (done.usage.reasoning_tokens, done.usage.members["far"].reasoning_tokens) == (num, num)
+    assert done.usage.completion_tokens == 9
+
+
 def called(*pieces: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
     return {"choices": [{"index": 0, "delta": {"tool_calls": list(pieces)}, "finish_reason": finish_reason}]}
 

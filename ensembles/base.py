@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
+
+from pydantic import Field, GetPydanticSchema
+from pydantic_core import core_schema
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,6 +61,19 @@ class Sampling:
     grammar: Grammar | None = None
 
 
+class Watch(Protocol):
+    """Who wants to know how ensembles of texts come to their answers, whatever they are asked. Called in passing."""
+
+    def silent(self, ensemble: str, member: str, after_s: float) -> None:
+        """A call of a member has given no answer after so many seconds; the ensemble goes on without it, if it can."""
+
+    def chose(self, ensemble: str, took_s: float) -> None:
+        """The ensemble has chosen among its members' answers, which took so many seconds."""
+
+
+_UNSEEN = GetPydanticSchema(lambda _source, _handler: core_schema.any_schema())  # to who writes requests down
+
+
 @dataclass(frozen=True)
 class NamedFunction:
     """The one function that must be called."""
@@ -80,6 +96,7 @@ class GenerationRequest:
     `max_reasoning_tokens`: of a thought, after which its end is forced; None: no limit.
     `deadline_s`: seconds from now after which the model answers with what it has, or raises `DeadlineError`.
     `priority`: lower values are scheduled first; 0 is interactive.
+    `watch`: is told how ensembles of texts go; no part of what is asked.
     """
 
     messages: tuple[Message, ...] | None = None
@@ -101,6 +118,7 @@ class GenerationRequest:
     deadline_s: float | None = None
     priority: int = 0
     request_id: str = ""
+    watch: Annotated[Watch | None, Field(exclude=True), _UNSEEN] = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         assert (self.messages is None) != (self.prompt is None), "exactly one of messages and prompt must be given"
@@ -169,10 +187,14 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class PromptScored:
-    """The prompt as the model read it; the first event. `tokens` is filled if `prompt_logprobs` was asked for."""
+    """The prompt as the model read it; the first event. `tokens` is filled if `prompt_logprobs` was asked for.
+
+    `waited_s`: how long the request waited for its turn; None where the engine does not tell.
+    """
 
     token_ids: tuple[int, ...]
     tokens: tuple[TokenLogprob, ...] = ()
+    waited_s: Annotated[float | None, Field(exclude=True)] = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from pydantic import Field
 from ensemble_server.ensembles.base import Done, Embedder, Event, GenerationRequest
 from ensemble_server.ensembles.candidates import CandidateConfig, candidate_calls, candidates_trace
 from ensemble_server.ensembles.fan_out import answered_members, fan_out, total_usage
-from ensemble_server.ensembles.text_level import EmbeddingNeed, TextLevel, as_delta
+from ensemble_server.ensembles.text_level import EmbeddingNeed, TextLevel, as_delta, timed_choice
 from ensemble_server.ensembles.thoughts import without_thoughts
 from ensemble_server.ensembles.voting.consensus import Consensus, elect, equal_texts
 from ensemble_server.ensembles.voting.similarity import (
@@ -151,14 +151,15 @@ class CrowdVote(TextLevel):
             deadline_s=config.deadline_s(request),
         )
         candidates = [outcome for outcome in outcomes if outcome.answer is not None]
-        vote = await hold_vote(
-            [outcome.answer.text for outcome in candidates],
-            config.similarity,
-            embedder=self.services.embedder,
-            weights=[config.members[outcome.call.member] for outcome in candidates],
-            prune=config.prune,
-            calls=[called(outcome.answer.choices[0]) for outcome in candidates],
-        )
+        with timed_choice(request, self.name):
+            vote = await hold_vote(
+                [outcome.answer.text for outcome in candidates],
+                config.similarity,
+                embedder=self.services.embedder,
+                weights=[config.members[outcome.call.member] for outcome in candidates],
+                prune=config.prune,
+                calls=[called(outcome.answer.choices[0]) for outcome in candidates],
+            )
         yield as_delta(candidates[vote.consensus.winner].answer.choices[0])
         trace = None
         if request.explain:

@@ -5,11 +5,14 @@
     │   └── ModelLoadError        ... or what it names cannot be loaded
     ├── RequestError              the client's request is wrong: repeating it will not help
     │   ├── UnknownModelError
+    │   ├── ForbiddenModelError   served, but not to this key
+    │   ├── QuotaError            it would keep more than its key may
     │   ├── NotFoundError         no file or batch has the id that it names
     │   ├── ConflictError         it asks of a thing what its state does not allow
     │   ├── ContextLengthError
     │   └── UnsupportedError      valid, but this model cannot do it
     ├── OverloadedError           try again later
+    │   ├── RateLimitError        its key has used what it may use in a minute, or at once
     │   └── EngineRestartingError the engine died and is being started again
     ├── StorageError              the disk is full or cannot be written
     │   ├── FolderInUseError      another process keeps its things in that folder
@@ -53,6 +56,14 @@ class UnknownModelError(RequestError):
     """No model of that name is served."""
 
 
+class ForbiddenModelError(RequestError):
+    """The model is served, and the key of the request may not ask it."""
+
+
+class QuotaError(RequestError):
+    """With what the request brings, its key would keep more than it may."""
+
+
 class NotFoundError(RequestError):
     """Nothing has the id that the request names, or it belongs to another key."""
 
@@ -75,6 +86,14 @@ class OverloadedError(EnsembleError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class RateLimitError(OverloadedError):
+    """A key has used what it may use. `limit` says of what: "requests", "tokens" or "streams"."""
+
+    def __init__(self, message: str, *, limit: str, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.limit = limit
 
 
 class EngineRestartingError(OverloadedError):

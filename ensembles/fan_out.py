@@ -165,7 +165,9 @@ class FanOut:
         return total_usage(progress.usage() for progress in self._progress)
 
     async def _run(self, progress: _Progress) -> Outcome:
-        member = progress.call.member
+        member, watch = progress.call.member, progress.call.request.watch
+        clock = asyncio.get_running_loop().time
+        began = clock()
         try:
             answer = await self._answer(progress)
             if not all(choice.is_blank for choice in answer.choices):
@@ -174,6 +176,8 @@ class FanOut:
         except EnsembleError as exc:
             error = exc
         logger.warning("model %r goes on without member %r: %s", self._ensemble, member, error)
+        if watch is not None:
+            watch.silent(self._ensemble, member, clock() - began)
         return Silent(progress.call, error, progress.usage())
 
     async def _answer(self, progress: _Progress) -> Answer:

@@ -27,7 +27,7 @@ from pydantic import Field
 from ensemble_server.ensembles.base import Done, Event, GenerationRequest, Usage
 from ensemble_server.ensembles.candidates import CandidateConfig, candidate_calls, candidates_trace
 from ensemble_server.ensembles.fan_out import Call, FanOut, Outcome, answered_members, check_turnout
-from ensemble_server.ensembles.text_level import TextLevel, as_delta
+from ensemble_server.ensembles.text_level import TextLevel, as_delta, timed_choice
 from ensemble_server.ensembles.voting.answer_extraction import AnswerKind, extract
 from ensemble_server.ensembles.voting.majority import PENDING, Vote, agreement, is_decided, plurality, tally
 from ensemble_server.ensembles.voting.tool_calls import called
@@ -47,9 +47,10 @@ class Majority(TextLevel):
     async def reply(self, request: GenerationRequest, config: Config) -> AsyncGenerator[Event, None]:
         calls = candidate_calls(config, self.models, request)
         outcomes, usage = await self._gather(calls, config, request)
-        votes = [_vote(outcome, config) for outcome in outcomes]
-        weights = [config.members[outcome.call.member] for outcome in outcomes]
-        winner = plurality(votes, weights)
+        with timed_choice(request, self.name):
+            votes = [_vote(outcome, config) for outcome in outcomes]
+            weights = [config.members[outcome.call.member] for outcome in outcomes]
+            winner = plurality(votes, weights)
         elected = next(
             outcome
             for outcome, vote in zip(outcomes, votes, strict=True)

@@ -43,7 +43,7 @@ from ensemble_server.ensembles.fan_out import (
     total_usage,
 )
 from ensemble_server.ensembles.method import Method, Services
-from ensemble_server.ensembles.text_level import TextLevel, as_delta
+from ensemble_server.ensembles.text_level import TextLevel, as_delta, timed_choice
 from ensemble_server.ensembles.thoughts import without_thoughts
 from ensemble_server.ensembles.voting.consensus import elect, ranked
 from ensemble_server.ensembles.voting.pairwise import (
@@ -132,8 +132,9 @@ class Ranking(TextLevel):
         left_s = None
         if request.deadline_s is not None:
             left_s = max(0.0, request.deadline_s - (asyncio.get_running_loop().time() - started))
-        comparison = await self._compare(candidates, config, request, left_s)
-        ranking = ranked(comparison.scores)
+        with timed_choice(request, self.name):
+            comparison = await self._compare(candidates, config, request, left_s)
+            ranking = ranked(comparison.scores)
         yield as_delta(candidates[ranking.winner].answer.choices[0])
         trace: dict[str, Any] | None = None
         if request.explain:

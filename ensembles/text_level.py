@@ -7,9 +7,10 @@ Such a method sees its members' texts only, so members may be anything that answ
 from __future__ import annotations
 
 import hashlib
+import time
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Collection, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, TypeVar, final
 
@@ -180,6 +181,15 @@ def member_request(
     if temperature is not None:
         sampling = replace(sampling, temperature=temperature)
     return replace(request, sampling=sampling, n=1, overrides={})
+
+
+@contextmanager
+def timed_choice(request: GenerationRequest, ensemble: str) -> Iterator[None]:
+    """While the block chooses among the members' answers: whoever watches the request is told how long it took."""
+    began = time.perf_counter()
+    yield
+    if request.watch is not None:
+        request.watch.chose(ensemble, time.perf_counter() - began)
 
 
 def as_delta(choice: Choice, *, index: int = 0) -> Delta:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Protocol, Self
@@ -50,6 +51,14 @@ class House(Protocol):
     def surface(self, name: str) -> Surface | None:
         """How model `name` reads and writes text: its own tokenizer, or that of its first member that has one."""
 
+    def allows(self, name: str) -> bool:
+        """Whether whoever asks may ask for model `name`."""
+        ...
+
+    def only(self, names: Collection[str]) -> Self:
+        """The same house, in which only these models may be asked for."""
+        ...
+
     def fingerprint(self, name: str) -> str:
         """Changes when the model's answers may change: its part of the config, its members' and the versions."""
         ...
@@ -73,6 +82,7 @@ class Hosting:
         self.created = int(time.time())
         self._surfaces = surfaces
         self._engine = engine
+        self._allowed: Collection[str] | None = None  # None: all
         self._fingerprints = {name: fingerprint(name, config) for name in config.models}
 
     @classmethod
@@ -125,6 +135,16 @@ class Hosting:
         model = self.models[name]
         others = [member for member in model.members if member != name]
         return next((surface for member in others if (surface := self.surface(member)) is not None), None)
+
+    def allows(self, name: str) -> bool:
+        return self._allowed is None or name in self._allowed
+
+    def only(self, names: Collection[str]) -> Self:
+        """Shares all that it holds; do not close it."""
+        restricted = copy.copy(self)
+        restricted._allowed = frozenset(names)
+        restricted.listed = [name for name in self.listed if name in names]
+        return restricted
 
     def fingerprint(self, name: str) -> str:
         return self._fingerprints[name]

@@ -47,12 +47,26 @@ class Metrics:
         self.rejections = self._counter("rejections_total", "Requests that were turned away, by reason", ["reason"])
         self.stage_duration = self._histogram(
             "stage_duration_seconds",
-            "Of an answer's stages: `prompt` until it has waited its turn and is read, `answer` from there to the end",
+            "Stages of answers: `queue`, `prefill`, `decode`; `prompt` is the first two where the engine does not tell "
+            "them apart; `answer` all of an answer whose prompt is read elsewhere, `vote` its part of choosing",
             ["model", "stage"],
             REQUEST_BUCKETS,
         )
+        self.key_requests = self._counter("key_requests_total", "Requests of a key, and its rows of batches", ["key"])
+        self.key_refusals = self._counter(
+            "key_refusals_total", "What a key was refused for its limits, by limit", ["key", "limit"]
+        )
+        self.key_tokens = self._counter("key_tokens_total", "Tokens of a key's answers", ["key", "kind"])
+        self.key_streams = self._gauge("key_streams", "Answers that stream to a key", ["key"])
+        self.key_upload_bytes = self._counter("key_upload_bytes_total", "Bytes that a key has uploaded", ["key"])
         self.members_asked = self._counter("members_asked_total", "Members that finished answers asked", ["model"])
         self.members_silent = self._counter("members_silent_total", "Those of them that did not answer", ["model"])
+        self.member_silence = self._histogram(
+            "member_silence_seconds",
+            "How long an ensemble waited for a member that then gave no answer",
+            ["model", "member"],
+            REQUEST_BUCKETS,
+        )
         self.prompt_tokens = self._counter("prompt_tokens_total", "Prompt tokens of finished answers", ["model"])
         self.completion_tokens = self._counter("completion_tokens_total", "Tokens of finished answers", ["model"])
         self.member_tokens = self._counter(
@@ -67,6 +81,9 @@ class Metrics:
             "prefix_cache_hits_total", "Prompt tokens that the prefix cache spared a member", ["member"]
         )
         self.prefix_cache_bytes = self._gauge("prefix_cache_bytes", "What the prefix cache holds")
+        self.kv_cache_bytes = self._gauge(
+            "kv_cache_bytes", "KV caches of what the engine works on; that of prefixes comes on top"
+        )
         self.member_answer_tokens = self._counter(
             "member_answer_tokens_total", "Tokens that a member read and wrote for finished answers", ["member", "kind"]
         )
@@ -89,12 +106,14 @@ class Metrics:
         for member, num_restarts in stats.num_restarts.items():
             self.lattice_restarts.labels(member).inc(num_restarts)
         self.prefix_cache_bytes.set(stats.prefix_cache_bytes)
+        self.kv_cache_bytes.set(stats.kv_cache_bytes)
 
-    def observe_request(self, model: str, status: int, duration_s: float) -> None:
-        """The end of an HTTP request. `model` is "" where it asked for none or for one that is not served."""
+    def observe_request(self, model: str, status: int, duration_s: float, refusal: str = "") -> None:
+        """The end of an HTTP request. `model` is "" where it asked for none or for one that is not served. `refusal`:
+        why it was turned away, where that is more than its status says."""
         self.requests.labels(model, str(status)).inc()
-        if status in REJECTIONS:
-            self.rejections.labels(REJECTIONS[status]).inc()
+        if reason := refusal or REJECTIONS.get(status):
+            self.rejections.labels(reason).inc()
         if model:
             self.request_duration.labels(model).observe(duration_s)
 
@@ -124,6 +143,7 @@ class Metrics:
             if not self._num_live:
                 self.num_requests_running.set(0)
                 self.num_requests_waiting.set(0)
+                self.kv_cache_bytes.set(0)
 
     def token_clock(self, model: str) -> TokenClock:
         return TokenClock(self.time_to_first_token.labels(model), self.inter_token_latency.labels(model))
@@ -179,14 +199,26 @@ class GenerationMeter:
         self._stage_began = time.perf_counter()
         self._running.enter_context(self._metrics.live_request())
 
-    def read(self) -> None:
+    def read(self, num_tokens: int = 0, waited_s: float | None = None) -> None:
         """Of several prompts the first one counts."""
-        if not self._is_read:
-            self._is_read = True
+        if self._is_read:
+            return
+        self._is_read = True
+        if waited_s is None:
             self._end_stage("prompt")
+            return
+        self._metrics.stage_duration.labels(self._model, "queue").observe(waited_s)
+        self._stage_began += waited_s
+        self._end_stage("prefill")
 
     def token(self, prompt: int, choice: int) -> None:
         self._clock.tick((prompt, choice))
+
+    def silent(self, ensemble: str, member: str, after_s: float) -> None:
+        self._metrics.member_silence.labels(ensemble, member).observe(after_s)
+
+    def chose(self, ensemble: str, took_s: float) -> None:
+        self._metrics.stage_duration.labels(ensemble, "vote").observe(took_s)
 
     def done(self, num_members: int, turnout: int) -> None:
         self._metrics.members_asked.labels(self._model).inc(num_members)
@@ -195,10 +227,10 @@ class GenerationMeter:
     def ended(self, usage: Usage | None) -> None:
         self._running.close()
         if usage is not None:
-            self._end_stage("answer")
+            self._end_stage("decode" if self._is_read else "answer")
             self._metrics.observe_usage(self._model, usage)
 
     def _end_stage(self, stage: str) -> None:
         now = time.perf_counter()
-        self._metrics.stage_duration.labels(self._model, stage).observe(now - self._stage_began)
+        self._metrics.stage_duration.labels(self._model, stage).observe(max(0.0, now - self._stage_began))
         self._stage_began = now

@@ -1,6 +1,6 @@
 """The application: routes, and the layers around them.
 
-RequestLog (id, log line, metrics, last resort) → CORS → RequireKey → AnswerHead → routes
+RequestLog (id, log line, metrics, last resort) → CORS → RequireKey → KeepLimits → AnswerHead → routes
 """
 
 from __future__ import annotations
@@ -24,18 +24,21 @@ from ensemble_server.server.api import (
     models,
     responses,
     tokenization,
+    usage,
     vote,
 )
 from ensemble_server.server.api.admission import Admission
-from ensemble_server.server.api.auth import OPEN_PATHS, RequireKey, configured_keys
+from ensemble_server.server.api.auth import RequireKey, is_open
 from ensemble_server.server.api.context import Context
-from ensemble_server.server.api.errors import install_error_handlers
+from ensemble_server.server.api.errors import documented, install_error_handlers, is_for_messages
 from ensemble_server.server.api.head import AnswerHead
 from ensemble_server.server.api.health import PACKAGE
+from ensemble_server.server.api.limits import LIMIT_HEADERS, UNCOUNTED, KeepLimits
 from ensemble_server.server.api.local_only import LOOPBACK_ORIGIN
 from ensemble_server.server.api.page import install_page
 from ensemble_server.server.api.request_log import RequestLog
 from ensemble_server.server.batch.uploads.service import BatchService
+from ensemble_server.server.limits.accounts import Accounts
 from ensemble_server.server.requests.anthropic_messages.errors import MessagesErrorResponse
 from ensemble_server.server.requests.errors import ErrorResponse
 from ensemble_server.server.requests.openai_responses.stored import StoredResponses
@@ -49,15 +52,15 @@ ROUTES = [
     route
     for part in (
         *(health, models, chat, responses, messages, completions, classify, embeddings, vote, tokenization),
-        *(files, batches),
+        *(files, batches, usage),
     )
     for route in part.router.routes
 ]
-EXPOSED_HEADERS = ["x-request-id", "request-id", "x-ignored-parameters", "retry-after"]
+EXPOSED_HEADERS = ["x-request-id", "request-id", "x-ignored-parameters", "retry-after", *LIMIT_HEADERS]
 
 
 def create_app(hosting: Hosting, *, metrics: Metrics) -> FastAPI:
-    """The HTTP API of `hosting`.
+    """The HTTP API of `hosting`. Raises `ConfigError` if the config's keys are not what it says.
 
     `app.state.admission` opens and closes its door; batches run while `app.state.batches.running()` is entered.
     """
@@ -71,13 +74,15 @@ def create_app(hosting: Hosting, *, metrics: Metrics) -> FastAPI:
         redirect_slashes=False,
     )
     app.router.routes.extend(ROUTES)  # subtle: not included, which would build each of them anew
+    accounts = Accounts(config, metrics)
     context = Context(
         hosting,
         metrics,
         Admission(hosting),
-        BatchService(hosting, metrics),
+        BatchService(hosting, metrics, accounts),
         ParameterCheck(is_strict=config.strict_params),
         StoredResponses(config.stored_responses_mb * 2**20),
+        accounts,
     )
     app.state.context = context
     app.state.admission, app.state.batches = context.admission, context.batches
@@ -86,9 +91,8 @@ def create_app(hosting: Hosting, *, metrics: Metrics) -> FastAPI:
 
     # The last added is the outermost.
     app.add_middleware(AnswerHead)
-    keys = configured_keys(config)
-    if keys:
-        app.add_middleware(RequireKey, keys=keys)
+    app.add_middleware(KeepLimits)
+    app.add_middleware(RequireKey, accounts=accounts)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=config.cors_origins,
@@ -98,7 +102,7 @@ def create_app(hosting: Hosting, *, metrics: Metrics) -> FastAPI:
         expose_headers=EXPOSED_HEADERS,
     )
     app.add_middleware(RequestLog, metrics=metrics)
-    _describe(app, has_keys=bool(keys), has_one_model=len(hosting.listed) == 1)
+    _describe(app, has_keys=accounts.has_keys, has_one_model=len(hosting.listed) == 1)
     return app
 
 
@@ -122,12 +126,17 @@ def _describe(app: FastAPI, *, has_keys: bool, has_one_model: bool) -> None:
             return app.openapi_schema
         document = describe()
         for path, operations in document["paths"].items():
-            for operation in operations.values():
-                operation["responses"].pop("422", None)
+            for method, operation in operations.items():
+                responses = operation["responses"]
+                responses.pop("422", None)
                 if not has_keys:
-                    operation["responses"].pop("401", None)
-                elif path not in OPEN_PATHS:
+                    responses.pop("401", None)
+                elif not is_open(path):
                     operation["security"] = [{"key": []}]
+                if method == "post" and not path.startswith(UNCOUNTED):
+                    shape = "MessagesErrorResponse" if is_for_messages(path) else "ErrorResponse"
+                    for status, refusal in documented(403, 429, shape=shape).items():  # for its key's limits
+                        responses.setdefault(str(status), refusal)
         components = document.setdefault("components", {})
         components.setdefault("schemas", {}).update(_ERROR_SCHEMAS)
         for unused in ("HTTPValidationError", "ValidationError"):

@@ -2,78 +2,60 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import os
-import re
-from collections.abc import Iterable
-from hmac import compare_digest
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ensemble_server.server.api.errors import error_response
-from ensemble_server.server.config.blocks import ServerConfig
+from ensemble_server.server.api.errors import refused
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from ensemble_server.server.limits.account import Account
+    from ensemble_server.server.limits.accounts import Accounts
 
 OPEN_PATHS = frozenset({"/health", "/live", "/ready", "/version", "/", "/docs", "/openapi.json"})
 OPEN_PREFIXES = ("/ui/", "/docs/")  # files of the page, the same for everybody
 
 
-def configured_keys(config: ServerConfig) -> list[str]:
-    """Keys of the config and of the environment variable it names. Empty: the server is open to all."""
-    keys = list(config.api_keys)
-    if config.api_keys_env is not None:
-        from_environment = [key.strip() for key in os.environ.get(config.api_keys_env, "").split(",") if key.strip()]
-        if not from_environment and not keys:
-            logger.warning("%s holds no key: the server is open to everyone who can reach it", config.api_keys_env)
-        keys += from_environment
-    return keys
-
-
 class RequireKey:
-    """ASGI layer that answers 401 unless a request carries one of `keys`.
+    """ASGI layer that answers 401 unless a request carries a key that `accounts` knows.
 
-    Digests are compared, all of them, in constant time: how long it takes tells nothing about the keys. CORS preflights
-    (OPTIONS) carry no key and pass.
+    Whose request it is stands in its state. Without any keys it is everybody's. CORS preflights (OPTIONS) carry no key
+    and pass.
     """
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, accounts: Accounts) -> None:
         self._app = app
-        self._digests = [key_digest(key) for key in keys]
+        self._accounts = accounts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] == "OPTIONS" or _is_open(scope["path"]):
+        if scope["type"] != "http" or scope["method"] == "OPTIONS" or is_open(scope["path"]):
+            await self._app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        if not self._accounts.has_keys:
+            state["account"] = self._accounts.everyone
             await self._app(scope, receive, send)
             return
         key = sent_key(Headers(scope=scope))
-        if key is not None and self._is_known(key):
-            scope.setdefault("state", {})["owner"] = hashlib.sha256(b"owner:" + key.encode("latin-1")).hexdigest()
+        if key is not None and (found := self._accounts.of_key(key)) is not None:
+            state["owner"], state["account"] = found
             await self._app(scope, receive, send)
             return
         message = "the API key is not valid" if key else "an API key is needed; send 'Authorization: Bearer KEY'"
-        refusal = error_response(HTTPException(401, message, headers={"www-authenticate": "Bearer"}), scope["path"])
-        await refusal(scope, receive, send)
-
-    def _is_known(self, key: str) -> bool:
-        digest = hashlib.sha256(key.encode("latin-1")).digest()  # the bytes as they were sent
-        matches = [compare_digest(digest, known) for known in self._digests]
-        return any(matches)
+        await refused(HTTPException(401, message, headers={"www-authenticate": "Bearer"}), scope, receive, send)
 
 
-def key_digest(key: str) -> bytes:
-    """The SHA-256 of a key. A config may give that alone: "sha256:" and 64 hex digits."""
-    kind, _, digits = key.partition(":")
-    if kind == "sha256" and re.fullmatch(r"[0-9a-f]{64}", digits):
-        return bytes.fromhex(digits)
-    return hashlib.sha256(key.encode()).digest()
-
-
-def _is_open(path: str) -> bool:
+def is_open(path: str) -> bool:
+    """Whether `path` needs no key."""
     return path in OPEN_PATHS or path.startswith(OPEN_PREFIXES)
+
+
+def account_of(request: Request) -> Account | None:
+    """Whose limits hold for a request; None for one of an open path."""
+    return request.scope.get("state", {}).get("account")
 
 
 def owner_of(request: Request) -> str:

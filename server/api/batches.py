@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ensemble_server.ensembles.errors import RequestError
-from ensemble_server.server.api.auth import owner_of
+from ensemble_server.server.api.auth import account_of, owner_of
 from ensemble_server.server.api.batch_objects import BatchList, BatchObject, batch_object
 from ensemble_server.server.api.context import check_open, check_ready, context_of
 from ensemble_server.server.api.errors import documented
@@ -72,8 +72,11 @@ async def create_batch(body: BatchBody, request: Request) -> Response:
     """Begins a batch. Its lines are checked, then answered, while you ask for its state."""
     context = context_of(request)
     headers = ignored_header(context.parameters.ignored(body))
+    account = account_of(request)
+    assert account is not None, "the path is not open"
     batch = await context.batches.create_batch(
         owner_of(request),
+        account=account.name,
         endpoint=body.endpoint,
         input_file_id=body.input_file_id,
         completion_window=body.completion_window,

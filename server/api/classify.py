@@ -8,10 +8,9 @@ from starlette.responses import Response
 
 from ensemble_server.server.api.context import check_ready, context_of
 from ensemble_server.server.api.errors import documented
-from ensemble_server.server.api.generation import terms_of
+from ensemble_server.server.api.generation import observer_of, terms_of
 from ensemble_server.server.api.json_body import JSONBodyRoute
 from ensemble_server.server.api.json_response import JSONResponse, ignored_header
-from ensemble_server.server.api.request_log import record_of
 from ensemble_server.server.requests.classify import classify
 from ensemble_server.server.requests.classify_body import ClassifyBody
 from ensemble_server.server.requests.responses import ClassificationObject
@@ -29,10 +28,6 @@ async def create_classification(body: ClassifyBody, request: Request) -> Respons
     """Which of a few labels continues a prompt, with a probability for each."""
     context = context_of(request)
     headers = ignored_header(context.parameters.ignored(body))
-    work = classify(context.hosting, body, terms_of(request), context.priors)
+    work = classify(context.hosting, body, terms_of(request), context.priors, observer_of(request))
     classified = await context.admission.answer(request.receive, work)
-    record = record_of(request)
-    record.model, record.prompt_tokens = classified.model, classified.usage.prompt_tokens
-    record.completion_tokens = classified.usage.completion_tokens
-    context.metrics.observe_usage(classified.model, classified.usage)
     return JSONResponse(classified.shown(), headers=headers)

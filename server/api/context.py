@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 
 from ensemble_server.server.api.admission import Admission
 from ensemble_server.server.api.arrival import Bodies
+from ensemble_server.server.api.auth import account_of
 from ensemble_server.server.batch.uploads.service import BatchService
+from ensemble_server.server.limits.accounts import Accounts
 from ensemble_server.server.requests.classify import Priors
 from ensemble_server.server.requests.openai_responses.stored import StoredResponses
 from ensemble_server.server.requests.protocol import ParameterCheck
@@ -28,6 +30,7 @@ class Context:
     batches: BatchService
     parameters: ParameterCheck
     stored: StoredResponses
+    accounts: Accounts
     priors: Priors = field(default_factory=Priors)
     bodies: Bodies = field(default_factory=Bodies)
 
@@ -37,8 +40,12 @@ class Context:
 
 
 def context_of(request: Request) -> Context:
-    """Of the application that `request` came to."""
-    return request.app.state.context
+    """Of the application that `request` came to, with the house as its key sees it."""
+    context: Context = request.app.state.context
+    account = account_of(request)
+    if account is None or account.limits.models is None:
+        return context
+    return replace(context, hosting=account.house(context.hosting))
 
 
 async def check_open(request: Request) -> None:

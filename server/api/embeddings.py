@@ -8,9 +8,9 @@ from starlette.responses import Response
 
 from ensemble_server.server.api.context import check_ready, context_of
 from ensemble_server.server.api.errors import documented
+from ensemble_server.server.api.generation import observer_of
 from ensemble_server.server.api.json_body import JSONBodyRoute
 from ensemble_server.server.api.json_response import JSONResponse, ignored_header
-from ensemble_server.server.api.request_log import record_of
 from ensemble_server.server.requests.embeddings import EmbeddingBody, embedded
 from ensemble_server.server.requests.responses import EmbeddingList
 
@@ -26,7 +26,6 @@ async def create_embeddings(body: EmbeddingBody, request: Request) -> Response:
     """Unit vectors of one text or several."""
     context = context_of(request)
     headers = ignored_header(context.parameters.ignored(body))
-    answer = await context.admission.answer(request.receive, embedded(body, context.hosting.embedder))
-    record = record_of(request)
-    record.model, record.prompt_tokens = answer["model"], answer["usage"]["prompt_tokens"]
+    work = embedded(body, context.hosting.embedder, observer_of(request))
+    answer = await context.admission.answer(request.receive, work)
     return JSONResponse(answer, headers=headers)

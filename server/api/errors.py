@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
+from starlette.types import Receive, Scope, Send
 
 from ensemble_server.ensembles import errors
 from ensemble_server.server.requests.anthropic_messages.errors import message_error
@@ -52,13 +53,13 @@ STATUS_KINDS: Mapping[int, ErrorKind] = {
 DOCUMENTED: Mapping[int, str] = {
     400: "The request is wrong; `param` names the field",
     401: "No valid API key",
-    403: "A page of another origin may not upload files",
+    403: "The key may not ask this model, or a page of another origin may not upload files",
     408: "The body came too slowly",
     404: "There is no such model, file, batch or route",
     409: "The batch has ended already",
-    413: "The body is larger than server.max_body_bytes, or the file than batch.max_file_bytes",
+    413: "The body is larger than server.max_body_bytes, the file than batch.max_file_bytes or what its key may keep",
     415: "The body is not application/json, or an upload no multipart/form-data",
-    429: "The queue is full; Retry-After says when to come back",
+    429: "The queue is full, or a limit of the key is reached; Retry-After says when to come back",
     500: "The server failed",
     502: "A member failed on this request",
     503: "Loading, shutting down, too few members answered, the engine is dead, or batch.folder is another server's",
@@ -99,6 +100,39 @@ def is_for_messages(path: str) -> bool:
     return path == "/v1/messages" or path.startswith("/v1/messages/")
 
 
+async def refused(exc: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request with `exc` from a layer, before it comes to a route."""
+    note_refusal(scope, exc)
+    await error_response(exc, scope["path"])(scope, receive, send)
+
+
+def note_refusal(scope: Scope, exc: BaseException) -> None:
+    """Leave word of why a request is turned away, for the log and the metrics."""
+    if (reason := refusal(exc)) and (record := scope.get("state", {}).get("record")) is not None:
+        record.refusal = reason
+
+
+def refusal(exc: BaseException) -> str:
+    """Why `exc` turns a request away; "" for what is no refusal, such as a wrong body or a failure."""
+    match exc:
+        case errors.RateLimitError():
+            return exc.limit
+        case errors.EngineRestartingError() | errors.EngineDeadError():
+            return "unready"
+        case errors.OverloadedError():
+            return "queue"
+        case errors.ForbiddenModelError():
+            return "model"
+        case errors.QuotaError():
+            return "uploads"
+        case HTTPException():
+            return _REFUSING.get(exc.status_code, "")
+    return ""
+
+
+_REFUSING = {401: "key", 403: "origin", 408: "slow", 413: "size", 503: "unready"}
+
+
 def log_failure(what: str, exc: BaseException, kind: ErrorKind) -> None:
     """A failure of the server itself is logged with its traceback, one of a member in one line."""
     if kind.status == HTTPStatus.INTERNAL_SERVER_ERROR:
@@ -134,6 +168,7 @@ def install_error_handlers(app: FastAPI) -> None:
             meant = next((path for path in _similar_paths(request.url.path) if _has(app, request, path)), None)
             message = f"there is no {where} here" + (f"; did you mean {meant}?" if meant else "")
             exc = HTTPException(exc.status_code, message, headers=headers)
+        note_refusal(request.scope, exc)
         return error_response(exc, request.url.path)
 
     for known in (errors.EnsembleError, HTTPException, RequestValidationError):

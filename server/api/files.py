@@ -15,7 +15,7 @@ from starlette.responses import Response, StreamingResponse
 
 from ensemble_server.ensembles.errors import RequestError
 from ensemble_server.server.api.admission import Admission
-from ensemble_server.server.api.auth import owner_of
+from ensemble_server.server.api.auth import account_of, owner_of
 from ensemble_server.server.api.batch_objects import FileDeleted, FileList, FileObject, file_object
 from ensemble_server.server.api.context import check_open, context_of
 from ensemble_server.server.api.errors import documented
@@ -65,14 +65,22 @@ async def upload_file(request: Request) -> Response:
     """Keeps a file. Its bytes go to the disk as they come."""
     context = context_of(request)
     refuse_other_origins(request, context.config.cors_origins)
-    with context.admission.live_request():
+    account, owner = account_of(request), owner_of(request)
+    assert account is not None, "the path is not open"
+    num_kept = await context.batches.num_bytes_kept(owner)
+    with context.admission.live_request(), account.upload(num_kept) as grow:
         new = await context.batches.new_file()
+
+        def write(data: bytes) -> None:
+            grow(len(data))
+            new.write(data)
+
         try:
-            form = await read_upload(request, new.write, max_bytes=context.hosting.config.batch.max_file_bytes)
+            form = await read_upload(request, write, max_bytes=context.hosting.config.batch.max_file_bytes)
             fields = _upload_fields(form.fields)
             headers = ignored_header(context.parameters.ignored(fields))
             file = await context.batches.keep_file(
-                new, owner=owner_of(request), filename=_plain_name(form.filename), expires_after_s=fields.seconds
+                new, owner=owner, filename=_plain_name(form.filename), expires_after_s=fields.seconds
             )
         except BaseException:
             await asyncio.to_thread(new.discard)

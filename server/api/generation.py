@@ -8,10 +8,12 @@ from typing import Any, Protocol
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ensemble_server.server.api.auth import account_of
 from ensemble_server.server.api.context import context_of
 from ensemble_server.server.api.json_response import JSONResponse, ignored_header, names_header
 from ensemble_server.server.api.request_log import RecordingObserver, record_of
 from ensemble_server.server.api.streaming import EventStream, Framing
+from ensemble_server.server.limits.spending import Spending
 from ensemble_server.server.requests.terms import Terms
 
 STREAMABLE = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}  # of a response, for OpenAPI
@@ -30,7 +32,9 @@ def terms_of(request: Request) -> Terms:
 
 
 def observer_of(request: Request) -> RecordingObserver:
-    return RecordingObserver(record_of(request), context_of(request).metrics)
+    """Counts what a request uses: in its line of the log, in the metrics, and for its key."""
+    meter, account = context_of(request).metrics.generation_meter(), account_of(request)
+    return RecordingObserver(record_of(request), meter if account is None else Spending(account, meter))
 
 
 async def generated(

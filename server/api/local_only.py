@@ -30,7 +30,7 @@ _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 
 def local_only(app: ASGIApp, address: str, config: ServerConfig) -> ASGIApp:
     """`app`, behind `LocalOnly` if it listens at a loopback `address` and `config` has no keys."""
-    has_keys = bool(config.api_keys) or bool(config.api_keys_env and os.environ.get(config.api_keys_env))
+    has_keys = bool(config.api_keys or config.keys) or bool(config.api_keys_env and os.environ.get(config.api_keys_env))
     if has_keys or not ip_address(address).is_loopback or "*" in config.cors_origins:
         return app
     return LocalOnly(app, config.cors_origins)

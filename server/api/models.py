@@ -13,7 +13,7 @@ from ensemble_server.ensembles.method import Method
 from ensemble_server.server.api.context import check_ready, context_of
 from ensemble_server.server.api.errors import documented
 from ensemble_server.server.api.json_response import JSONResponse
-from ensemble_server.server.requests.models import unknown_model
+from ensemble_server.server.requests.models import requested_model
 from ensemble_server.server.requests.responses import ModelEnsemble, ModelList, ModelObject
 
 if TYPE_CHECKING:
@@ -37,16 +37,14 @@ async def list_models(request: Request) -> JSONResponse:
 @router.get(
     "/v1/models/{model_id:path}",
     response_model=None,
-    responses={200: {"model": ModelObject}} | documented(401, 404, 503),
+    responses={200: {"model": ModelObject}} | documented(401, 403, 404, 503),
 )
 async def retrieve_model(model_id: str, request: Request) -> JSONResponse:
     """One model. Its name may contain slashes."""
     hosting = context_of(request).hosting
     if model_id == hosting.embedder.name and await asyncio.to_thread(_embeds, hosting):
         return JSONResponse(_embedding_model(hosting))
-    if model_id not in hosting.models:
-        raise unknown_model(model_id, hosting.listed)
-    return JSONResponse(model_object(hosting.models[model_id], hosting))
+    return JSONResponse(model_object(requested_model(hosting, model_id), hosting))
 
 
 def model_object(model: Model, hosting: Hosting) -> ModelObject:

@@ -22,6 +22,7 @@ from ensemble_server.server.requests.errors import shortened
 if TYPE_CHECKING:
     from ensemble_server.ensembles.base import Usage
     from ensemble_server.server.metrics import Metrics
+    from ensemble_server.server.requests.generation import Observer
 
 logger = logging.getLogger("ensemble.access")
 
@@ -45,32 +46,40 @@ class RequestRecord:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     error: str = ""
+    key: str = ""  # its name
+    refusal: str = ""  # why it was turned away, if it was
 
 
 class RecordingObserver:
-    """Notes in `record` what generations used (`requests.generation.Observer`), and passes all on to the metrics."""
+    """Notes in `record` what generations used (`requests.generation.Observer`), and passes all on."""
 
-    def __init__(self, record: RequestRecord, metrics: Metrics) -> None:
+    def __init__(self, record: RequestRecord, then: Observer) -> None:
         self._record = record
-        self._meter = metrics.generation_meter()
+        self._then = then
 
     def began(self, model: str) -> None:
         self._record.model = model
-        self._meter.began(model)
+        self._then.began(model)
 
     def token(self, prompt: int, choice: int) -> None:
-        self._meter.token(prompt, choice)
+        self._then.token(prompt, choice)
 
-    def read(self) -> None:
-        self._meter.read()
+    def read(self, num_tokens: int = 0, waited_s: float | None = None) -> None:
+        self._then.read(num_tokens, waited_s)
+
+    def silent(self, ensemble: str, member: str, after_s: float) -> None:
+        self._then.silent(ensemble, member, after_s)
+
+    def chose(self, ensemble: str, took_s: float) -> None:
+        self._then.chose(ensemble, took_s)
 
     def done(self, num_members: int, turnout: int) -> None:
-        self._meter.done(num_members, turnout)
+        self._then.done(num_members, turnout)
 
     def ended(self, usage: Usage | None) -> None:
         if usage is not None:
             self._record.prompt_tokens, self._record.completion_tokens = usage.prompt_tokens, usage.completion_tokens
-        self._meter.ended(usage)
+        self._then.ended(usage)
 
 
 def record_of(request: Request) -> RequestRecord:
@@ -122,7 +131,7 @@ class RequestLog:
         finally:
             duration_s = time.perf_counter() - started
             record.duration_ms = round(1000 * duration_s, 1)
-            self._metrics.observe_request(record.model, record.status, duration_s)
+            self._metrics.observe_request(record.model, record.status, duration_s, record.refusal)
             level = logging.DEBUG if record.path in PROBES else logging.INFO
             logger.log(level, _line(record), extra={"fields": asdict(record)})
 

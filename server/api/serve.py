@@ -27,6 +27,7 @@ from ensemble_server.server.api.errors import error_response
 from ensemble_server.server.api.json_response import JSONResponse
 from ensemble_server.server.api.local_only import local_only
 from ensemble_server.server.api.logs import configure_logging
+from ensemble_server.server.limits.keys import keys_of
 from ensemble_server.server.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ async def _load_and_answer(config: Config, entrance: Entrance, stop: StopSignals
     from ensemble_server.server.api.app import create_app
     from ensemble_server.server.hosting import Hosting
 
+    keys_of(config.server)  # what is wrong with them is said before models are loaded
     metrics = Metrics()
     async with Hosting.open(config, on_step=metrics.observe_step) as hosting:
         app = create_app(hosting, metrics=metrics)

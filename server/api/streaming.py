@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from typing import Any, Protocol
 
 import orjson
@@ -70,6 +70,12 @@ class NamedEvents:
         return b"".join(map(self.event, self._failed(error)))
 
 
+def _counted(scope: Scope) -> AbstractContextManager[None]:
+    """While it streams an answer is one of its key's. Raises `RateLimitError` if that has as many as it may."""
+    account = scope["state"].get("account")
+    return nullcontext() if account is None else account.stream()
+
+
 class EventStream(Response):
     """Sends `chunks` as they come, each as an event, and then the stream's end.
 
@@ -101,7 +107,8 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await self._admission.answer(receive, self._play(send))
+            with _counted(scope):
+                await self._admission.answer(receive, self._play(send))
         except Exception as exc:
             if not self._has_begun:
                 raise

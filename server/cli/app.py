@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "batch": "ensemble_server.server.cli.batch:batch",
     "batch merge": "ensemble_server.server.cli.batch_merge:merge",
     "batch submission": "ensemble_server.server.cli.batch_submission:submission",
+    "usage": "ensemble_server.server.cli.usage:usage",
     "vote": "ensemble_server.server.cli.vote:vote",
     "replay": "ensemble_server.server.cli.replay:replay",
     "fit": "ensemble_server.server.cli.fit:fit",

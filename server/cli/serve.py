@@ -82,4 +82,4 @@ def _key_header(server: ServerConfig) -> str:
     """A header that takes the key from where the config has it; a key itself is never printed."""
     if server.api_keys_env is not None:
         return f'-H "Authorization: Bearer ${{{server.api_keys_env}%%,*}}" '  # the first of the list
-    return '-H "Authorization: Bearer YOUR_KEY" ' if server.api_keys else ""
+    return '-H "Authorization: Bearer YOUR_KEY" ' if server.api_keys or server.keys else ""

@@ -126,6 +126,43 @@ class RemoteModel(Block):
     listed: bool = Field(default=True, description=LISTED)
 
 
+class KeyLimits(Block):
+    """What one key may use. Nothing is limited that is not set."""
+
+    requests_per_minute: Annotated[Count, Unit("requests")] | None = Field(
+        default=None, description="in any 60 seconds; more are refused with 429, rows of batches wait"
+    )
+    tokens_per_minute: Tokens | None = Field(
+        default=None,
+        description="read and written in 60 seconds, as `usage` counts them; once they are used up, requests are "
+        "refused with 429 and rows of batches wait",
+    )
+    streams_at_once: Annotated[Count, Unit("streams")] | None = Field(
+        default=None, description="answers that stream at the same time; more are refused with 429"
+    )
+    upload_bytes: Count | None = Field(
+        default=None, description="of uploaded files that are kept at the same time; more are refused with 413"
+    )
+    models: tuple[str, ...] | None = Field(
+        default=None, description="that may be asked; others are not listed, and refused with 403"
+    )
+
+
+class NamedKey(KeyLimits):
+    """A key with a name and limits of its own. What it does not say, `server.limits` says for it."""
+
+    key: str | None = Field(
+        default=None, min_length=1, repr=False, description="the key, or `sha256:` and its digest as 64 hex digits"
+    )
+    key_env: VariableName | None = Field(default=None, description="environment variable that holds it instead")
+
+    @model_validator(mode="after")
+    def _has_one_key(self) -> NamedKey:
+        if (self.key is None) == (self.key_env is None):
+            raise ValueError("needs exactly one of `key` and `key_env`")
+        return self
+
+
 class ServerConfig(Block):
     """How the server listens, whom it lets in and what it bounds."""
 
@@ -139,6 +176,12 @@ class ServerConfig(Block):
         repr=False,
         description="keys besides those of `api_keys_env`, or `sha256:` and a key's digest; without any key the server "
         "is open to all",
+    )
+    keys: dict[str, NamedKey] = Field(
+        default={}, description="more keys, by names that logs, metrics and `ensemble usage` call them; see below"
+    )
+    limits: KeyLimits = Field(
+        default=KeyLimits(), description="of every key, each on its own; of all callers together where there is no key"
     )
     max_queue: Annotated[Count, Unit("requests")] = Field(
         default=256, description="how many may wait; more are refused with 429"

@@ -25,6 +25,8 @@ from ensemble_server.server.config.blocks import (
     EmbeddingConfig,
     EngineConfig,
     HostedModel,
+    KeyLimits,
+    NamedKey,
     RemoteModel,
     ServerConfig,
     VllmEngineConfig,
@@ -36,6 +38,8 @@ BLOCKS: dict[str, type[BaseModel]] = {
     "remote": RemoteModel,
     "ensemble": MethodConfig,
     "server": ServerConfig,
+    "key_limits": KeyLimits,
+    "named_key": NamedKey,
     "engine": EngineConfig,
     "vllm_engine": VllmEngineConfig,
     "embedding": EmbeddingConfig,
@@ -49,7 +53,8 @@ def with_tables(readme: str) -> str:
 
     def section(match: re.Match[str]) -> str:
         name = match["name"]
-        body = "\n\n".join(_methods()) if name == "methods" else table(BLOCKS[name])
+        without = frozenset(KeyLimits.model_fields) if name == "named_key" else frozenset()
+        body = "\n\n".join(_methods()) if name == "methods" else table(BLOCKS[name], without=without)
         return f"{match[1]}\n{body}\n\n{match[3]}"
 
     return _SECTION.sub(section, readme)
@@ -124,6 +129,8 @@ def _default(field: FieldInfo) -> str:
         return ""
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
+    if isinstance(value, BaseModel):
+        return "none"
     if isinstance(value, list | tuple | dict):
         return "empty" if not value else f"`{value}`"
     return f"`{value}`"

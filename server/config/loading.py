@@ -31,7 +31,7 @@ from ensemble_server.server.config.blocks import (
     VllmEngineConfig,
 )
 from ensemble_server.server.config.problems import findings, nearest
-from ensemble_server.server.config.references import nesting_problems, reference_problems
+from ensemble_server.server.config.references import key_problems, nesting_problems, reference_problems
 from ensemble_server.server.config.strict_yaml import expand_variables, read_yaml
 
 
@@ -107,9 +107,11 @@ def _parse(data: Any, *, source: Path, problems: list[str]) -> Config:
         )  # `server:` with no keys below is empty
         for key, block in blocks.items()
     }
-
-    if not problems:
-        problems += nesting_problems(models, parsed["server"])
+    server = parsed["server"]
+    if server is not None:
+        problems += key_problems(server, [name for name in entries if isinstance(name, str)])
+    if server is not None and not problems:
+        problems += nesting_problems(models, server)
         if not any(model.listed for model in models.values()):
             problems.append("models: every one has `listed: false`; at least one must be listed")
     if problems:

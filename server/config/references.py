@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
@@ -50,6 +50,23 @@ def reference_problems(models: Mapping[str, ModelEntry], entries: Mapping[Any, A
             cycle = exc.args[1][::-1]  # each refers to the next
             problems.append(f"models.{cycle[0]}: an ensemble cannot contain itself: {' -> '.join(cycle)}")
             graph[cycle[0]] = graph[cycle[0]] - {cycle[1]}
+
+
+def key_problems(server: ServerConfig, known: Collection[str]) -> list[str]:
+    """Models that keys may ask and that no entry has, and names of keys that cannot be shown."""
+    allowed = {"server.limits": server.limits} | {f"server.keys.{name}": key for name, key in server.keys.items()}
+    problems = [
+        f"server.keys: the name {name!r} must be printable, without spaces, and not empty"
+        for name in server.keys
+        if not name or not name.isprintable() or " " in name
+    ]
+    for place, limits in allowed.items():
+        problems += [
+            f"{place}.models: there is no model {name!r}{nearest(name, known)}"
+            for name in limits.models or ()
+            if name not in known
+        ]
+    return problems
 
 
 def nesting_problems(models: Mapping[str, ModelEntry], limits: ServerConfig) -> list[str]:

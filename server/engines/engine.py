@@ -14,7 +14,8 @@ class StepStats:
     """One step of the engine, for metrics. `num_rows`: rows (one per request and member) that each member forwarded;
     `num_tokens`: tokens, prompt and generated, that it forwarded; `num_cached_tokens`: prompt tokens that it did not
     have to, since the prefix cache, which now holds `prefix_cache_bytes`, knew them; `num_restarts`: how often members
-    that are averaged over text could not write it, and began anew."""
+    that are averaged over text could not write it, and began anew. `kv_cache_bytes`: of the caches of all that runs,
+    what they share counted once; 0 where that is not known."""
 
     duration_s: float
     num_running: int
@@ -24,6 +25,7 @@ class StepStats:
     num_cached_tokens: Mapping[str, int] = field(default_factory=dict)
     prefix_cache_bytes: int = 0
     num_restarts: Mapping[str, int] = field(default_factory=dict)
+    kv_cache_bytes: int = 0
 
 
 class Engine(MixtureHost, Protocol):

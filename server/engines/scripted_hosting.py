@@ -10,9 +10,10 @@ It ships with the package, as httpx's mock transport does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
@@ -65,6 +66,7 @@ class ScriptedHosting:
         self.num_restarts = 0
         self.down: frozenset[str] = frozenset()
         self._surfaces = surfaces or {}
+        self._allowed: Collection[str] | None = None  # None: all
 
     def change(self, block: Literal["server", "engine", "embedding", "batch"], **keys: Any) -> None:
         """Give keys of one block of the config other values, before anything is made of it."""
@@ -73,6 +75,16 @@ class ScriptedHosting:
 
     def surface(self, name: str) -> Surface | None:
         return self._surfaces.get(name)
+
+    def allows(self, name: str) -> bool:
+        return self._allowed is None or name in self._allowed
+
+    def only(self, names: Collection[str]) -> Self:
+        """As it is now: what is said to go wrong later is said of the whole house."""
+        restricted = copy.copy(self)
+        restricted._allowed = frozenset(names)
+        restricted.listed = [name for name in self.listed if name in names]
+        return restricted
 
     def fingerprint(self, name: str) -> str:
         return f"fp_{name}"

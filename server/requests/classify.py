@@ -27,6 +27,7 @@ from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
 from ensemble_server.ensembles.routing import Routing
 from ensemble_server.server.config.blocks import RemoteModel
 from ensemble_server.server.requests.classify_body import ClassifyBody, Prompted
+from ensemble_server.server.requests.generation import NOBODY, Observer, whole
 from ensemble_server.server.requests.label_logprobs import label_logprobs, place_labels
 from ensemble_server.server.requests.models import requested_model
 from ensemble_server.server.requests.responses import ClassificationObject
@@ -66,7 +67,9 @@ class Classification:
         }
 
 
-async def classify(hosting: Hosting, body: ClassifyBody, terms: Terms, priors: Priors) -> Classification:
+async def classify(
+    hosting: Hosting, body: ClassifyBody, terms: Terms, priors: Priors, observer: Observer = NOBODY
+) -> Classification:
     """The labels' probabilities for one body. Raises `RequestError` if it cannot be, `DeadlineError` if it is too late.
 
     `priors`: what is known already of content-free prompts. Each is read once for all bodies that share it, so its
@@ -80,7 +83,10 @@ async def classify(hosting: Hosting, body: ClassifyBody, terms: Terms, priors: P
         request_id=terms.request_id,
         sampling=_SCORING,
     )
-    return await _classified(hosting, name, body, body.ensemble, base, priors)
+    with whole(observer, name) as used:
+        classified = await _classified(hosting, name, body, body.ensemble, base, priors)
+        used(classified.usage)
+        return classified
 
 
 _SCORING = Sampling(max_tokens=0, temperature=0.0)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, PlainValidator
 
+from ensemble_server.ensembles.base import MemberUsage, Usage
 from ensemble_server.ensembles.errors import ContextLengthError, UnsupportedError
+from ensemble_server.server.requests.generation import NOBODY, Observer, whole
 from ensemble_server.server.requests.messages import WHOLE, Part
 from ensemble_server.server.requests.models import unknown_model
 from ensemble_server.server.requests.protocol import MAX_EMBEDDING_INPUTS
@@ -59,7 +61,7 @@ class EmbeddingBody(Part):
     )
 
 
-async def embedded(body: EmbeddingBody, embedder: CountingEmbedder) -> EmbeddingList:
+async def embedded(body: EmbeddingBody, embedder: CountingEmbedder, observer: Observer = NOBODY) -> EmbeddingList:
     """Raises `UnknownModelError`; `ContextLengthError` for texts that would be cut, unless that was asked for."""
     if body.model not in (None, embedder.name):
         raise unknown_model(body.model, [embedder.name])
@@ -76,8 +78,10 @@ async def embedded(body: EmbeddingBody, embedder: CountingEmbedder) -> Embedding
             "shorten it, or send truncate_prompt_tokens: -1 to have it cut",
             param="input",
         )
-    vectors = await embedder.embed(body.input)
     used = sum(num_tokens) if limit is None else sum(min(number, limit) for number in num_tokens)
+    with whole(observer, embedder.name) as told:
+        vectors = await embedder.embed(body.input)
+        told(Usage(used, 0, {embedder.name: MemberUsage(used)}))
     form = _base64 if body.encoding_format == "base64" else np.ndarray.tolist
     return {
         "object": "list",

@@ -5,9 +5,9 @@ One body may ask for several generations (a completion has one per prompt), and 
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -158,8 +158,14 @@ class Observer(Protocol):
     def token(self, prompt: int, choice: int) -> None:
         """The next piece of a choice is there: of which prompt, and which of its choices."""
 
-    def read(self) -> None:
-        """A prompt has waited its turn and is read."""
+    def read(self, num_tokens: int = 0, waited_s: float | None = None) -> None:
+        """A prompt of so many tokens has waited its turn, so long if the engine tells, and is read."""
+
+    def silent(self, ensemble: str, member: str, after_s: float) -> None:
+        """An ensemble goes on without a call of a member, which gave no answer after so long."""
+
+    def chose(self, ensemble: str, took_s: float) -> None:
+        """An ensemble has chosen among its members' answers; that took so long."""
 
     def done(self, num_members: int, turnout: int) -> None:
         """The generations of a prompt have succeeded: of how many models that were asked how many answered."""
@@ -177,7 +183,13 @@ class Nobody:
     def token(self, prompt: int, choice: int) -> None:
         pass
 
-    def read(self) -> None:
+    def read(self, num_tokens: int = 0, waited_s: float | None = None) -> None:
+        pass
+
+    def silent(self, ensemble: str, member: str, after_s: float) -> None:
+        pass
+
+    def chose(self, ensemble: str, took_s: float) -> None:
         pass
 
     def done(self, num_members: int, turnout: int) -> None:
@@ -188,6 +200,22 @@ class Nobody:
 
 
 NOBODY = Nobody()
+
+
+@contextmanager
+def whole(observer: Observer, model: str) -> Iterator[Callable[[Usage], None]]:
+    """While something is answered in one piece: `observer` is told what it used, once the block has told."""
+    usage: Usage | None = None
+
+    def used(told: Usage) -> None:
+        nonlocal usage
+        usage = told
+
+    observer.began(model)
+    try:
+        yield used
+    finally:
+        observer.ended(usage)
 
 
 @dataclass
@@ -230,7 +258,7 @@ class Generations:
         self.observer.began(self.model.name)
         try:
             max_concurrent = max(1, self.hosting.config.engine.max_batch // self.requests[0].n)
-            openers = [partial(self.model.generate, request) for request in self.requests]
+            openers = [partial(self.model.generate, replace(request, watch=self.observer)) for request in self.requests]
             async with aclosing(side_by_side(openers, at_once=max_concurrent)) as events:
                 async for place, event in events:
                     match event:
@@ -238,7 +266,7 @@ class Generations:
                             self.observer.token(place, event.index)
                             self.num_completion_tokens += len(event.token_ids)
                         case PromptScored():
-                            self.observer.read()
+                            self.observer.read(len(event.token_ids), event.waited_s)
                             self.num_prompt_tokens += len(event.token_ids)
                         case Done():
                             self.observer.done(len(event.members), event.turnout)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ensemble_server.ensembles.base import DistributionModel, Model
-from ensemble_server.ensembles.errors import RequestError, UnknownModelError
+from ensemble_server.ensembles.errors import ForbiddenModelError, RequestError, UnknownModelError
 from ensemble_server.server.config.problems import nearest
 from ensemble_server.server.requests.errors import shortened
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def requested_model(hosting: Hosting, name: str | None) -> Model:
     """The model a request names; the only listed one if it names none.
 
-    Models that are not listed answer too: they are hidden, not locked. Raises `RequestError` or `UnknownModelError`.
+    Models that are not listed answer too: they are hidden, not locked. Raises `RequestError`, `UnknownModelError`, or
+    `ForbiddenModelError` for one that whoever asks may not use.
     """
     if name is None:
         if len(hosting.listed) != 1:
@@ -26,6 +27,9 @@ def requested_model(hosting: Hosting, name: str | None) -> Model:
         name = hosting.listed[0]
     if name not in hosting.models:
         raise unknown_model(name, hosting.listed)
+    if not hosting.allows(name):
+        allowed = ", ".join(hosting.listed)
+        raise ForbiddenModelError(f"this key may not use model {name!r}; it may use: {allowed}", param="model")
     return hosting.models[name]
 
 

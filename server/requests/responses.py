@@ -245,6 +245,30 @@ class TokenizerInfo(TypedDict):
     chat_template: str | None
 
 
+class ModelTokens(TypedDict):
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class KeyUsage(TypedDict):
+    """What a key has used since `since` (Unix time), rows of batches counted as requests; `refused`: how often a limit
+    turned it away. `limits`: those that are set, as the config has them; `remaining`: what is left of them in this
+    minute."""
+
+    object: Literal["usage"]
+    key: str
+    since: int
+    requests: int
+    refused: int
+    prompt_tokens: int
+    completion_tokens: int
+    upload_bytes: int
+    streams: int
+    models: dict[str, ModelTokens]
+    limits: dict[str, int | list[str]]
+    remaining: dict[str, int]
+
+
 class Health(TypedDict):
     """`down`: listed models that cannot answer now; `impaired`: ensembles of which some part cannot."""
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -173,3 +174,28 @@ def test_usage_adds_up_by_name() -> None:
     inner = Usage(20, 4, {"ann": MemberUsage(10, 2, 0.5), "bob": MemberUsage(10, 2)})
     outer = Usage(10, 1, {"ann": MemberUsage(10, 1, 0.25)})
     assert total_usage([inner, outer]) == Usage(30, 5, {"ann": MemberUsage(20, 3, 0.75), "bob": MemberUsage(10, 2)})
+
+
+class Watching:
+    def __init__(self) -> None:
+        self.silences: list[tuple[str, str, float]] = []
+
+    def silent(self, ensemble: str, member: str, after_s: float) -> None:
+        self.silences.append((ensemble, member, after_s))
+
+    def chose(self, ensemble: str, took_s: float) -> None:
+        raise AssertionError("nothing is chosen here")
+
+
+async def test_whoever_watches_the_request_hears_of_silent_calls_and_how_long_they_were_waited_for(
+    talker: Callable,
+) -> None:
+    watch = Watching()
+    asked = replace(REQUEST, watch=watch)
+    late, ann = talker("late", "never", delay_s=FOREVER), talker("ann", "here")
+    both = [Call(one.name, one, asked) for one in (late, ann)]
+    await fan_out(both, ensemble="crowd", deadline_s=0.05)
+    [(ensemble, member, after_s)] = watch.silences
+    assert (ensemble, member) == ("crowd", "late")
+    assert after_s >= 0.05
+    assert asked == REQUEST, "who watches is no part of what is asked"

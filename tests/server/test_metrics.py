@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from prometheus_client.metrics import MetricWrapperBase
 
 from ensemble_server.ensembles.base import MemberUsage, Usage
 from ensemble_server.server.engines.engine import StepStats
@@ -51,8 +55,10 @@ def test_the_gauges_fall_to_zero_when_the_last_request_ends():
     metrics = Metrics()
     with metrics.live_request():
         with metrics.live_request():
-            metrics.observe_step(step())
+            metrics.observe_step(replace(step(), kv_cache_bytes=4096))
         assert value(metrics, "num_requests_running") == 3
+        assert value(metrics, "kv_cache_bytes") == 4096
+    assert value(metrics, "kv_cache_bytes") == 0
     assert value(metrics, "num_requests_running") == 0
     assert value(metrics, "num_requests_waiting") == 0
 
@@ -100,9 +106,57 @@ def test_stages_and_turnout_are_counted_once_per_body():
     meter.done(num_members=3, turnout=3)
     meter.ended(Usage())
     assert value(metrics, "stage_duration_seconds_count", model="crowd", stage="prompt") == 1
-    assert value(metrics, "stage_duration_seconds_count", model="crowd", stage="answer") == 1
+    assert value(metrics, "stage_duration_seconds_count", model="crowd", stage="decode") == 1
     assert value(metrics, "members_asked_total", model="crowd") == 6
     assert value(metrics, "members_silent_total", model="crowd") == 1
+
+
+def test_the_wait_for_a_place_is_a_stage_of_its_own_where_the_engine_tells_it():
+    metrics = Metrics()
+    meter = metrics.generation_meter()
+    meter.began("mix")
+    time.sleep(0.002)
+    meter.read(12, waited_s=0.001)
+    meter.ended(Usage())
+    stages = {
+        name: value(metrics, "stage_duration_seconds_sum", model="mix", stage=name)
+        for name in ("queue", "prefill", "decode")
+    }
+    assert stages["queue"] == 0.001
+    assert stages["prefill"] >= 0.001
+    assert stages["decode"] is not None
+    assert value(metrics, "stage_duration_seconds_count", model="mix", stage="prompt") is None
+
+
+def test_what_reads_no_prompt_here_has_one_stage_and_choosing_is_a_part_of_it():
+    metrics = Metrics()
+    meter = metrics.generation_meter()
+    meter.began("crowd")
+    meter.silent("crowd", "away", 1.5)
+    meter.chose("crowd", 0.25)
+    meter.ended(Usage())
+    assert value(metrics, "stage_duration_seconds_count", model="crowd", stage="answer") == 1
+    assert value(metrics, "stage_duration_seconds_sum", model="crowd", stage="vote") == 0.25
+    assert value(metrics, "member_silence_seconds_sum", model="crowd", member="away") == 1.5
+
+
+def test_every_metric_is_explained_to_operators_and_no_other():
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- metrics -->")[2].partition("<!-- end -->")[0]
+    rows = re.findall(r"^\| `(ensemble:\w+)` \|([^|]*)\| ", table, re.MULTILINE)
+    told = {name.removesuffix("_total"): tuple(re.findall(r"`(\w+)`", labels)) for name, labels in rows}
+    metrics = Metrics()
+    names = {collector.describe()[0].name: tuple(collector._labelnames) for collector in vars(metrics).values()
+             if isinstance(collector, MetricWrapperBase)}  # fmt: skip
+    assert set(names) == {metric.name for metric in metrics.registry.collect()}
+    assert told == names
+
+
+def test_a_refusal_with_a_reason_of_its_own_is_counted_by_it():
+    metrics = Metrics()
+    metrics.observe_request("mix", 429, 0.001, "tokens")
+    assert value(metrics, "rejections_total", reason="tokens") == 1
+    assert value(metrics, "rejections_total", reason="queue") is None
 
 
 @pytest.mark.parametrize(

@@ -89,11 +89,11 @@ async def _answered(
             completion = await TextCompletion.of(row_body(CompletionBody, row), hosting, terms, new_observer())
             return await completion.answer(), completion.generations.total
         case "/v1/embeddings":
-            vectors = await embedded(row_body(EmbeddingBody, row), hosting.embedder)
+            vectors = await embedded(row_body(EmbeddingBody, row), hosting.embedder, new_observer())
             num_tokens = vectors["usage"]["prompt_tokens"]
             return vectors, Usage(num_tokens, 0, {vectors["model"]: MemberUsage(num_tokens)})
         case "/v1/classify":
-            classified = await classify(hosting, row_body(ClassifyBody, row), terms, priors)
+            classified = await classify(hosting, row_body(ClassifyBody, row), terms, priors, new_observer())
             return classified.shown(), classified.usage
 
 

@@ -70,7 +70,7 @@ class Batch:
     """One batch. `reached`: when it came into each status, in seconds since 1970.
 
     `total`, `completed` and `failed` count rows. While the batch runs they are what was known at the last change of
-    status; the job's own file knows better.
+    status; the job's own file knows better. `account`: the name of the key that it counts for.
     """
 
     id: str
@@ -92,6 +92,7 @@ class Batch:
     errors: tuple[LineError, ...] = ()
     output_file_id: str | None = None
     error_file_id: str | None = None
+    account: str = ""
     seed: int = field(default_factory=lambda: secrets.randbits(31))  # of rows that bring none
 
     @property
@@ -146,6 +147,15 @@ class Catalogue:
         if purpose is not None:
             where, values = f"{where} AND purpose = ?", [*values, purpose]
         return [StoredFile(*row) for row in self._page("files", where, values, after, limit, order)]
+
+    def num_bytes_uploaded(self, owner: str) -> int:
+        """Of the owner's uploads that are there; what batches have written is not counted."""
+        [(number,)] = self._select(
+            "SELECT coalesce(sum(num_bytes), 0) FROM files WHERE owner = ? AND purpose = 'batch' AND expires_at > ?",
+            owner,
+            _now(),
+        )
+        return number
 
     def remove_file(self, file_id: str) -> None:
         with self._transaction() as db:

@@ -16,11 +16,18 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ensemble_server.ensembles.errors import ConfigError, ConflictError, EngineDeadError, StorageError
+from ensemble_server.ensembles.errors import (
+    ConfigError,
+    ConflictError,
+    EngineDeadError,
+    OverloadedError,
+    StorageError,
+)
 from ensemble_server.server.batch.job.identity import Identity
 from ensemble_server.server.batch.job.job_file import DamagedJobError
+from ensemble_server.server.batch.job.rows import Row, RowResult
 from ensemble_server.server.batch.job.store import Counts, JobStore
 from ensemble_server.server.batch.running.answering import answer
 from ensemble_server.server.batch.running.runner import Progress, run
@@ -29,11 +36,13 @@ from ensemble_server.server.batch.uploads.folder import BatchFolder
 from ensemble_server.server.batch.uploads.result_files import ResultFiles, write_result_files
 from ensemble_server.server.batch.uploads.turns import Turns
 from ensemble_server.server.batch.uploads.validation import Findings, checked_file, rows_of
+from ensemble_server.server.limits.spending import Spending
 from ensemble_server.server.requests.classify import Priors
 from ensemble_server.server.requests.errors import error_object
 
 if TYPE_CHECKING:
     from ensemble_server.server.hosting import Hosting
+    from ensemble_server.server.limits.account import Account
     from ensemble_server.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -58,6 +67,7 @@ class LiveBatch:
         metrics: Metrics,
         turns: Turns,
         on_change: Callable[[], None],
+        account: Account,
     ) -> None:
         self.batch = batch
         self.counts: Counts | None = None
@@ -66,6 +76,7 @@ class LiveBatch:
         self._metrics = metrics
         self._turns = turns
         self._on_change = on_change
+        self._account = account
         self._stop = asyncio.Event()
         self._is_paused = False
 
@@ -178,12 +189,25 @@ class LiveBatch:
                 waiting.reschedule(None)  # from here on the run itself heeds the time
                 await run(
                     job,
-                    self._hosting,
+                    self._account.house(self._hosting),
                     deadline_s=self.batch.expires_at - time.time(),
-                    answer=partial(answer, new_observer=self._metrics.generation_meter, priors=Priors()),
+                    answer=partial(self._answer, priors=Priors()),
                     on_progress=self._note,
                     say=partial(logger.warning, "batch %s: %s", self.batch.id),
                 )
+
+    async def _answer(self, hosting: Hosting, row: Row, **how: Any) -> RowResult:
+        """A row counts for its key as a request over HTTP does; where that would be refused, `RateLimitError` is raised
+        and the row waits."""
+        self._account.admit()
+        try:
+            return await answer(hosting, row, new_observer=self._new_observer, **how)
+        except OverloadedError:
+            self._account.take_back()
+            raise
+
+    def _new_observer(self) -> Spending:
+        return Spending(self._account, self._metrics.generation_meter())
 
     def _note(self, progress: Progress) -> None:
         self.counts = progress.counts

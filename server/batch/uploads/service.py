@@ -24,6 +24,7 @@ from ensemble_server.server.batch.uploads.turns import Turns
 
 if TYPE_CHECKING:
     from ensemble_server.server.hosting import Hosting
+    from ensemble_server.server.limits.accounts import Accounts
     from ensemble_server.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -35,9 +36,10 @@ class BatchService:
     """`owner` is who asks: nobody sees what belongs to another. Methods raise `StorageError` if the disk does not obey,
     and `NotFoundError` where an id names nothing of the owner's."""
 
-    def __init__(self, hosting: Hosting, metrics: Metrics) -> None:
+    def __init__(self, hosting: Hosting, metrics: Metrics, accounts: Accounts) -> None:
         self._hosting = hosting
         self._metrics = metrics
+        self._accounts = accounts
         self._config = hosting.config.batch
         self._turns = Turns(self._config.max_running)
         self._folder: BatchFolder | None = None
@@ -115,6 +117,11 @@ class BatchService:
 
         return file, await asyncio.to_thread(opened)
 
+    async def num_bytes_kept(self, owner: str) -> int:
+        """Of the owner's uploads."""
+        folder = await self._existing_folder()
+        return 0 if folder is None else await asyncio.to_thread(folder.catalogue.num_bytes_uploaded, owner)
+
     async def delete_file(self, file_id: str, owner: str) -> None:
         await self.file(file_id, owner)
         folder = await self._open_folder()
@@ -126,6 +133,7 @@ class BatchService:
         self,
         owner: str,
         *,
+        account: str = "",
         endpoint: Url,
         input_file_id: str,
         completion_window: str,
@@ -133,7 +141,10 @@ class BatchService:
         metadata: Mapping[str, str] | None,
         output_expires_after_s: int | None,
     ) -> Batch:
-        """Begin a batch. Raises `OverloadedError` if the owner has `batch.max_live` of them already."""
+        """Begin a batch. `account`: the name of the key that it counts for.
+
+        Raises `OverloadedError` if the owner has `batch.max_live` of them already.
+        """
         try:
             file = await self.file(input_file_id, owner)
         except NotFoundError as exc:
@@ -145,6 +156,7 @@ class BatchService:
         batch = Batch(
             id=new_id("batch_"),
             owner=owner,
+            account=account,
             endpoint=endpoint,
             input_file_id=input_file_id,
             completion_window=completion_window,
@@ -196,7 +208,8 @@ class BatchService:
     # --- at work ---
 
     def _begin(self, batch: Batch, folder: BatchFolder) -> None:
-        live = LiveBatch(batch, folder, self._hosting, self._metrics, self._turns, self._report)
+        account = self._accounts.of_batch(batch.owner, batch.account)
+        live = LiveBatch(batch, folder, self._hosting, self._metrics, self._turns, self._report, account)
         self._live[batch.id] = live
         if self._is_paused:
             live.pause()

@@ -8,7 +8,7 @@ of the surface, as the first member's lattice has settled them, at most a few by
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,7 @@ from ensemble_server.server.engines.shared.choice_text import ChoiceText, joined
 from ensemble_server.server.engines.shared.grammar import GrammarMask, byte_row
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.choice import generator
+from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.speller import Speller
 
@@ -109,6 +110,10 @@ class ByteChoice:
         return self._shown.finish_reason
 
     # --- what the engine asks for -----------------------------------------------------------------------------------
+
+    @property
+    def caches(self) -> Iterator[RowCache]:
+        return (speller.cache for speller in self.spellers)
 
     def next_spans(self) -> list[tuple[Member, Span]]:
         """The rows that its lattices want: per member none, mostly one, at most eight."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from ensemble_server.server.engines.transformers_engine.byte_choice import ByteC
 from ensemble_server.server.engines.transformers_engine.byte_prompt import BytePrompt, common_end
 from ensemble_server.server.engines.transformers_engine.generation import Choice, Generation
 from ensemble_server.server.engines.transformers_engine.given_reading import GivenReading, begun, scored_pieces
+from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey, PrefixCache
 from ensemble_server.server.engines.transformers_engine.speller import Speller
@@ -79,6 +80,14 @@ class ByteGeneration(Generation):
     @property
     def is_reading(self) -> bool:
         return not self._is_ready
+
+    @property
+    def caches(self) -> Iterator[RowCache]:
+        yield from super().caches
+        if self._scoring is not None:
+            yield from self._scoring.caches
+        for speller in self._spellers:
+            yield speller.cache
 
     def begin(self) -> None:
         self.prompt = BytePrompt(self.members, [view.head for view in self._views], self.mixture, self._prefixes)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.given_reading import GivenReading, MemberReading
 from ensemble_server.server.engines.transformers_engine.job import Job
+from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey
 from ensemble_server.server.engines.transformers_engine.visit import Visitor
@@ -41,6 +42,10 @@ class ByteVisit(Job):
     @property
     def is_reading(self) -> bool:
         return self._reading is None or not self._reading.is_done
+
+    @property
+    def caches(self) -> Iterator[RowCache]:
+        return iter(()) if self._reading is None else self._reading.caches
 
     def begin(self) -> None:
         self._reading = GivenReading(self.members, self._readings, self._text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.byte_choice import ByteChoice
 from ensemble_server.server.engines.transformers_engine.choice import LiveChoice
 from ensemble_server.server.engines.transformers_engine.job import Job
+from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey, PrefixCache
 from ensemble_server.server.engines.transformers_engine.prompt import Prompt
@@ -76,6 +77,12 @@ class Generation(Job):
     def is_reading(self) -> bool:
         return not self.prompt.is_done
 
+    @property
+    def caches(self) -> Iterator[RowCache]:
+        yield from self.prompt.caches
+        for choice in self.live:
+            yield from choice.caches
+
     def begin(self) -> None:
         self.prompt = Prompt(self.members, self.token_ids, self.mixture, self.request.prompt_logprobs, self._prefixes)
 
@@ -95,7 +102,7 @@ class Generation(Job):
 
     def _begin_answering(self) -> None:
         """The prompt is read: say so, and end here if nothing is to be generated."""
-        self.outbox.append(PromptScored(tuple(self.token_ids[0]), tuple(self.prompt.scored)))
+        self.outbox.append(PromptScored(tuple(self.token_ids[0]), tuple(self.prompt.scored), self.waited_s))
         for index in range(self.request.n if not self._max_new_tokens else 0):
             self.outbox.append(Delta(index, finish_reason="length"))
         if not self.num_choices:

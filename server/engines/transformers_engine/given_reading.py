@@ -6,7 +6,7 @@ Each reads its own tokens of the text, in chunks, then in waves the other ways t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,6 +71,10 @@ class GivenReading:
     def is_done(self) -> bool:
         return all(reader.is_done for reader in self._readers)
 
+    @property
+    def caches(self) -> Iterator[RowCache]:
+        return (reader.cache for reader in self._readers)
+
     def next_spans(self, budget: int) -> list[tuple[Member, Span]]:
         """About `budget` tokens for all members together, at least one row for each that has not read all."""
         share = max(1, budget // len(self._readers))
@@ -104,7 +108,7 @@ class _Reader:
         self._begin, self._path = list(head), list(path)
         self.begins_at = len(text) - sum(len(token_bytes[token_id]) for token_id in path)
         self._text = text[self.begins_at :]
-        self._cache = RowCache()
+        self.cache = RowCache()
         self._given: GivenText | None = None
         self._histories: list[History] = []  # of its own reading
         self._wave: list[History] = []
@@ -120,12 +124,12 @@ class _Reader:
         return self._given
 
     def next_spans(self, budget: int) -> list[Span]:
-        adapter, num_read = self._member.adapter, self._cache.length
+        adapter, num_read = self._member.adapter, self.cache.length
         ids = [*self._begin, *self._path]
         if num_read < len(ids):
             chunk = ids[num_read : num_read + min(CHUNK, budget)]
             first_kept = max(num_read, len(self._begin) - 1)
-            return [Span(self._cache, chunk, max(0, num_read + len(chunk) - first_kept), adapter)]
+            return [Span(self.cache, chunk, max(0, num_read + len(chunk) - first_kept), adapter)]
         if self.is_done:
             return []
         self._wave = self._given_text.wanted[: max(1, min(WAVE, budget))]
@@ -141,7 +145,7 @@ class _Reader:
             histories, self._wave = self._wave, []
         else:
             found = rows[0]
-            first = self._cache.length - len(found) - len(self._begin)
+            first = self.cache.length - len(found) - len(self._begin)
             if len(found) and self._given is None:
                 (distribution,) = self._vocabulary.order.distributions(found[:1])
                 self._given = GivenText(distribution, self._text)
@@ -168,7 +172,7 @@ class _Reader:
         while step is not None and not (step.length <= len(self._path) and self._histories[step.length - 1] is step):
             path.append(step.token_id)
             step = step.parent
-        cache = self._cache.copy_to(len(self._begin) + (0 if step is None else step.length))
+        cache = self.cache.copy_to(len(self._begin) + (0 if step is None else step.length))
         return Span(cache, path[::-1], 1, self._member.adapter)
 
     def _distributions(self, rows: torch.Tensor) -> list[Distribution]:

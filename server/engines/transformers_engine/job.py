@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from ensemble_server.ensembles.base import Event
 from ensemble_server.ensembles.errors import DeadlineError
 from ensemble_server.server.engines.transformers_engine.attention import Span
+from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey
 
@@ -40,6 +41,8 @@ class Job(ABC):
         self.is_finished = False
         self.inbox: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
         self.outbox: list[Event | Exception | None] = []
+        self.waited_s = 0.0  # for its place, once it has begun
+        self._arrived = time.monotonic()
         self._deadline = None if deadline_s is None else time.monotonic() + deadline_s
 
     @property
@@ -55,6 +58,16 @@ class Job(ABC):
     @abstractmethod
     def is_reading(self) -> bool:
         """Whether there are tokens of its own, not generated ones, that its members have yet to read."""
+
+    @property
+    @abstractmethod
+    def caches(self) -> Iterator[RowCache]:
+        """All that its members remember for it, once it has begun. One may come twice."""
+
+    def admit(self) -> None:
+        """It has got its place."""
+        self.waited_s = time.monotonic() - self._arrived
+        self.begin()
 
     @abstractmethod
     def begin(self) -> None:

@@ -9,8 +9,9 @@ description. Sliding-window layers keep all their keys too; only the attention l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -26,6 +27,10 @@ class Segment:
     length: int
     layers: LayerSlices
 
+    @cached_property
+    def num_bytes(self) -> int:
+        return sum(keys.nbytes + values.nbytes for keys, values in self.layers.values())
+
     def beginning(self, num_tokens: int) -> Segment:
         """The first `num_tokens` of it, in the same memory."""
         views = {layer: (keys[:, :num_tokens], values[:, :num_tokens]) for layer, (keys, values) in self.layers.items()}
@@ -33,12 +38,13 @@ class Segment:
 
 
 class RowCache:
-    """`length`: tokens whose keys are in every layer, shared ones (`num_shared`) included."""
+    """`length`: tokens whose keys are in every layer, shared ones (`num_shared`) included. `num_bytes`: of its own."""
 
     def __init__(self, shared: tuple[Segment, ...] = ()) -> None:
         self.shared = shared
         self.num_shared = sum(segment.length for segment in shared)
         self.length = self.num_shared
+        self.num_bytes = 0
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def extend(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,13 +92,14 @@ class RowCache:
         if num_own:
             own = {layer: (keys[:, :num_own], values[:, :num_own]) for layer, (keys, values) in self._layers.items()}
             self.shared, self.num_shared, self._layers = (*self.shared, Segment(num_own, own)), self.length, {}
+            self.num_bytes = 0
         return RowCache(self.shared)
 
     def truncate(self, num_tokens: int) -> None:
         """Forget all but the first `num_tokens`; others that share segments keep theirs."""
         assert num_tokens <= self.length, f"only {self.length} tokens are known, not {num_tokens}"
         if num_tokens < self.num_shared:
-            self._layers = {}
+            self._layers, self.num_bytes = {}, 0
             kept, left = [], num_tokens
             for segment in self.shared:
                 if left <= 0:
@@ -137,20 +144,25 @@ class RowCache:
         """How many layers have left keys of the row's own here."""
         return len(self._layers)
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(keys.nbytes + values.nbytes for keys, values in self._layers.values())
-
     def _grow(self, layer: int, end: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         capacity = -(-end // GROWTH) * GROWTH
         grown = (
             keys.new_empty(keys.shape[0], capacity, keys.shape[2]),
             values.new_empty(values.shape[0], capacity, values.shape[2]),
         )
+        self.num_bytes += grown[0].nbytes + grown[1].nbytes
         if layer in self._layers:
+            self.num_bytes -= sum(old.nbytes for old in self._layers[layer])
             for old, new in zip(self._layers[layer], grown, strict=True):
                 new[:, : old.shape[1]] = old
         self._layers[layer] = grown
+
+
+def held_bytes(caches: Iterable[RowCache]) -> int:
+    """Of these caches together: one that is there twice, and what several share, count once."""
+    own = {id(cache): cache for cache in caches}
+    shared = {id(segment): segment for cache in own.values() for segment in cache.shared}
+    return sum(cache.num_bytes for cache in own.values()) + sum(segment.num_bytes for segment in shared.values())
 
 
 def joined(pieces: Sequence[LayerSlices], end: int) -> Segment:

@@ -148,7 +148,7 @@ class Scheduler:
                     if not lane.waiting:
                         break
                     _, _, job = heapq.heappop(lane.waiting)
-                job.begin()
+                job.admit()
                 lane.running.append(job)
 
     def plan(self) -> list[Work]:

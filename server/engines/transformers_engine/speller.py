@@ -52,7 +52,7 @@ class Speller:
         self.lattice: Lattice | None = Lattice(vocabulary.order.distributions(logprobs[None])[0], epsilon=epsilon)
         self._epsilon = epsilon
         self._begin = list(begin)
-        self._cache = cache
+        self.cache = cache
         self._held: list[History] = []  # what the trunk holds behind `begin`
         self._restart: list[int] | None = None  # the reading of the whole text that the lattice begins from anew
         self._asked: list[History] = []
@@ -63,7 +63,7 @@ class Speller:
         assert not self.is_waiting, "a member that waits for distributions cannot be copied"
         twin = copy.copy(self)
         twin.lattice = self.lattice.fork() if self.lattice is not None else None
-        twin._cache = self._cache.fork()
+        twin.cache = self.cache.fork()
         twin._held = list(self._held)
         twin.num_rows = twin.num_tokens = twin.num_restarts = twin._num_untold = 0
         return twin
@@ -124,20 +124,20 @@ class Speller:
         """What is forwarded for it in the next step: up to `MAX_ROWS` rows."""
         adapter = self.member.adapter
         if self._restart is not None:
-            self._begin, self._held, self._cache = self._restart, [], RowCache()
-            return self._counted([Span(self._cache, self._begin, 1, adapter)])
+            self._begin, self._held, self.cache = self._restart, [], RowCache()
+            return self._counted([Span(self.cache, self._begin, 1, adapter)])
         if self.lattice is None:
             return []
         self._asked = self.lattice.wanted[:MAX_ROWS]
         paths = [self._path(history) for history in self._asked]
         spans = []
         for num_common, path in paths[1:]:
-            cache = self._cache.copy_to(len(self._begin) + num_common)
+            cache = self.cache.copy_to(len(self._begin) + num_common)
             spans.append(Span(cache, [step.token_id for step in path], 1, adapter))
         for num_common, path in paths[:1]:
-            self._cache.truncate(len(self._begin) + num_common)
+            self.cache.truncate(len(self._begin) + num_common)
             self._held[num_common:] = path
-            spans.insert(0, Span(self._cache, [step.token_id for step in path], 1, adapter))
+            spans.insert(0, Span(self.cache, [step.token_id for step in path], 1, adapter))
         return self._counted(spans)
 
     def take(self, rows: Sequence[torch.Tensor]) -> None:

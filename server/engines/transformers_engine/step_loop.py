@@ -31,6 +31,7 @@ from ensemble_server.server.engines.transformers_engine.choice import LiveChoice
 from ensemble_server.server.engines.transformers_engine.family import known_rows
 from ensemble_server.server.engines.transformers_engine.generation import Generation
 from ensemble_server.server.engines.transformers_engine.job import Job, deliver
+from ensemble_server.server.engines.transformers_engine.kv_cache import held_bytes
 from ensemble_server.server.engines.transformers_engine.prefix_cache import PrefixCache
 from ensemble_server.server.engines.transformers_engine.scheduler import Scheduler, Work
 
@@ -257,6 +258,7 @@ class StepLoop:
             num_cached_tokens=self._prefixes.drain_hits(),
             prefix_cache_bytes=self._prefixes.num_bytes,
             num_restarts=_drained_restarts(work),
+            kv_cache_bytes=held_bytes(cache for job in self._scheduler.running for cache in job.caches),
         )
 
 

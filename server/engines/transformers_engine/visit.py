@@ -8,7 +8,7 @@ are run once.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -51,6 +51,10 @@ class Visit(Job):
     @property
     def _num_read(self) -> int:
         return self._caches[0].length
+
+    @property
+    def caches(self) -> Iterator[RowCache]:
+        return iter(self._caches)
 
     def begin(self) -> None:
         self._caches = [RowCache() for _ in self.members]

@@ -72,10 +72,17 @@ class Prepared:
 
     def prompt_scored(self, output: RequestOutput) -> PromptScored:
         num_top = self.request.prompt_logprobs
+        waited_s = _waited_s(output)
         if num_top is None:
-            return PromptScored(tuple(self.token_ids))
+            return PromptScored(tuple(self.token_ids), waited_s=waited_s)
         tokens = describe_prompt(self.views[0].surface, self.token_ids, output.prompt_logprobs, num_top)
-        return PromptScored(tuple(self.token_ids), tokens)
+        return PromptScored(tuple(self.token_ids), tokens, waited_s)
+
+
+def _waited_s(output: RequestOutput) -> float | None:
+    """How long vLLM let the request wait for its first step; None where it keeps no count."""
+    stats = output.metrics
+    return stats.scheduled_ts - stats.queued_ts if stats is not None and stats.scheduled_ts else None
 
 
 async def generate(prepared: Prepared, open_stream: OpenStream, on_begin: Callable[[], None]) -> AsyncGenerator[Event]:

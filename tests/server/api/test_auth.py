@@ -5,8 +5,9 @@ import hashlib
 import openai
 import pytest
 
-from ensemble_server.server.api.auth import OPEN_PATHS, configured_keys
+from ensemble_server.server.api.auth import OPEN_PATHS
 from ensemble_server.server.config.blocks import ServerConfig
+from ensemble_server.server.limits.keys import configured_keys
 from tests.server.api.conftest import CHAT, asgi_client, live_server
 
 KEYS = {"api_keys": ("first", "schlüssel")}

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ensemble_server.server.engines.transformers_engine.kv_cache import GROWTH, RowCache
+from ensemble_server.server.engines.transformers_engine.kv_cache import GROWTH, RowCache, held_bytes
 
 
 def tokens(n: int, *, heads: int = 2, dim: int = 4, start: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,6 +51,22 @@ def test_memory_grows_by_whole_steps() -> None:
     assert cache.num_bytes == size
     cache.extend(0, *tokens(1))
     assert cache.num_bytes == 2 * size
+
+
+def test_what_rows_hold_together_counts_shared_tokens_and_a_row_that_is_named_twice_once() -> None:
+    cache = RowCache()
+    cache.extend(0, *tokens(3))
+    cache.commit(3)
+    alone = held_bytes([cache])
+    assert alone == cache.num_bytes
+    fork = cache.fork()
+    shared = 2 * 2 * 3 * 4 * 4  # keys and values, heads, tokens, dim, bytes
+    assert held_bytes([cache, fork, fork]) == shared
+    fork.extend(0, *tokens(1))
+    fork.commit(1)
+    assert held_bytes([cache, fork, fork]) == shared + fork.num_bytes > shared
+    fork.truncate(2)
+    assert fork.num_bytes == 0
 
 
 def test_a_fork_and_its_origin_share_the_past_and_nothing_else() -> None:

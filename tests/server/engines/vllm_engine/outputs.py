@@ -22,7 +22,8 @@ def completion(
 
 def output(token_ids: Sequence[int], *, prompt_logprobs: Any = None, **changes: Any) -> SimpleNamespace:
     one = completion(token_ids, **changes)
-    return SimpleNamespace(outputs=[one], prompt_logprobs=prompt_logprobs, finished=one.finish_reason is not None)
+    finished = one.finish_reason is not None
+    return SimpleNamespace(outputs=[one], prompt_logprobs=prompt_logprobs, finished=finished, metrics=None)
 
 
 class Streams:

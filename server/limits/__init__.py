@@ -1,0 +1,1 @@
+"""What each API key may use, and what it has used."""

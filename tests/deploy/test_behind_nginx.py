@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from ensemble_server.ensembles.base import Delta, Done, MemberUsage, PromptScored, Usage
 from tests.server.api.conftest import host, live_server, surface, until  # noqa: F401  fixtures among them
@@ -156,3 +162,71 @@ async def test_the_page_comes_through_and_metrics_do_not(host, tmp_path):  # noq
     async with live_server(host({"api_keys": ("secret",)})) as url, nginx(url, tmp_path) as client:
         assert "<title>" in (await client.get("/", headers={"accept": "text/html"})).text
         assert (await client.get("/metrics")).status_code == 404
+
+
+@asynccontextmanager
+async def served(config: Path, port: int) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`ensemble serve`, a process of its own, once it answers; killed at the end of the block if it still lives."""
+    command = [sys.executable, "-m", "ensemble_server", "serve", config, "--port", str(port)]
+    log = config.with_name(f"server-{time.monotonic_ns()}.log")
+    with log.open("wb") as written:
+        process = await asyncio.create_subprocess_exec(*map(str, command), stdout=written, stderr=written)
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            async with asyncio.timeout(180):
+                while not await _is_ready(client):
+                    assert process.returncode is None, log.read_text()
+                    await asyncio.sleep(0.1)
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def _is_ready(client: httpx.AsyncClient) -> bool:
+    try:
+        return (await client.get("/ready")).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL], ids=["asked to stop", "killed"])
+async def test_the_server_behind_it_is_restarted_and_no_row_of_a_batch_is_lost(tiny, tmp_path, end):
+    port, num_rows = free_port(), 60
+    config = tmp_path / "config.yaml"
+    models = {"base": {"path": str(tiny["llama"]), "dtype": "float32"}}
+    block = {"api_keys": ["secret"], "shutdown_timeout_s": 5}
+    config.write_text(yaml.safe_dump({"models": models, "server": block, "engine": {"max_batch": 2}}))
+    body = {"model": "base", "prompt": "def f", "max_tokens": 60, "ignore_eos": True, "temperature": 0}
+    rows = [
+        {"custom_id": f"row-{number}", "method": "POST", "url": "/v1/completions", "body": body | {"seed": number}}
+        for number in range(num_rows)
+    ]
+    content = "\n".join(map(json.dumps, rows)).encode()
+
+    async def state() -> dict[str, Any]:
+        return (await client.get(f"/v1/batches/{batch_id}")).json()
+
+    async with nginx(f"http://127.0.0.1:{port}", tmp_path) as client:
+        async with served(config, port) as process:
+            file = await client.post("/v1/files", data={"purpose": "batch"}, files={"file": ("rows.jsonl", content)})
+            asked = {"input_file_id": file.json()["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+            batch_id = (await client.post("/v1/batches", json=asked)).json()["id"]
+            async with asyncio.timeout(120):
+                while not (await state())["request_counts"]["completed"]:
+                    await asyncio.sleep(0.02)
+            process.send_signal(end)
+            await process.wait()
+        down = await client.get(f"/v1/batches/{batch_id}")
+        assert down.status_code == 502, "nginx says that nobody is there"
+        async with served(config, port):
+            before = (await state())["request_counts"]
+            async with asyncio.timeout(180):
+                while (at := await state())["status"] != "completed":
+                    await asyncio.sleep(0.1)
+            written = (await client.get(f"/v1/files/{at['output_file_id']}/content")).text
+    answered = [json.loads(line) for line in written.splitlines()]
+    assert 0 < before["completed"] < num_rows, "it was stopped in the middle"
+    assert sorted(one["custom_id"] for one in answered) == sorted(row["custom_id"] for row in rows)
+    assert {one["response"]["status_code"] for one in answered} == {200}

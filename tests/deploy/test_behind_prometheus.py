@@ -24,6 +24,8 @@ pytestmark = pytest.mark.slow
 
 PROMETHEUS = shutil.which("prometheus")
 ASKED = {"messages": [{"role": "user", "content": "def f(x): return?"}], "max_tokens": 8, "ignore_eos": True}
+STAGES = ("queue", "prefill", "decode", "answer", "vote")
+KEYS = {"busy": {"key": "busy-key"}, "limited": {"key": "limited-key", "requests_per_minute": 1}}
 EMPTY_WHILE_ALL_IS_WELL = {"EnsembleServerDown", "EnsembleServerErrors", "EnsembleServerTurnsAway"}
 
 
@@ -34,6 +36,9 @@ def expressions() -> dict[str, str]:
     for rule in yaml.safe_load(RULES.read_text())["groups"][0]["rules"]:
         if rule["alert"] not in EMPTY_WHILE_ALL_IS_WELL:
             asked[rule["alert"]] = rule["expr"].rpartition(" > ")[0]
+    asked |= {f"stage {stage}": f'ensemble:stage_duration_seconds_count{{stage="{stage}"}} > 0' for stage in STAGES}
+    asked["turnout"] = 'ensemble:members_silent_total{model="crowd"} / ensemble:members_asked_total{model="crowd"} > 0'
+    asked["KV bytes at work"] = "max_over_time(ensemble:kv_cache_bytes[5m]) > 0"
     return {name: text.replace("$__rate_interval", "1m") for name, text in asked.items()}
 
 
@@ -48,7 +53,8 @@ async def test_no_panel_stays_empty(tiny, tmp_path, monkeypatch):
         "away": {"url": "http://127.0.0.1:9/v1", "model": "nobody", "max_retries": 0},
         "crowd": {"method": "crowd_vote", "members": ["mix", "away"]},
     }
-    config = parse_config({"models": models, "server": {"max_body_bytes": 4000}}, source=tmp_path / "config.yaml")
+    server = {"max_body_bytes": 4000, "keys": KEYS}
+    config = parse_config({"models": models, "server": server}, source=tmp_path / "config.yaml")
     metrics = Metrics()
     async with Hosting.open(config, on_step=metrics.observe_step) as hosting:
         app = create_app(hosting, metrics=metrics)
@@ -56,7 +62,12 @@ async def test_no_panel_stays_empty(tiny, tmp_path, monkeypatch):
         async with (
             listening(app, free) as port,
             app.state.batches.running(),
-            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False) as client,
+            httpx.AsyncClient(
+                base_url=f"http://127.0.0.1:{port}",
+                headers={"authorization": "Bearer busy-key"},
+                timeout=120,
+                trust_env=False,
+            ) as client,
         ):
             load = asyncio.create_task(keep_busy(client))
             try:
@@ -72,6 +83,11 @@ async def keep_busy(client: httpx.AsyncClient) -> None:
         for model in ("mix", "base", "crowd"):
             answer = await client.post("/v1/chat/completions", json=ASKED | {"model": model})
             assert answer.status_code == 200, answer.text
+        streamed = await client.post("/v1/chat/completions", json=ASKED | {"model": "mix", "stream": True})
+        assert streamed.status_code == 200
+        limited = {"authorization": "Bearer limited-key"}
+        refused = await client.post("/v1/completions", json={"model": "base", "prompt": "x"}, headers=limited)
+        assert refused.status_code in (200, 429)
         too_long = await client.post("/v1/completions", json={"model": "base", "prompt": "x" * 5000})
         assert too_long.status_code == 413
 
@@ -80,6 +96,7 @@ async def asked_in_vain(server: str, folder: Path, load: asyncio.Task[None]) -> 
     """The expressions that Prometheus has no number for after two minutes."""
     scraped = yaml.safe_load((DEPLOY / "compose" / "prometheus.yml").read_text())
     scraped["global"]["scrape_interval"] = "1s"
+    scraped["scrape_configs"][0]["authorization"] = {"credentials": "busy-key"}
     scraped["rule_files"] = [str(RULES)]
     scraped["scrape_configs"][0]["static_configs"][0]["targets"] = [server]
     config = folder / "prometheus.yml"

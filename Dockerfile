@@ -34,7 +34,7 @@ COPY experts experts/
 
 # Uploads for batches go beside the config, where the server may not write otherwise.
 RUN install -d -o ensemble configs/demo.batches
-USER ensemble
+USER 10001
 # Converts the demo's weights now, and not at every start of a container.
 RUN ensemble models configs/demo.yaml
 

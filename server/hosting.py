@@ -8,14 +8,14 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from ensemble_server.ensembles.base import Model
 from ensemble_server.ensembles.method import MethodConfig, Services
 from ensemble_server.server.composition import SingleMember, compose
-from ensemble_server.server.config.blocks import Config, HostedModel, RemoteModel, VllmEngineConfig
+from ensemble_server.server.config.blocks import Config, EngineConfig, HostedModel, RemoteModel, VllmEngineConfig
 from ensemble_server.server.config.fingerprints import fingerprint
-from ensemble_server.server.engines.engine import Engine, StepStats
+from ensemble_server.server.engines.engine import Engine, Loading, StepStats
 from ensemble_server.server.engines.remote.remote import RemoteChat
 from ensemble_server.server.rehearsal import rehearse
 from ensemble_server.server.weights.embeddings import CountingEmbedder, SentenceEmbedder
@@ -23,6 +23,9 @@ from ensemble_server.server.weights.member_views import MemberFiles
 from ensemble_server.server.weights.reranking import CrossEncoderReranker
 from ensemble_server.server.weights.threads import in_own_thread
 from ensemble_server.server.weights.view import Surface
+
+if TYPE_CHECKING:
+    from ensemble_server.server.engines.vllm_engine.engine import VllmEngine
 
 
 class House(Protocol):
@@ -87,13 +90,24 @@ class Hosting:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, config: Config, *, on_step: Callable[[StepStats], None] | None = None) -> AsyncIterator[Self]:
+    async def open(
+        cls,
+        config: Config,
+        *,
+        on_step: Callable[[StepStats], None] | None = None,
+        on_load: Callable[[Loading], None] = lambda loading: None,
+    ) -> AsyncIterator[Self]:
         """Load everything and serve it until the block ends. Raises `ModelLoadError` if something cannot be loaded; all
         that can be told without weights at once, before any are loaded.
+
+        `on_load` is told of each weights before they are loaded, in a thread of its own. A caller that is cancelled
+        does not wait for that thread.
         """
         rehearsal = await in_own_thread(rehearse, config)
         rehearsal.check(config)
-        engine, surfaces = await _engine(config, rehearsal.files, on_step) if rehearsal.files.views else (None, {})
+        engine, surfaces = None, {}
+        if rehearsal.files.views:
+            engine, surfaces = await _engine(config, rehearsal.files, on_step, on_load)
         embedder = SentenceEmbedder(config.embedding.path, batch_size=config.embedding.batch_size)
         remotes = {
             name: RemoteChat(name, model) for name, model in config.models.items() if isinstance(model, RemoteModel)
@@ -151,26 +165,43 @@ class Hosting:
 
 
 async def _engine(
-    config: Config, files: MemberFiles, on_step: Callable[[StepStats], None] | None
+    config: Config,
+    files: MemberFiles,
+    on_step: Callable[[StepStats], None] | None,
+    on_load: Callable[[Loading], None],
 ) -> tuple[Engine, dict[str, Surface]]:
     """The engine that the config asks for, ready to be started, and how its members read text."""
     if isinstance(config.engine, VllmEngineConfig):
-        from ensemble_server.server.engines.vllm_engine.engine import VllmEngine
-
-        vllm = await VllmEngine.planned(config, files=files, on_step=on_step)
+        vllm = await (await in_own_thread(_vllm_engine)).planned(config, files=files, on_step=on_step, on_load=on_load)
         return vllm, {name: view.surface for name, view in vllm.views.items()}
+    return await in_own_thread(_transformers_engine, config, config.engine, files, on_step, on_load)
+
+
+def _vllm_engine() -> type[VllmEngine]:
+    from ensemble_server.server.engines.vllm_engine.engine import VllmEngine  # loads torch
+
+    return VllmEngine
+
+
+def _transformers_engine(
+    config: Config,
+    settings: EngineConfig,
+    files: MemberFiles,
+    on_step: Callable[[StepStats], None] | None,
+    on_load: Callable[[Loading], None],
+) -> tuple[Engine, dict[str, Surface]]:
     from ensemble_server.server.engines.transformers_engine.engine import TransformersEngine  # loads torch
     from ensemble_server.server.engines.transformers_engine.members import load_members
 
     hosted = {name: model for name, model in config.models.items() if isinstance(model, HostedModel)}
-    members = await in_own_thread(load_members, hosted, files)
+    members = load_members(hosted, files, on_load=on_load)
     engine = TransformersEngine(
         members,
-        max_batch=config.engine.max_batch,
-        prefill_chunk=config.engine.prefill_chunk,
-        num_threads=config.engine.num_threads,
+        max_batch=settings.max_batch,
+        prefill_chunk=settings.prefill_chunk,
+        num_threads=settings.num_threads,
         max_queue=config.server.max_queue,
-        prefix_cache_bytes=config.engine.prefix_cache_mb * 2**20,
+        prefix_cache_bytes=settings.prefix_cache_mb * 2**20,
         on_step=on_step,
     )
     return engine, {name: member.surface for name, member in members.items()}

@@ -12,6 +12,7 @@ from ensemble_server.ensembles.base import AveragedOver
 from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.ensembles.method import MethodConfig
 from ensemble_server.server.config.blocks import Config, HostedModel, ModelEntry, RemoteModel
+from ensemble_server.server.config.credentials import without_credentials
 from ensemble_server.server.rehearsal import Rehearsal
 from ensemble_server.server.weights.footprint import DTYPE_BYTES, Weights, read_shape, read_weights
 
@@ -110,7 +111,7 @@ def _size(name: str, model: HostedModel, config: Config, rehearsal: Rehearsal) -
 def _described(model: ModelEntry) -> tuple[str, str]:
     """Kind, and what it is made of."""
     if isinstance(model, RemoteModel):
-        return "remote", model.url
+        return "remote", without_credentials(model.url)
     if isinstance(model, MethodConfig):
         return model.method, _members(model)
     if model.path is not None:

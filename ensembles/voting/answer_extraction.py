@@ -54,6 +54,8 @@ _REFUSAL = re.compile(
 
 _ASIDE = re.compile(r"\([^()]*\)")
 _DENIED = re.compile(r"\W*not [^,;.]*?(?:,|;|\.\s)?\s*(?:but|it is|it's)\b|\W*not [^;.]*(?:\.(?!\d)|$)", re.IGNORECASE)
+_RULED_OUT = re.compile(r"(?:\bnot|n['’]t|\binstead of|\brather than|[≠±]|!=)\s*[$€£]?\s*\Z", re.IGNORECASE)
+MAX_RULING_CHARS = 20
 _OPERATED = re.compile(r"(?<![A-Za-z])[xyzn]\s?[-+*/^×·]|[-+*/^×·]\s?[xyzn](?![A-Za-z])")
 _SPACED_SIGN = re.compile(r"((?:\A|[=(:≈])\s*)[-–]\s+(?=[\d.$€£])")
 
@@ -182,6 +184,8 @@ def _are_alternatives(part: str, found: list[Numeral]) -> bool:
 
 def _last_number(text: str) -> _Found:
     for number in reversed(list(numerals(text))):
+        if _RULED_OUT.search(text[max(0, number.start - MAX_RULING_CHARS) : number.start]):
+            continue
         if number.is_symbolic and not _is_factor(text, number):
             return ABSTAINS
         if (spelled := _spelled(number)) is not None:

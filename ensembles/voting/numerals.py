@@ -6,7 +6,8 @@ scientific notation ("1.5e3", "1.5 × 10^3"), repeating decimals ("0.(3)"), squa
 magnitudes ("3 million", "5k", "3万"). Units and percent signs are not part of a number: "18 %" and "18 km" are 18.
 
 What is written next to a symbol ("2π", "3√2", "2x", "10^n") is no number, and no digits inside it are one. Nor are
-times and ratios ("10:30"), versions ("1.2.3") and the digits in words ("H2O", "x_1", "m^2").
+times and ratios ("10:30"), dates ("2024-12-24", "24.12.2024"), versions and addresses ("1.2.3", "10.0.0.1") and the
+digits in words ("H2O", "x_1", "m^2").
 
 Where a spelling has two readings: "1.234" is a decimal, "1,234" a thousand, and "123 456" in the middle of a text two
 numbers, unless a currency stands beside it.
@@ -46,7 +47,9 @@ _EXPONENT = r"(?:\^|\*\*)\s?\(?\s?(?P<power>[-+]?\d{1,5})\s?\)?(?![\w(/]|\.\d)|(
 _TOKEN = re.compile(
     rf"""
     (?P<clock>\d+(?::\d+)+)
-  | (?P<version>\d+(?:\.\d{{1,2}}){{2,}}(?!\d)|\d+(?:\s?/\s?\d+){{2,}})
+  | (?P<version>\d+(?:\.\d{{1,2}}){{2,}}(?!\d)|\d+(?:\s?/\s?\d+){{2,}}
+      |(?<![\d.-])(?:\d{{4}}-\d{{1,2}}-\d{{1,2}}|\d{{1,2}}[-.]\d{{1,2}}[-.]\d{{4}})(?![\d-]|\.\d)
+      |(?!\d{{1,3}}(?:\.\d{{3}}){{3}}(?!\d))\d{{1,3}}(?:\.\d{{1,3}}){{3}}(?!\d))
   | (?P<number>
       (?P<sign>(?<![\w)\]])[-+–](?=[\d.$€£¥₹])|(?<![\d{_LETTER}])(?<!\d\s)(?:minus|negative)\s(?=[\d.$€£¥]))?
       (?P<money>{_CURRENCY})?(?P<sign_inside>(?<=[$€£¥₹])[-–])?

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from pathlib import PurePosixPath
 from typing import Annotated, Any, BinaryIO, Literal
@@ -14,10 +13,9 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from ensemble_server.ensembles.errors import RequestError
-from ensemble_server.server.api.admission import Admission
 from ensemble_server.server.api.auth import account_of, owner_of
 from ensemble_server.server.api.batch_objects import FileDeleted, FileList, FileObject, file_object
-from ensemble_server.server.api.context import check_open, context_of
+from ensemble_server.server.api.context import Context, check_open, context_of
 from ensemble_server.server.api.errors import documented
 from ensemble_server.server.api.json_response import JSONResponse, ignored_header
 from ensemble_server.server.api.multipart import read_upload, refuse_other_origins
@@ -71,9 +69,9 @@ async def upload_file(request: Request) -> Response:
     with context.admission.live_request(), account.upload(num_kept) as grow:
         new = await context.batches.new_file()
 
-        def write(data: bytes) -> None:
+        async def write(data: bytes) -> None:
             grow(len(data))
-            new.write(data)
+            await context.batches.write(new, data)
 
         try:
             form = await read_upload(request, write, max_bytes=context.hosting.config.batch.max_file_bytes)
@@ -83,7 +81,7 @@ async def upload_file(request: Request) -> Response:
                 new, owner=owner, filename=_plain_name(form.filename), expires_after_s=fields.seconds
             )
         except BaseException:
-            await asyncio.to_thread(new.discard)
+            await context.batches.discard(new)
             raise
     return JSONResponse(file_object(file), headers=headers)
 
@@ -130,9 +128,7 @@ async def file_content(file_id: str, request: Request) -> Response:
         "content-disposition": f"attachment; filename*=UTF-8''{quote(file.filename, safe='')}",
         "x-content-type-options": "nosniff",
     }
-    return StreamingResponse(
-        _chunks(content, context.admission), headers=headers, media_type="application/octet-stream"
-    )
+    return StreamingResponse(_chunks(content, context), headers=headers, media_type="application/octet-stream")
 
 
 @router.delete(
@@ -171,10 +167,10 @@ def _plain_name(filename: str | None) -> str:
     return "".join(char for char in name if char.isprintable())[:MAX_FILENAME_CHARS] or "upload"
 
 
-async def _chunks(content: BinaryIO, admission: Admission) -> AsyncIterator[bytes]:
+async def _chunks(content: BinaryIO, context: Context) -> AsyncIterator[bytes]:
     try:
-        with admission.live_request():
-            while chunk := await asyncio.to_thread(content.read, CHUNK_BYTES):
+        with context.admission.live_request():
+            while chunk := await context.batches.read(content, CHUNK_BYTES):
                 yield chunk
     finally:
         content.close()

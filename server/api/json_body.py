@@ -7,6 +7,7 @@ body is RFC 8259 JSON in UTF-8, at most 200 levels deep, or the client is told w
 from __future__ import annotations
 
 import asyncio
+import codecs
 import re
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from ensemble_server.ensembles.errors import RequestError
 from ensemble_server.server.api.arrival import timely
 from ensemble_server.server.api.context import context_of
 from ensemble_server.server.api.errors import CLIENT_LEFT
-from ensemble_server.server.requests.errors import checked
+from ensemble_server.server.requests.errors import checked, shortened
 
 SMALL_BYTES = 32 * 1024  # read and checked at once, in about a millisecond
 MAX_VALUES = 400_000  # in one body, an object or a list counted four times: it takes that much longer to make
@@ -65,6 +66,8 @@ def require_json(request: Request) -> None:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise HTTPException(415, "the body must be JSON; send the header 'content-type: application/json'")
+    if (packed := request.headers.get("content-encoding", "identity").strip().lower()) not in ("identity", ""):
+        raise HTTPException(415, f"the body is packed ({shortened(packed, 40)}); send it as it is")
 
 
 async def read_body(request: Request, max_bytes: int, grow: Callable[[int], None] = lambda num_bytes: None) -> bytes:
@@ -120,7 +123,10 @@ def require_few_values(body: bytes) -> None:
 
 
 def parse_json(body: bytes) -> Any:
-    """The value of a JSON text. Raises `RequestError`."""
+    """The value of a JSON text in UTF-8, with or without a byte order mark. Raises `RequestError`."""
+    if body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise RequestError("the body is UTF-16; send JSON as UTF-8")
+    body = body.removeprefix(codecs.BOM_UTF8)
     try:
         return from_json(body, allow_inf_nan=False, cache_strings="none")
     except ValueError as exc:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -33,9 +32,9 @@ class UploadForm:
 
 
 async def read_upload(
-    request: Request, write: Callable[[bytes], object], *, max_bytes: int, file_field: str = "file"
+    request: Request, write: Callable[[bytes], Awaitable[object]], *, max_bytes: int, file_field: str = "file"
 ) -> UploadForm:
-    """Read a form with one file, whose bytes go to `write` (called in a thread; it may block).
+    """Read a form with one file, whose bytes go to `write`.
 
     Raises 413 if the file is longer than `max_bytes`, 415 if there is no form, `RequestError` if it is not well made,
     and what `write` raises, all of them once the body has been read to its end: only then its sender reads the answer.
@@ -54,7 +53,7 @@ async def read_upload(
                 written += len(data)
                 if written <= max_bytes:
                     try:
-                        await asyncio.to_thread(write, data)
+                        await write(data)
                     except EnsembleError as exc:
                         parser.error = exc
     except ClientDisconnect as exc:

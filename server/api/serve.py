@@ -2,7 +2,8 @@
 
 The port answers from the first second on: /live says yes, everything else 503, until the models are loaded. At the
 first SIGINT or SIGTERM nobody new is let in (503), batches are paused, and live requests may finish, for
-`shutdown_timeout_s` at most; at the second they end at once.
+`shutdown_timeout_s` at most; at the second they end at once. While the models are being loaded the first signal gives
+that up. Loading and what it imports run in threads, or no signal would be heard meanwhile.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import multiprocessing
+import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -29,9 +32,13 @@ from ensemble_server.server.api.local_only import local_only
 from ensemble_server.server.api.logs import configure_logging
 from ensemble_server.server.limits.keys import keys_of
 from ensemble_server.server.metrics import Metrics
+from ensemble_server.server.weights.threads import in_own_thread
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from ensemble_server.server.config.blocks import Config, ServerConfig
+    from ensemble_server.server.hosting import Hosting
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +67,7 @@ async def serve(config: Config, *, on_ready: Callable[[int], None] | None = None
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             stopping.cancel()
             if entrance.app is None:
+                stop.let_next_end_all()
                 serving.cancel()  # still loading: nobody is being answered
             with suppress(asyncio.CancelledError):
                 await serving
@@ -78,13 +86,19 @@ def raise_descriptor_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-async def _load_and_answer(config: Config, entrance: Entrance, stop: StopSignals, ready: Callable[[], None]) -> None:
+def _imported() -> tuple[Callable[..., FastAPI], type[Hosting]]:
+    """What answers, and what loads: takes seconds to import."""
     from ensemble_server.server.api.app import create_app
     from ensemble_server.server.hosting import Hosting
 
+    return create_app, Hosting
+
+
+async def _load_and_answer(config: Config, entrance: Entrance, stop: StopSignals, ready: Callable[[], None]) -> None:
     keys_of(config.server)  # what is wrong with them is said before models are loaded
+    create_app, hosting_class = await in_own_thread(_imported)
     metrics = Metrics()
-    async with Hosting.open(config, on_step=metrics.observe_step) as hosting:
+    async with hosting_class.open(config, on_step=metrics.observe_step) as hosting:
         app = create_app(hosting, metrics=metrics)
         async with app.state.batches.running():
             # What is loaded stays: a full collection over it would hold everybody up for a good part of a second.
@@ -129,11 +143,16 @@ class Entrance:
 
 
 class StopSignals:
-    """SIGINT and SIGTERM as events."""
+    """SIGINT and SIGTERM as events. One more after the second ends the process, whatever it is doing."""
 
     def __init__(self) -> None:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
+        self._next_ends_all = False
+
+    def let_next_end_all(self) -> None:
+        """There is nothing more to do in an orderly way: the next signal ends the process."""
+        self._next_ends_all = True
 
     @contextmanager
     def caught(self) -> Iterator[None]:
@@ -141,15 +160,22 @@ class StopSignals:
         loop = asyncio.get_running_loop()
         signals = (signal.SIGINT, signal.SIGTERM)
         for number in signals:
-            loop.add_signal_handler(number, self._receive)
+            loop.add_signal_handler(number, self._receive, number)
         try:
             yield
         finally:
             for number in signals:
                 loop.remove_signal_handler(number)
 
-    def _receive(self) -> None:
-        (self.second if self.first.is_set() else self.first).set()
+    def _receive(self, number: signal.Signals) -> None:
+        if self._next_ends_all:
+            for child in multiprocessing.active_children():  # engines: nobody else would end them
+                child.kill()
+            os._exit(128 + number)
+        if self.first.is_set():
+            self.second.set()
+            self.let_next_end_all()
+        self.first.set()
 
 
 class _Server(uvicorn.Server):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ from ensemble_server.server.batch.job.identity import Identity, model_fingerprin
 from ensemble_server.server.batch.job.rows import Row, Url
 from ensemble_server.server.batch.job.store import JobStore, job_path
 from ensemble_server.server.batch.results.output_line import write_output
+from ensemble_server.server.batch.running.failures import FailureWatch
 from ensemble_server.server.batch.source.inputs import Recipe, read_rows
 from ensemble_server.server.batch.source.records import BadRecord, Record, kind_of_source, read_records
 from ensemble_server.server.batch.source.template import PromptTemplate
@@ -32,6 +35,8 @@ from ensemble_server.server.config.loading import load_config, parse_config
 if TYPE_CHECKING:
     from ensemble_server.server.batch.running.runner import Progress, Summary
     from ensemble_server.server.hosting import Hosting
+
+logger = logging.getLogger(__name__)
 
 InputRow = str | Mapping[str, Any] | Row
 _URLS_BY_KEY: Mapping[str, Url] = {
@@ -81,6 +86,7 @@ def run_batch(
     concurrency: int | None = None,
     deadline_s: float | None = None,
     retry_errors: bool = False,
+    max_errors: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     **parameters: Any,
 ) -> Answers:
@@ -98,6 +104,7 @@ def run_batch(
         concurrency=concurrency,
         deadline_s=deadline_s,
         retry_errors=retry_errors,
+        max_errors=max_errors,
         on_progress=on_progress,
         **parameters,
     )
@@ -119,6 +126,7 @@ async def run_batch_async(
     concurrency: int | None = None,
     deadline_s: float | None = None,
     retry_errors: bool = False,
+    max_errors: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     **parameters: Any,
 ) -> Answers:
@@ -132,6 +140,8 @@ async def run_batch_async(
     a seed get one from the job's `seed` and their `custom_id`.
     `output`: the job is kept beside it as OUTPUT.job; the same call again goes on where the last one ended, and runs
     failed rows again with `retry_errors`. Without an output nothing is kept.
+    `max_errors`: failed rows after which it stops, 0 for never; by default after 20 if none was answered. The summary's
+    `ended` is then "failing", and rows that were not run are pending.
     `concurrency`, `deadline_s`, `on_progress`: see `server.batch.running.runner.run`.
 
     Errors of single rows are in their lines. Raises `ConfigError` for a config, an input or a job that cannot be used,
@@ -158,8 +168,11 @@ async def run_batch_async(
         store.bind_models(model_fingerprints(store.model_names(), settings))  # before minutes go into loading
         if retry_errors:
             store.forget_errors()
-        summary = await _summary(store, settings, hosting, concurrency, deadline_s, on_progress)
+        watch = FailureWatch(partial(logger.warning, "%s"), max_errors)
+        summary = await _summary(store, settings, hosting, concurrency, deadline_s, on_progress, watch)
         await asyncio.to_thread(write_output, store, path)
+        if summary.ended == "failing" and not summary.counts.ok:
+            store.forget_errors()  # the output says what became of them; they were spent on nothing
     return Answers(summary, path, folder)
 
 
@@ -170,13 +183,16 @@ async def _summary(
     concurrency: int | None,
     deadline_s: float | None,
     on_progress: Callable[[Progress], None] | None,
+    watch: FailureWatch,
 ) -> Summary:
     from ensemble_server.server.batch.running.runner import Summary, run
 
     if not store.num_to_run():  # nothing needs to be loaded
         return Summary("finished", store.counts(), 0, 0, store.spent(), 0.0)
     async with _opened(config, hosting) as opened:
-        return await run(store, opened, concurrency=concurrency, deadline_s=deadline_s, on_progress=on_progress)
+        return await run(
+            store, opened, concurrency=concurrency, deadline_s=deadline_s, on_progress=on_progress, watch=watch
+        )
 
 
 @asynccontextmanager

@@ -109,7 +109,26 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line and exit. An error is one line on stderr and exit code 1; with --debug, a traceback."""
+    """Run the command line and exit. An error is one line on stderr and exit code 1; with --debug, a traceback.
+
+    A command that was interrupted while weights were being loaded does not wait for them. Bars that libraries draw
+    while they load or convert weights are for terminals, and stay out of log files.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+    try:
+        _run()
+    except SystemExit as end:
+        from ensemble_server.server.weights.threads import has_unfinished_threads
+
+        if has_unfinished_threads():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
+
+
+def _run() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     _keep_bars_out_of_files()
     try:

@@ -77,10 +77,14 @@ async def answer_rows(run: BatchRun, store: JobStore, console: Console) -> Ended
 
 
 async def _resident(run: BatchRun, store: JobStore, stop: asyncio.Event, view: ProgressView) -> Summary:
+    from ensemble_server.server.batch.running.loaded import opened_unless
+    from ensemble_server.server.batch.running.runner import Summary
     from ensemble_server.server.batch.running.runner import run as run_rows
     from ensemble_server.server.hosting import Hosting
 
-    async with Hosting.open(run.config) as hosting:
+    async with opened_unless(stop, Hosting.open(run.config, on_load=view.loading)) as hosting:
+        if hosting is None:
+            return Summary("stopped", store.counts(), 0, 0, store.spent(), 0.0)
         limits = [left for limit in (run.deadline_s, run.time_budget_s) if (left := run.left_s(limit)) is not None]
         return await run_rows(
             store,
@@ -126,7 +130,9 @@ def answer_on_ray(run: BatchRun, store: JobStore, console: Console) -> Ended:
 
     assert run.ray_workers is not None, "asked of runs on Ray only"
     with ProgressView(console, is_shown=run.has_progress) as view:
-        summary = run_on_ray(store, run.config, RayOptions(workers=run.ray_workers), on_progress=view.update)
+        watch = FailureWatch(view.say, run.max_errors)
+        options = RayOptions(workers=run.ray_workers)
+        summary = run_on_ray(store, run.config, options, on_progress=view.update, watch=watch)
     view.say(_speed(summary))
     return summary.ended
 

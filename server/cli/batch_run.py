@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
 
 import typer
@@ -14,7 +15,7 @@ from ensemble_server.server.batch.job.identity import model_fingerprints
 from ensemble_server.server.batch.job.store import Counts, JobStore
 from ensemble_server.server.batch.results.columns import Column
 from ensemble_server.server.batch.results.outputs import write_job
-from ensemble_server.server.batch.running.failures import Reasons
+from ensemble_server.server.batch.running.failures import MAX_HOPELESS, Reasons
 from ensemble_server.server.batch.running.progress import spend
 from ensemble_server.server.cli.batch_answer import BatchRun, Ended, answer_on_ray, answer_rows
 from ensemble_server.server.config.blocks import Config
@@ -29,7 +30,8 @@ def run_job(run: BatchRun) -> int:
 
     Everything that can be wrong with the input is found before a model is loaded.
     """
-    console = Console(stderr=True)
+    # Whatever variables such as FORCE_COLOR make rich believe, a file is no terminal.
+    console = Console(stderr=True, force_terminal=None if sys.stderr.isatty() else False)
     say = _sayer(console)
     checked = run.job.check(run.sample)
     check_models(checked, run.config)
@@ -109,7 +111,7 @@ def _write(run: BatchRun, store: JobStore, checked: CheckedInput, ended: Ended, 
     if spent := spend(store.spent()):
         say(f"members read+wrote: {', '.join(spent)}")
     if ended == "failing":
-        return _given_up(store, say)
+        return _given_up(run, store, say)
     if ended == "stopped":
         say("interrupted; the same command continues")
         return INTERRUPTED
@@ -120,19 +122,17 @@ def _write(run: BatchRun, store: JobStore, checked: CheckedInput, ended: Ended, 
     return SOME_ROWS_FAILED if counts.failed or counts.pending else OK
 
 
-def _given_up(store: JobStore, say: Callable[[str], None]) -> int:
-    counts = store.counts()
-    if counts.ok:
-        say(
-            f"stopped after {counts.failed} errors (--max-errors); the job is kept. Mend the cause and run the same "
-            "command with --retry-errors"
-        )
-        return FAILED
-    store.forget_errors()  # the output says what became of them; they were spent on nothing
-    say(
-        "stopped: no row could be answered; the job is kept with all its rows. Mend the cause and run the same command"
-        " again; --max-errors 0 would have gone on"
-    )
+def _given_up(run: BatchRun, store: JobStore, say: Callable[[str], None]) -> int:
+    if run.max_errors:
+        why, way_on = f"stopped after {run.max_errors} failed rows (--max-errors)", ""
+    else:
+        why = f"stopped: {MAX_HOPELESS} rows failed and none was answered"
+        way_on = "; --max-errors 0 goes on whatever fails"
+    if store.counts().ok:
+        say(f"{why}; the job is kept. Mend the cause and run the same command with --retry-errors{way_on}")
+    else:
+        store.forget_errors()  # the output says what became of them; they were spent on nothing
+        say(f"{why}; the job is kept with all its rows. Mend the cause and run the same command again{way_on}")
     return FAILED
 
 

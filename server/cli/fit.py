@@ -7,6 +7,7 @@ held-back half. Exit codes: 0 done, 1 failed, 2 called wrongly.
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,8 +119,7 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if not sys.stderr.isatty():
         yield (
             lambda done, total: (
                 typer.echo(f"read {done} of {total} windows", err=True)
@@ -129,7 +129,7 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
         )
         return
     columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("windows", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 

@@ -16,6 +16,7 @@ from ensemble_server.ensembles.base import Model
 from ensemble_server.ensembles.errors import ConfigError, EnsembleError, UnknownModelError
 from ensemble_server.ensembles.method import Method
 from ensemble_server.server.config.blocks import RemoteModel
+from ensemble_server.server.config.credentials import without_credentials
 from ensemble_server.server.config.problems import nearest
 from ensemble_server.server.engines.remote.remote import RemoteChat
 from ensemble_server.server.proposal.targets import config_of
@@ -95,7 +96,7 @@ def base_of(url: str) -> str:
 
 async def served_models(base: str, api_key_env: str | None, *, timeout_s: float = 10) -> list[dict[str, Any]]:
     """The models that a server lists, at least one, each with its `id`. Raises `EnsembleError`."""
-    headers = {}
+    shown, headers = without_credentials(base), {}
     if api_key_env is not None:
         if not os.environ.get(api_key_env):
             raise ConfigError(f"--api-key-env names {api_key_env}, which is not set")
@@ -108,13 +109,14 @@ async def served_models(base: str, api_key_env: str | None, *, timeout_s: float 
             models = [model for model in listed if model.get("kind") != "embedding"]
     except httpx.HTTPStatusError as exc:
         hint = "; give --api-key-env" if exc.response.status_code == httpx.codes.UNAUTHORIZED else ""
-        raise EnsembleError(f"{base}/models answered {exc.response.status_code}{hint}") from exc
+        raise EnsembleError(f"{shown}/models answered {exc.response.status_code}{hint}") from exc
     except (httpx.HTTPError, httpx.InvalidURL) as exc:
-        raise EnsembleError(f"no server answers at {base} ({exc or type(exc).__name__})") from exc
+        reason = without_credentials(str(exc)) or type(exc).__name__
+        raise EnsembleError(f"no server answers at {shown} ({reason})") from exc
     except (AttributeError, ValueError, KeyError, TypeError) as exc:
-        raise EnsembleError(f"{base}/models is no list of models; is it an OpenAI-compatible server?") from exc
+        raise EnsembleError(f"{shown}/models is no list of models; is it an OpenAI-compatible server?") from exc
     if not models:
-        raise EnsembleError(f"{base} serves no model")
+        raise EnsembleError(f"{shown} serves no model")
     return models
 
 

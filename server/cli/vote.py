@@ -342,7 +342,7 @@ async def _write(reports: AsyncIterator[Mapping[str, Any]], sink: BinaryIO) -> t
     console = Console(stderr=True)
     num_rows = num_failed = 0
     columns = (SpinnerColumn(), TextColumn("rows"), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty(), transient=True) as progress:
         task = progress.add_task("rows", total=None)
         async for report in reports:
             sink.write(orjson.dumps(report) + b"\n")

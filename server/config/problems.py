@@ -1,4 +1,7 @@
-"""What pydantic found wrong in a block of YAML, as sentences: the dotted path, the rule, what came and the way out."""
+"""What pydantic found wrong in a block of YAML, as sentences: the dotted path, the rule, what came and the way out.
+
+What came is not shown where it may be a secret: keys that are left out of a block's `repr`, and parts of addresses.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,15 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-_short = reprlib.Repr()
+from ensemble_server.server.config.credentials import without_credentials
+
+
+class _Short(reprlib.Repr):
+    def repr_str(self, x: str, level: int) -> str:
+        return super().repr_str(without_credentials(x), level)
+
+
+_short = _Short()
 _short.maxlevel, _short.maxstring = 2, 60
 
 
@@ -49,7 +60,13 @@ def _sentence(details: ErrorDetails, block: type[BaseModel], data: Any, at: str)
         choices = re.findall(r"'([^']*)'", context["expected"])
         near = get_close_matches(details["input"], choices, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{path}: {rule}, got {_short.repr(details['input'])}{hint}"
+    got = "" if _is_secret(block, keys) else f", got {_short.repr(details['input'])}"
+    return f"{path}: {rule}{got}{hint}"
+
+
+def _is_secret(block: type[BaseModel], keys: list[str | int]) -> bool:
+    field = block.model_fields.get(str(keys[0])) if keys else None
+    return field is not None and not field.repr
 
 
 def _keys(details: ErrorDetails, data: Any) -> list[str | int]:

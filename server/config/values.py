@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
+from ensemble_server.server.config.credentials import without_credentials
 from ensemble_server.server.config.problems import nearest
 
 ENGINE_KINDS = ("transformers", "vllm")
@@ -59,7 +60,9 @@ def _base_url(url: str) -> str:
     except ValueError:
         is_url = False
     if not is_url:
-        raise ValueError(f'must be an http(s) address such as "http://127.0.0.1:9000/v1", got {url!r}')
+        raise ValueError(
+            f'must be an http(s) address such as "http://127.0.0.1:9000/v1", got {without_credentials(url)!r}'
+        )
     return url.rstrip("/")
 
 

@@ -28,6 +28,18 @@ class StepStats:
     kv_cache_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Loading:
+    """Weights that are loaded next. `number`: from 1 to `total`, those of the config; adapters come with theirs."""
+
+    name: str
+    number: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"loading {self.name} ({self.number} of {self.total})"
+
+
 class Engine(MixtureHost, Protocol):
     @property
     def failure(self) -> str | None:

@@ -15,8 +15,12 @@ class Machine:
     prefers_float32: bool
 
 
-def this_machine() -> Machine:
+def this_machine(*, hosts: bool = True) -> Machine:
+    """`hosts`: whether weights are to be loaded here. If not, torch, which takes seconds to import, is left alone."""
     import psutil
+
+    if not hosts:
+        return Machine("cpu", psutil.virtual_memory().available, prefers_float32=not _has_bfloat16_arithmetic())
     import torch
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 from ensemble_server.ensembles.errors import ConfigError, ModelLoadError
+from ensemble_server.server.config.credentials import without_credentials
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _GENERIC = re.compile(r"(model|models|final|best|output|adapter|lora|merged|checkpoint(-\d+)?|hf|v\d+)", re.IGNORECASE)
@@ -192,6 +193,7 @@ def _served(address: str, api_key_env: str | None) -> tuple[str, list[str]]:
     """The base URL, with /v1, and the models that can chat. Raises `ConfigError` if nothing answers there."""
     url = address.rstrip("/")
     url = url if url.endswith("/v1") else f"{url}/v1"
+    shown = without_credentials(url)
     headers = {}
     if api_key_env is not None:
         if not os.environ.get(api_key_env):
@@ -203,14 +205,15 @@ def _served(address: str, api_key_env: str | None) -> tuple[str, list[str]]:
         names = [str(model["id"]) for model in response.json()["data"] if model.get("kind") != "embedding"]
     except httpx.HTTPStatusError as exc:
         hint = "; give --api-key-env" if exc.response.status_code in {401, 403} else ""
-        raise ConfigError(f"{url}/models answered {exc.response.status_code}{hint}") from exc
+        raise ConfigError(f"{shown}/models answered {exc.response.status_code}{hint}") from exc
     except (httpx.HTTPError, httpx.InvalidURL) as exc:
-        raise ConfigError(f"no server answers at {url} ({exc or type(exc).__name__})") from exc
+        reason = without_credentials(str(exc)) or type(exc).__name__
+        raise ConfigError(f"no server answers at {shown} ({reason})") from exc
     except (AttributeError, ValueError, KeyError, TypeError) as exc:
-        raise ConfigError(f"{url}/models is no list of models; is it an OpenAI-compatible server?") from exc
+        raise ConfigError(f"{shown}/models is no list of models; is it an OpenAI-compatible server?") from exc
     names = [name for name in names if not _NO_CHAT.search(name)]
     if not names:
-        raise ConfigError(f"{url} serves no model that can chat")
+        raise ConfigError(f"{shown} serves no model that can chat")
     return url, names
 
 

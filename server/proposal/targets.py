@@ -35,4 +35,4 @@ def config_of(targets: Sequence[str], *, api_key_env: str | None = None) -> Conf
 
     source = Path("ensemble.yaml").absolute()
     entries = entries_of(targets, folder=source.parent, api_key_env=api_key_env)
-    return propose(entries, source=source, machine=this_machine()).as_config(source)
+    return propose(entries, source=source, machine=this_machine(hosts=bool(entries.hosted))).as_config(source)

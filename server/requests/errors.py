@@ -123,7 +123,7 @@ class BodyError(errors.RequestError):
         sentences = [_sentence(finding, body) for finding in findings[:MAX_FINDINGS]]
         if len(findings) > MAX_FINDINGS:
             sentences.append(f"and {len(findings) - MAX_FINDINGS} more")
-        path = parameter_path(findings[0]["loc"], body)
+        path = _where(findings[0], body)
         super().__init__("; ".join(sentences), param=shortened(path, MAX_INPUT_CHARS) or None)
         self.code = FINDING_CODES.get(findings[0]["type"], "invalid_value")
 
@@ -138,7 +138,7 @@ def checked(kind: TypeAdapter[Body], values: Any) -> Body:
 
 def _sentence(finding: Mapping[str, Any], body: Any) -> str:
     """A pydantic finding as one sentence: "temperature: Input should be less than or equal to 2, got 3"."""
-    where = shortened(parameter_path(finding["loc"], body), MAX_INPUT_CHARS) or "the body"
+    where = shortened(_where(finding, body), MAX_INPUT_CHARS) or "the body"
     message = shortened(finding["msg"].removeprefix("Value error, "), 2 * MAX_INPUT_CHARS)
     got = "" if finding["type"] in _SENTENCES else f", got {shown(finding.get('input'))}"
     return f"{where}: {message}{got}"
@@ -158,18 +158,22 @@ def shown(value: Any) -> str:
     return orjson.dumps(value, default=str).decode()
 
 
-def parameter_path(location: Sequence[str | int], body: Any) -> str:
+def _where(finding: Mapping[str, Any], body: Any) -> str:
+    return parameter_path(finding["loc"], body, is_missing=finding["type"] == "missing")
+
+
+def parameter_path(location: Sequence[str | int], body: Any, *, is_missing: bool = True) -> str:
     """Pydantic's location as OpenAI writes it: ("messages", 0, "user", "content") -> "messages[0].content"
 
     Pydantic also names the branches of unions it tried; those are no keys of `body` and are left out. The last part is
-    kept where it is the key that is missing.
+    kept where it is the key that is missing, if `is_missing`.
     """
     path, value = "", body
     for place, part in enumerate(location, start=1):
         is_index = isinstance(value, list)
         if _has(value, part):
             value = value[part]
-        elif place < len(location) or not isinstance(value, dict):
+        elif place < len(location) or not isinstance(value, dict) or not is_missing:
             continue
         path += f"[{part}]" if is_index else f".{part}" if path else str(part)
     return path

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Protocol
 
 from ensemble_server.ensembles.base import AveragedOver, Mixture
 from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.ensembles.spelling.byte_order import ByteOrder
 from ensemble_server.server.weights.tokenizer import Vocabulary
 from ensemble_server.server.weights.vocabularies import Reader, family_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Speller(Reader, Protocol):

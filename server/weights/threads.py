@@ -10,18 +10,28 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_unfinished: set[Future[Any]] = set()
 
 
 async def in_own_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """What `function` returns or raises. If the caller is cancelled the thread ends when the function does."""
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=function.__name__)
     try:
-        return await asyncio.get_running_loop().run_in_executor(thread, partial(function, *args, **kwargs))
+        future = thread.submit(partial(function, *args, **kwargs))
+        _unfinished.add(future)
+        future.add_done_callback(_unfinished.discard)
+        return await asyncio.wrap_future(future)
     finally:
         thread.shutdown(wait=False)
+
+
+def has_unfinished_threads() -> bool:
+    """Whether a thread still works on what nobody waits for any more. An interpreter that ends waits for it."""
+    return bool(_unfinished)

@@ -1,4 +1,8 @@
-"""A checkpoint's tokenizer: which tokens it has, and the text and bytes that each of them stands for."""
+"""A checkpoint's tokenizer: which tokens it has, and the text and bytes that each of them stands for.
+
+transformers brings torch with it, so it is imported where a tokenizer is loaded: a config of remote models alone needs
+neither.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,18 @@ import codecs
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from typing import TYPE_CHECKING, Any
 
 from ensemble_server.ensembles.errors import ModelLoadError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Raises `ModelLoadError` if the folder has none that loads."""
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as exc:  # tokenizers raise whatever their parts raise
@@ -112,6 +118,8 @@ class Vocabulary:
 
     @cached_property
     def _byte_table(self) -> Mapping[str, int]:
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
         return {char: byte for byte, char in bytes_to_unicode().items()}
 
     @cached_property

@@ -12,10 +12,8 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from typing import Any, Literal
-
-from transformers import PreTrainedTokenizerBase
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 from ensemble_server.ensembles.base import Message, ToolCall
 from ensemble_server.ensembles.errors import ModelLoadError, RequestError, UnsupportedError
@@ -24,12 +22,21 @@ from ensemble_server.server.tool_formats.formats import FORMATS, ToolFormat, Too
 from ensemble_server.server.weights.thinking import Markers, markers_in
 from ensemble_server.server.weights.tokenizer import Vocabulary
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
 
 _TOOLS_IN_MESSAGE = re.compile(r"message(?:\.tools|\[.tools.\])")  # Phi's templates want them there
 _MARK = "f3b1c2"  # a text that no template has of its own
-# What transformers' renderer is told by us: the template itself, for one.
-RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
+
+
+@cache
+def _told_by_us() -> frozenset[str]:
+    """What transformers' renderer is told by us: the template itself, for one."""
+    from transformers import PreTrainedTokenizerBase
+
+    return frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
 
 
 class Surface(Vocabulary):
@@ -50,7 +57,7 @@ class Surface(Vocabulary):
         self.chat_template: str | None = chat_template or own
         self.system_prompt = system_prompt
         self.template_kwargs = dict(template_kwargs or {})
-        if reserved := sorted(RESERVED & self.template_kwargs.keys()):
+        if reserved := sorted(_told_by_us() & self.template_kwargs.keys()):
             raise ModelLoadError(f"chat_template_kwargs: {reserved[0]!r} is set by the server; leave it out")
         self.thinking: Markers | None = None
         if thinking != "off":
@@ -132,7 +139,7 @@ class Surface(Vocabulary):
         `template_kwargs`: what else the template is told, before what the config tells it.
         Raises `UnsupportedError` without a chat template, `RequestError` if the template refuses the messages.
         """
-        if reserved := sorted(RESERVED.intersection(template_kwargs or {})):
+        if reserved := sorted(_told_by_us().intersection(template_kwargs or {})):
             raise RequestError(
                 f"chat_template_kwargs: {reserved[0]!r} is not the request's to say; it takes what the template itself "
                 "asks for, such as enable_thinking",

@@ -19,9 +19,10 @@ from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ensemble_server.ensembles.errors import ConfigError, OverloadedError
+from ensemble_server.ensembles.errors import ConfigError, EngineDeadError, EnsembleError, OverloadedError
 from ensemble_server.server.batch.job.identity import model_fingerprints, seeded
 from ensemble_server.server.batch.job.rows import Row, RowResult
+from ensemble_server.server.batch.running.failures import FailureWatch
 from ensemble_server.server.batch.running.runner import Progress, Summary
 
 if TYPE_CHECKING:
@@ -35,13 +36,15 @@ INSTALL = "pip install 'ensemble-server[ray]'"
 @dataclass(frozen=True)
 class RayOptions:
     """`workers`: actors, each with all models of the config. `cpus`, `gpus`: that Ray reserves for each of them.
-    `rows_per_batch`: handed to a worker at a time; it answers them together. `init`: for `ray.init` where no cluster
-    runs yet."""
+    `rows_per_batch`: handed to a worker at a time; it answers them together. `max_restarts`: how often a worker whose
+    process has died is started again; Ray's own default is for ever. `init`: for `ray.init` where no cluster runs yet.
+    """
 
     workers: int = 1
     cpus: float = 1
     gpus: float = 0
     rows_per_batch: int = 64
+    max_restarts: int = 2
     init: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -51,19 +54,25 @@ def run_on_ray(
     options: RayOptions | None = None,
     *,
     on_progress: Callable[[Progress], None] | None = None,
+    watch: FailureWatch | None = None,
 ) -> Summary:
     """Answer every pending row of `store` and record the answers. Joins the cluster that RAY_ADDRESS names, or that the
-    process is part of; else it starts a local one and stops it in the end.
+    process is part of; else it starts a local one and stops it in the end. `watch` sees every row that ends; once it is
+    over for it no more is waited for.
 
-    Raises `ConfigError` without Ray, and what Ray raises if workers fail: what was recorded is kept.
+    Raises `ConfigError` without Ray, `ModelLoadError` if a worker cannot load the models, and `EngineDeadError` if
+    workers die again and again: what was recorded is kept.
     """
-    options = options or RayOptions()
+    options, watch = options or RayOptions(), watch or FailureWatch(max_errors=0)
     store.bind_models(model_fingerprints(store.model_names(), config))
     began = time.monotonic()
     done = _Done()
-    items = [{"row": pickle.dumps(seeded(row, store.identity.seed))} for row in _pending(store)]
+    items, names = [], {}
+    for row in _pending(store):
+        items.append({"row": pickle.dumps(seeded(row, store.identity.seed))})
+        names[row.index] = row.custom_id
     if items:
-        with _cluster(options) as ray_data:
+        with _cluster(options) as ray_data, _told_of_workers(options):
             answers = ray_data.from_items(items, override_num_blocks=_num_blocks(len(items), options)).map_batches(
                 _Worker,
                 fn_constructor_args=(config,),
@@ -71,16 +80,26 @@ def run_on_ray(
                 concurrency=options.workers,
                 num_cpus=options.cpus,
                 num_gpus=options.gpus,
+                max_restarts=options.max_restarts,
+                max_task_retries=options.max_restarts,
             )
             for batch in answers.iter_batches(batch_size=None, prefetch_batches=0):
                 results = [pickle.loads(result) for result in batch["result"]]
                 store.record(results)
                 done.count(result for _, result in results)
+                for index, result in results:
+                    if result.is_ok:
+                        watch.answered()
+                    else:
+                        watch.failed(names[index], result.body)
                 if on_progress is not None:
                     on_progress(done.progress(store, options, time.monotonic() - began))
+                if watch.is_over:
+                    break
     counts = store.counts()
+    is_done = not counts.pending and not counts.cut
     return Summary(
-        "stopped" if counts.pending or counts.cut else "finished",
+        "finished" if is_done else "failing" if watch.is_over else "stopped",
         counts,
         done.prompt_tokens,
         done.completion_tokens,
@@ -107,6 +126,24 @@ def _cluster(options: RayOptions) -> Iterator[Any]:
     finally:
         if is_ours:
             ray.shutdown()
+
+
+@contextmanager
+def _told_of_workers(options: RayOptions) -> Iterator[None]:
+    """What Ray says of workers that died, in our words."""
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except EnsembleError:  # a worker's own, which Ray brings here as what it is
+        raise
+    except RayError as exc:
+        reason = next((line for line in reversed(str(exc).splitlines()) if line.strip()), type(exc).__name__)
+        raise EngineDeadError(
+            f"a worker of Ray died, and died again each of {options.max_restarts} times that it was started anew "
+            f"({reason.strip()[:300]}); what was answered is kept. Out of memory, mostly: try fewer workers, or fewer "
+            "rows at once"
+        ) from exc
 
 
 def _pending(store: JobStore) -> Iterator[Row]:
@@ -154,7 +191,10 @@ class _Worker:
 
     def __call__(self, batch: Mapping[str, Sequence[bytes]]) -> dict[str, list[bytes]]:
         rows: list[Row] = [pickle.loads(row) for row in batch["row"]]
-        results = self._runner.run(self._answered(rows))
+        try:
+            results = self._runner.run(self._answered(rows))
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
         return {"result": [pickle.dumps((row.index, result)) for row, result in zip(rows, results, strict=True)]}
 
     async def _answered(self, rows: Sequence[Row]) -> list[RowResult]:

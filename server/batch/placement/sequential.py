@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from ensemble_server.server.batch.placement.phases import Phase, check_can_be_se
 from ensemble_server.server.batch.placement.replayed_hosting import replayed_hosting
 from ensemble_server.server.batch.running.answering import answer as answer_row
 from ensemble_server.server.batch.running.failures import FailureWatch
+from ensemble_server.server.batch.running.loaded import opened_unless
 from ensemble_server.server.batch.running.room import num_sequences
 from ensemble_server.server.batch.running.runner import Summary
 from ensemble_server.server.config.blocks import Config
@@ -138,7 +140,9 @@ class _SequentialRun:
         if not num_open:
             return
         self._say(f"loading {', '.join(phase.models)} for {num_open} calls")
-        async with Hosting.open(excerpt(self._config, phase.models)) as hosting:
+        async with opened_unless(self._stop, Hosting.open(excerpt(self._config, phase.models))) as hosting:
+            if hosting is None:
+                return
             page_size = 2 * (self._concurrency or num_sequences(hosting))
             while not self._must_end:
                 calls = await asyncio.to_thread(self._log.open_calls, phase.models, limit=page_size)
@@ -218,10 +222,9 @@ async def _answered(hosting: Hosting, call: Call) -> tuple[bytes, Answer | Ensem
 
 
 def _free_memory() -> None:
-    import torch
-
     gc.collect()
-    if torch.cuda.is_available():
+    torch = sys.modules.get("torch")  # remote members do without it
+    if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 

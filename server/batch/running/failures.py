@@ -80,9 +80,14 @@ class FailureWatch:
         return self._max_errors is None and self.num_ok == 0 and self.num_failed >= MAX_HOPELESS
 
     @property
+    def has_met_its_limit(self) -> bool:
+        """Whether to stop: as many have failed as `max_errors` allows."""
+        return bool(self._max_errors) and self.num_failed >= self._max_errors
+
+    @property
     def is_over(self) -> bool:
         """Whether to stop, for one reason or the other."""
-        return self.is_hopeless or (bool(self._max_errors) and self.num_failed >= self._max_errors)
+        return self.is_hopeless or self.has_met_its_limit
 
 
 def _rows(number: int) -> str:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from ensemble_server.ensembles.base import MemberUsage
     from ensemble_server.server.batch.running.runner import Progress
+    from ensemble_server.server.engines.engine import Loading
 
 LINE_INTERVAL_S = 5.0
 
@@ -47,6 +48,13 @@ class ProgressView:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+    def loading(self, loading: Loading) -> None:
+        """May be called from any thread."""
+        if self._has_bar:
+            self._bar.update(self._task, status=str(loading), refresh=True)  # there may be minutes to the next
+        elif self._has_lines:
+            self.say(str(loading))
 
     def update(self, progress: Progress) -> None:
         counts = progress.counts

@@ -191,6 +191,9 @@ def _csv_lines(file: BinaryIO, encoding: str) -> Iterable[str]:
     return io.TextIOWrapper(file, encoding, newline="")
 
 
+_OTHER_DELIMITER = re.compile(r"(?:sep=.|[\w.-]+ ?([;\t|,]) ?[\w.-]+(?: ?\1 ?[\w.-]+)*)")
+
+
 def csv_records(lines: Iterable[str], *, delimiter: str, name: str) -> Iterator[Record | BadRecord]:
     """Records of a table whose first row names its columns; all values are texts."""
     csv.field_size_limit(min(MAX_FIELD_CHARS, sys.maxsize))  # its default stops at 131,072 characters, a long prompt
@@ -201,6 +204,12 @@ def csv_records(lines: Iterable[str], *, delimiter: str, name: str) -> Iterator[
         raise ConfigError(f"{name}: its first row cannot be read: {exc}{_swallowed(1, reader.line_num)}") from exc
     if not header:
         raise ConfigError(f"{name}: must begin with a row that names the columns")
+    if len(header) == 1 and (other := _OTHER_DELIMITER.fullmatch(header[0])) is not None:
+        wanted = "tabs" if delimiter == "\t" else "commas"
+        raise ConfigError(
+            f"{name}: its first row is one column, {header[0][:80]!r}; columns are separated by {wanted} here, not by "
+            f"{other[1] or header[0][-1]!r}: save the table so, or say --input-format"
+        )
     if len(set(header)) < len(header) or not all(map(_is_utf8, header)):
         raise ConfigError(f"{name}: the columns must have different names in UTF-8, got {', '.join(map(repr, header))}")
     while True:

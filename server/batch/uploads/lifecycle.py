@@ -32,6 +32,7 @@ from ensemble_server.server.batch.job.store import Counts, JobStore
 from ensemble_server.server.batch.running.answering import answer
 from ensemble_server.server.batch.running.runner import Progress, run
 from ensemble_server.server.batch.uploads.catalogue import Batch, LineError, Status, StoredFile
+from ensemble_server.server.batch.uploads.disk_threads import DiskThreads
 from ensemble_server.server.batch.uploads.folder import BatchFolder
 from ensemble_server.server.batch.uploads.result_files import ResultFiles, write_result_files
 from ensemble_server.server.batch.uploads.turns import Turns
@@ -63,6 +64,7 @@ class LiveBatch:
         self,
         batch: Batch,
         folder: BatchFolder,
+        threads: DiskThreads,
         hosting: Hosting,
         metrics: Metrics,
         turns: Turns,
@@ -72,6 +74,7 @@ class LiveBatch:
         self.batch = batch
         self.counts: Counts | None = None
         self._folder = folder
+        self._threads = threads
         self._hosting = hosting
         self._metrics = metrics
         self._turns = turns
@@ -121,7 +124,7 @@ class LiveBatch:
             await self._validate()
         if not self.batch.is_live:
             return
-        job = await asyncio.to_thread(self._open_job)
+        job = await self._threads.work(self._open_job)
         try:
             self.counts = job.counts()
             self._on_change()
@@ -140,8 +143,8 @@ class LiveBatch:
                 return
             await self._finish(job, errors)
         finally:
-            await asyncio.to_thread(job.close)
-        await asyncio.to_thread(self._folder.delete_job, self.batch.id)
+            await self._threads.work(job.close)
+        await self._threads.work(self._folder.delete_job, self.batch.id)
 
     def _open_job(self) -> JobStore:
         identity = Identity({"batch": self.batch.id}, seed=self.batch.seed)
@@ -152,7 +155,7 @@ class LiveBatch:
         max_rows = self._hosting.config.batch.max_rows
         path = self._folder.file_path(self.batch.input_file_id)
         try:
-            found = await asyncio.to_thread(checked_file, path, self.batch.endpoint, max_rows=max_rows)
+            found = await self._threads.work(checked_file, path, self.batch.endpoint, max_rows=max_rows)
         except FileNotFoundError:
             gone = LineError("file_not_found", "the input file was deleted before it had been read", "input_file_id")
             found = Findings(0, (gone,), None)
@@ -166,7 +169,7 @@ class LiveBatch:
             with self._open_job() as job:
                 job.take_rows(rows_of(path, self.batch.endpoint))
 
-        await asyncio.to_thread(take_rows)
+        await self._threads.work(take_rows)
         await self._change(partial(_begun, found=found))
 
     async def _run(self, job: JobStore) -> None:
@@ -224,7 +227,7 @@ class LiveBatch:
             end = "failed"
         elif counts.pending or counts.cut:
             end = "expired"
-        written = await asyncio.to_thread(write_result_files, job, self._folder, self.batch, end)
+        written = await self._threads.work(write_result_files, job, self._folder, self.batch, end)
         await self._change(partial(_ended, end=end, written=written), new_files=written.files)
 
     async def _give_up(self, exc: Exception) -> None:
@@ -232,10 +235,10 @@ class LiveBatch:
         logger.error("batch %s has failed: %s", self.batch.id, exc, exc_info=exc)
         with suppress(StorageError):  # then the next server comes to the same end
             await self._change(partial(_failed, errors=(_told(exc),)))
-            await asyncio.to_thread(self._folder.delete_job, self.batch.id)
+            await self._threads.work(self._folder.delete_job, self.batch.id)
 
     async def _change(self, change: Callable[[Batch], Batch], new_files: Sequence[StoredFile] = ()) -> None:
-        self.batch = await asyncio.to_thread(
+        self.batch = await self._threads.catalogue(
             self._folder.catalogue.change_batch, self.batch.id, change, new_files=new_files
         )
         self._on_change()

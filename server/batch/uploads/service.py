@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from ensemble_server.ensembles.errors import NotFoundError, OverloadedError, RequestError, StorageError
 from ensemble_server.server.batch.job.rows import Url
 from ensemble_server.server.batch.uploads.catalogue import LIVE, Batch, Order, StoredFile, new_id
+from ensemble_server.server.batch.uploads.disk_threads import DiskThreads
 from ensemble_server.server.batch.uploads.folder import DAY_S, BatchFolder, NewFile, disk_heeded
 from ensemble_server.server.batch.uploads.lifecycle import LiveBatch, cancelled
 from ensemble_server.server.batch.uploads.turns import Turns
@@ -42,8 +43,9 @@ class BatchService:
         self._accounts = accounts
         self._config = hosting.config.batch
         self._turns = Turns(self._config.max_running)
+        self._threads = DiskThreads()
         self._folder: BatchFolder | None = None
-        self._opening = asyncio.Lock()
+        self._opening: asyncio.Task[BatchFolder] | None = None
         self._live: dict[str, LiveBatch] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._is_paused = False
@@ -61,10 +63,17 @@ class BatchService:
         finally:
             sweeping.cancel()
             self.pause()
+            if self._opening is not None:
+                await asyncio.gather(self._opening, return_exceptions=True)
             await asyncio.gather(sweeping, *self._tasks.values(), return_exceptions=True)
             if self._folder is not None:
-                await asyncio.to_thread(self._folder.close)
+                await self._threads.catalogue(self._folder.close)
                 self._folder = None
+
+    @property
+    def num_waiting(self) -> int:
+        """How many requests wait for the catalogue."""
+        return self._threads.num_waiting
 
     def pause(self) -> None:
         """Answer no more rows. The batches go on with the next server."""
@@ -75,23 +84,28 @@ class BatchService:
     # --- files ---
 
     async def new_file(self) -> NewFile:
-        """A file to write an upload into; `keep_file` or `discard` it."""
+        """A file to `write` an upload into; `keep_file` or `discard` it."""
         folder = await self._open_folder()
-        return await asyncio.to_thread(folder.new_file)
+        return await self._threads.files(folder.new_file)
+
+    async def write(self, new: NewFile, data: bytes) -> None:
+        await self._threads.files(new.write, data)
+
+    async def discard(self, new: NewFile) -> None:
+        """Leave nothing of a new file, in whatever state it is."""
+        await self._threads.files(new.discard)
 
     async def keep_file(self, new: NewFile, *, owner: str, filename: str, expires_after_s: int | None) -> StoredFile:
         folder = await self._open_folder()
-
-        def keep() -> StoredFile:
-            file = new.finished(owner=owner, filename=filename, purpose="batch", expires_after_s=expires_after_s)
-            folder.catalogue.add_file(file)
-            return file
-
-        return await asyncio.to_thread(keep)
+        file = await self._threads.files(
+            new.finished, owner=owner, filename=filename, purpose="batch", expires_after_s=expires_after_s
+        )
+        await self._threads.catalogue(folder.catalogue.add_file, file)
+        return file
 
     async def file(self, file_id: str, owner: str) -> StoredFile:
         folder = await self._existing_folder()
-        file = folder and await asyncio.to_thread(folder.catalogue.file, file_id, owner)
+        file = folder and await self._threads.catalogue(folder.catalogue.file, file_id, owner)
         if not file:
             raise _no_such("file", file_id)
         return file
@@ -102,7 +116,7 @@ class BatchService:
         folder = await self._existing_folder()
         if folder is None:
             return []
-        return await asyncio.to_thread(
+        return await self._threads.catalogue(
             folder.catalogue.files, owner, purpose=purpose, after=after, limit=limit, order=order
         )
 
@@ -115,17 +129,21 @@ class BatchService:
             with disk_heeded(f"file {file_id} cannot be read"):
                 return folder.file_path(file_id).open("rb")
 
-        return file, await asyncio.to_thread(opened)
+        return file, await self._threads.files(opened)
+
+    async def read(self, content: BinaryIO, num_bytes: int) -> bytes:
+        """The next bytes of what `content` opened; b"" at its end."""
+        return await self._threads.files(content.read, num_bytes)
 
     async def num_bytes_kept(self, owner: str) -> int:
         """Of the owner's uploads."""
         folder = await self._existing_folder()
-        return 0 if folder is None else await asyncio.to_thread(folder.catalogue.num_bytes_uploaded, owner)
+        return 0 if folder is None else await self._threads.catalogue(folder.catalogue.num_bytes_uploaded, owner)
 
     async def delete_file(self, file_id: str, owner: str) -> None:
         await self.file(file_id, owner)
         folder = await self._open_folder()
-        await asyncio.to_thread(folder.delete_file, file_id)
+        await self._threads.catalogue(folder.delete_file, file_id)
 
     # --- batches ---
 
@@ -166,7 +184,7 @@ class BatchService:
             metadata=metadata,
             output_expires_after_s=output_expires_after_s,
         )
-        if not await asyncio.to_thread(folder.catalogue.add_batch, batch, max_live=self._config.max_live):
+        if not await self._threads.catalogue(folder.catalogue.add_batch, batch, max_live=self._config.max_live):
             raise OverloadedError(
                 f"{self._config.max_live} batches have not ended yet, more cannot be begun (batch.max_live)",
                 retry_after_s=RETRY_AFTER_S,
@@ -176,7 +194,7 @@ class BatchService:
 
     async def batch(self, batch_id: str, owner: str) -> Batch:
         folder = await self._existing_folder()
-        batch = folder and await asyncio.to_thread(folder.catalogue.batch, batch_id, owner)
+        batch = folder and await self._threads.catalogue(folder.catalogue.batch, batch_id, owner)
         if not batch:
             raise _no_such("batch", batch_id)
         return self._with_counts(batch)
@@ -186,7 +204,7 @@ class BatchService:
         folder = await self._existing_folder()
         if folder is None:
             return []
-        found = await asyncio.to_thread(folder.catalogue.batches, owner, after=after, limit=limit)
+        found = await self._threads.catalogue(folder.catalogue.batches, owner, after=after, limit=limit)
         return [self._with_counts(batch) for batch in found]
 
     async def cancel_batch(self, batch_id: str, owner: str) -> Batch:
@@ -209,7 +227,7 @@ class BatchService:
 
     def _begin(self, batch: Batch, folder: BatchFolder) -> None:
         account = self._accounts.of_batch(batch.owner, batch.account)
-        live = LiveBatch(batch, folder, self._hosting, self._metrics, self._turns, self._report, account)
+        live = LiveBatch(batch, folder, self._threads, self._hosting, self._metrics, self._turns, self._report, account)
         self._live[batch.id] = live
         if self._is_paused:
             live.pause()
@@ -245,22 +263,38 @@ class BatchService:
         return await self._open_folder()
 
     async def _open_folder(self) -> BatchFolder:
-        async with self._opening:
-            if self._folder is None:
-                folder = await asyncio.to_thread(
-                    BatchFolder.open, self._hosting.config.batch_folder, retention_days=self._config.retention_days
-                )
-                live = await asyncio.to_thread(folder.catalogue.live_batches)
-                self._folder = folder
-                await self._sweep()
-                for batch in live:
-                    self._begin(batch, folder)
+        """One attempt at a time: who comes while it is made has its outcome."""
+        if self._folder is not None:
             return self._folder
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._opened())
+            self._opening.add_done_callback(self._has_tried)
+        return await asyncio.shield(self._opening)
+
+    def _has_tried(self, attempt: asyncio.Task[BatchFolder]) -> None:
+        self._opening = None
+        if not attempt.cancelled():
+            attempt.exception()  # is told to those who wait for it, if any still do
+
+    async def _opened(self) -> BatchFolder:
+        folder = await self._threads.catalogue(
+            BatchFolder.open, self._hosting.config.batch_folder, retention_days=self._config.retention_days
+        )
+        try:
+            live = await self._threads.catalogue(folder.catalogue.live_batches)
+        except BaseException:
+            await self._threads.catalogue(folder.close)  # or the next attempt meets it as another server's
+            raise
+        self._folder = folder
+        await self._sweep()
+        for batch in live:
+            self._begin(batch, folder)
+        return folder
 
     async def _sweep(self) -> None:
         if self._folder is not None:
             try:
-                await asyncio.to_thread(self._folder.sweep)
+                await self._threads.catalogue(self._folder.sweep)
             except StorageError as exc:
                 logger.warning("what has expired is deleted another day: %s", exc)
 

@@ -17,6 +17,8 @@ MAX_ERROR_BYTES = 64 * 2**10  # of an error's body; what is beyond is not read
 MAX_ANSWER_BYTES = 16 * 2**20  # of an answer in one piece
 MAX_STREAM_BYTES = 256 * 2**20  # of a streamed answer
 
+MAX_ENCODING_CHARS = 20  # of a name that is one
+
 _PIECE = 64 * 2**10
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 
@@ -64,7 +66,8 @@ def _unpacker(encoding: str) -> zlib._Decompress | None:
         case "gzip" | "x-gzip" | "deflate":
             return zlib.decompressobj(_GZIP_OR_ZLIB)
         case other:
-            raise ValueError(f"its Content-Encoding {other[:40]!r} was not asked for")
+            named = f" {other!r}" if len(other) <= MAX_ENCODING_CHARS else ""
+            raise ValueError(f"its Content-Encoding{named} was not asked for")
 
 
 def _unpacked(unpack: zlib._Decompress, data: bytes) -> tuple[bytes, bytes]:

@@ -330,24 +330,24 @@ class Scored(BaseModel):
 
 
 def parse_error_body(body: bytes) -> tuple[str, str | None]:
-    """What the body of an error response says, and its code. A body that is no JSON is quoted from its start."""
+    """What the body of an error response says, however long, and its code. A body that is no JSON is quoted."""
     try:
         return error_message(orjson.loads(body))
     except ValueError:
-        return body.decode(errors="replace").strip()[:200], None
+        return body.decode(errors="replace").strip(), None
 
 
 def error_message(said: Any) -> tuple[str, str | None]:
-    """The message and the code of OpenAI's error object, or of one of its variants.
+    """The message, however long, and the code of OpenAI's error object, or of one of its variants.
 
     {"error": {"message": "no", "code": "x"}} -> ("no", "x");  {"detail": "no"} -> ("no", None);  "no" -> ("no", None)
     """
     if isinstance(said, dict) and said.get("error"):
         said = said["error"]
     if not isinstance(said, dict):
-        return str(said)[:500], None
+        return str(said), None
     code = said.get("code")
-    return str(said.get("message") or said.get("detail") or said)[:500], code if isinstance(code, str) else None
+    return str(said.get("message") or said.get("detail") or said), code if isinstance(code, str) else None
 
 
 def is_about_context(message: str, code: str | None) -> bool:

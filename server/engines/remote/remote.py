@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -74,6 +74,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+MAX_MESSAGE_CHARS = 500  # of what a remote end says of a failure
+
 _TAKES_NO_REQUESTS = frozenset(
     {
         HTTPStatus.TOO_MANY_REQUESTS,
@@ -134,6 +136,7 @@ class _Call:
         self.places = places
         self.usage = ChunkUsage()
         self._texts = [secrets.stream() for _ in places]
+        self._tokens = [secrets.tokens() for _ in places]
         self._reasonings = [secrets.stream() for _ in places]
         self._blank: list[tuple[str, tuple[TokenLogprob, ...]]] = [("", ()) for _ in places]
         self._tool_calls = [RemoteToolCalls(secrets) for _ in places]
@@ -148,8 +151,10 @@ class _Call:
     ) -> tuple[str, tuple[TokenLogprob, ...], str]:
         """What may be shown."""
         text, reasoning = self._texts[choice].add(text), self._reasonings[choice].add(reasoning)
+        tokens = self._tokens[choice].add(tokens)
         if is_last:
             text, reasoning = text + self._texts[choice].flush(), reasoning + self._reasonings[choice].flush()
+            tokens += self._tokens[choice].flush()
         held_text, held_tokens = self._blank[choice]
         text, tokens = held_text + text, held_tokens + tokens
         if text.strip():
@@ -309,7 +314,12 @@ class RemoteChat:
         return DeadlineError(f"member {self.name!r}: no answer within {progress.request.deadline_s:g} s")
 
     def _failed(self, reason: str) -> MemberError:
-        return MemberError(self.name, self._secrets.blank(reason))
+        return MemberError(self.name, self._shown(reason))
+
+    def _shown(self, said: str) -> str:
+        """What a remote end says, without secrets, and then no more than people read: a secret that is cut is one."""
+        said = self._secrets.blank(said)
+        return said if len(said) <= MAX_MESSAGE_CHARS else f"{said[: MAX_MESSAGE_CHARS - 1]}…"
 
     def _usage(self, usages: Sequence[ChunkUsage]) -> Usage:
         num_read = sum(usage.prompt_tokens or 0 for usage in usages)
@@ -336,6 +346,8 @@ class RemoteChat:
             async with aclosing(self._deltas(response, call, progress)) as deltas:
                 async for delta in deltas:
                     yield delta
+            for delta in self._held_back(call, progress):
+                yield delta
         finally:
             progress.usages[num_before] = call.usage
             await response.aclose()
@@ -393,7 +405,7 @@ class RemoteChat:
         """What the remote end says, if it is worth another try; raised if it is not."""
         status = response.status_code
         message, code = parse_error_body(body)
-        message = self._secrets.blank(message)
+        message = self._shown(message)
         if status == HTTPStatus.BAD_REQUEST and is_about_context(message, code):
             raise ContextLengthError(f"member {self.name!r}: the remote end refused: {message}", param="messages")
         failure = f"the remote end answered {status}: {message}"
@@ -447,7 +459,9 @@ class RemoteChat:
         if choice.finish_reason is not None:
             if choice.finish_reason in FAILED_REASONS:
                 raise self._failed(f"the remote end stopped with finish_reason {choice.finish_reason!r}")
-            progress.ends[index] = FINISH_REASONS.get(choice.finish_reason, "stop"), choice.stop_reason
+            stop_reason = choice.stop_reason
+            stop_reason = self._secrets.blank(stop_reason) if isinstance(stop_reason, str) else stop_reason
+            progress.ends[index] = FINISH_REASONS.get(choice.finish_reason, "stop"), stop_reason
         is_last = index in progress.ends
         reasoning = choice.said.reasoning_content or choice.said.reasoning or ""
         text, tokens, reasoning = call.add(choice.index, text, tokens, reasoning, is_last=is_last)
@@ -461,9 +475,21 @@ class RemoteChat:
             reason, stop = progress.ends[index]
             shown = Delta(index, text, tokens=tokens, reasoning=reasoning, calls=calls)
             return replace(shown, finish_reason=reason, stop_reason=stop)
-        if not (text or reasoning or calls):
+        if not (text or tokens or reasoning or calls):
             return None
         return Delta(index, text, tokens=tokens, reasoning=reasoning, calls=calls)
+
+    def _held_back(self, call: _Call, progress: _Progress) -> Iterator[Delta]:
+        """What was held back of choices of which the remote end has not said that they ended."""
+        for choice, index in enumerate(call.places):
+            if index in progress.ends:
+                continue
+            text, tokens, reasoning = call.add(choice, "", (), "", is_last=True)
+            calls = call.tool_calls(choice, (), is_last=True)
+            if text or calls:
+                progress.has_text.add(index)
+            if text or tokens or reasoning or calls:
+                yield Delta(index, text, tokens=tokens, reasoning=reasoning, calls=calls)
 
     async def _chunks(self, response: httpx.Response, progress: _Progress) -> AsyncGenerator[Chunk]:
         """The events of the stream. Raises `TimeoutError` at the deadline, or if none comes for `timeout_s`."""

@@ -41,7 +41,8 @@ class RemoteToolCalls:
             self._place_of[piece.index] = place
         self._ids.append(piece.id)
         self._arguments.append(self._secrets.stream())
-        call_id = piece.id if piece.id and _ID.fullmatch(piece.id) else None
+        is_fit = piece.id is not None and _ID.fullmatch(piece.id) and self._secrets.blank(piece.id) == piece.id
+        call_id = piece.id if is_fit else None
         return [ToolCallDelta(place, self._secrets.blank(name), self._arguments[place].add(text), call_id)]
 
     def flush(self) -> list[ToolCallDelta]:

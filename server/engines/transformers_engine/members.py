@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.engines.engine import Loading
 from ensemble_server.server.engines.transformers_engine.backbone import Backbone
 from ensemble_server.server.weights.devices import resolve_device, warn_of_slow_bfloat16
 from ensemble_server.server.weights.member_views import MemberFiles, MemberView
@@ -43,11 +44,13 @@ class Member:
         return logprobs
 
 
-def load_members(models: Mapping[str, HostedModel], files: MemberFiles) -> dict[str, Member]:
+def load_members(
+    models: Mapping[str, HostedModel], files: MemberFiles, *, on_load: Callable[[Loading], None] = lambda loading: None
+) -> dict[str, Member]:
     """Load every hosted model of a config. Weights that several entries stand on are loaded once.
 
-    `files`: what is known of them without weights. Raises `ModelLoadError` that names the member, what is wrong and the
-    way out.
+    `files`: what is known of them without weights. `on_load` is told before each weights. Raises `ModelLoadError` that
+    names the member, what is wrong and the way out.
     """
     transformers_logging.disable_progress_bar()
     files.check()
@@ -59,7 +62,9 @@ def load_members(models: Mapping[str, HostedModel], files: MemberFiles) -> dict[
     for name, key in keys.items():
         if key in backbones:
             continue
-        logger.info("loading %s from %s on %s", name, key.folder, key.device)
+        loading = Loading(name, len(backbones) + 1, len(set(keys.values())))
+        logger.info("%s from %s on %s", loading, key.folder, key.device)
+        on_load(loading)
         adapters = {
             entry: Path(model.adapter)
             for entry, model in models.items()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -22,7 +23,7 @@ from ensemble_server.ensembles.errors import (
     UnsupportedError,
 )
 from ensemble_server.server.config.blocks import Config
-from ensemble_server.server.engines.engine import StepStats
+from ensemble_server.server.engines.engine import Loading, StepStats
 from ensemble_server.server.engines.shared import grammar
 from ensemble_server.server.engines.shared.reading import RequestReader
 from ensemble_server.server.engines.shared.tool_use import ToolUse
@@ -35,15 +36,23 @@ from ensemble_server.server.engines.vllm_engine.queue import Queue
 from ensemble_server.server.weights.member_views import MemberFiles, MemberView
 from ensemble_server.server.weights.threads import in_own_thread
 
+logger = logging.getLogger(__name__)
+
 
 class VllmEngine:
     """Made by `VllmEngine.planned`. Belongs to the event loop that it was made in, but for `start` and `stop`, which
     block and are called from other threads. `views`: how the members read text.
     """
 
-    def __init__(self, views: Mapping[str, MemberView], models: Sequence[VllmModel]) -> None:
+    def __init__(
+        self,
+        views: Mapping[str, MemberView],
+        models: Sequence[VllmModel],
+        on_load: Callable[[Loading], None] = lambda loading: None,
+    ) -> None:
         self.views = views
         self._models = models
+        self._on_load = on_load
         self._model_of = {member: model for model in models for member in model.plan.placement.slots}
         self._ids = itertools.count()
         self._reader = RequestReader(always_writes=True)
@@ -55,14 +64,16 @@ class VllmEngine:
         *,
         files: MemberFiles | None = None,
         on_step: Callable[[StepStats], None] | None = None,
+        on_load: Callable[[Loading], None] = lambda loading: None,
     ) -> Self:
         """For a config with the vllm engine; nothing runs yet. `files`: what has been read of the members already.
+        `on_load` is told by `start` of each model before it is started.
 
         Raises `ModelLoadError`.
         """
         views, plans = await in_own_thread(plan, config, files)
         limits = {"max_running": config.engine.max_batch, "max_waiting": config.server.max_queue}
-        return cls(views, [VllmModel(one, Queue(**limits), on_step) for one in plans])
+        return cls(views, [VllmModel(one, Queue(**limits), on_step) for one in plans], on_load)
 
     @property
     def failure(self) -> str | None:
@@ -81,7 +92,10 @@ class VllmEngine:
         """Start vLLM for each model, one after the other: each measures how much memory is free. Returns when all are
         ready. Raises `ModelLoadError`.
         """
-        for model in self._models:
+        for number, model in enumerate(self._models, start=1):
+            loading = Loading(model.process.label, number, len(self._models))
+            logger.info("%s in vLLM", loading)
+            self._on_load(loading)
             model.process.start()
 
     def stop(self) -> None:

@@ -82,8 +82,8 @@ def events_of(text: str) -> list[str]:
     return [block.removeprefix("data: ") for block in blocks if not block.startswith(":")]
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 2.0) -> None:
-    """Wait until `condition` holds; fail if it does not."""
+async def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    """Wait until `condition` holds; fail if it never does. The time is that of a machine under load."""
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.005)

@@ -69,6 +69,12 @@ def test_parameters_are_named_as_openai_names_them(location, body, path):
     assert parameter_path(location, body) == path
 
 
+def test_a_branch_that_did_not_fit_is_no_key_of_the_body():
+    body = {"stop": {"a": 1}}
+    assert parameter_path(("stop", "one"), body, is_missing=False) == "stop"
+    assert parameter_path(("stop", "one"), body) == "stop.one"
+
+
 async def test_routes_that_are_not_there_are_answered_in_openais_shape(host):
     async with asgi_client(host()) as client:
         missing = await client.get("/v1/nothing")

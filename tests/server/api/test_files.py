@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import sqlite3
+import threading
 import tracemalloc
 from contextlib import asynccontextmanager
 
@@ -13,7 +14,9 @@ import openai
 import pytest
 from openai.types import FileDeleted, FileObject
 
-from tests.server.api.conftest import CHAT, asgi_client, live_server
+from ensemble_server.ensembles.errors import StorageBusyError
+from ensemble_server.server.batch.uploads.catalogue import Catalogue
+from tests.server.api.conftest import CHAT, asgi_client, live_server, until
 
 LINES = b'{"custom_id": "a"}\n{"custom_id": "b"}\n'
 KEYS = {"api_keys": ("first", "second")}
@@ -276,6 +279,73 @@ async def test_a_full_disk_is_told_in_openais_shape_and_leaves_no_half_file(host
         assert stored(hosting) == [small.id]
         await client.files.create(file=b"x" * 5_000_000, purpose="batch")
     assert len(stored(hosting)) == 2
+
+
+async def test_nobody_else_waits_for_a_catalogue_that_is_slow(host, monkeypatch):
+    """Reading the request of a chat takes a thread, too: many more wait for the disk than the loop's pool has."""
+    is_answered, asked = threading.Event(), []
+
+    def slow(self, *arguments, **options):
+        asked.append(arguments)
+        is_answered.wait()
+        return []
+
+    monkeypatch.setattr(Catalogue, "files", slow)
+    async with asgi_client(host()) as client:
+        await uploaded(client)
+        lists = [asyncio.create_task(client.get("/v1/files")) for _ in range(60)]
+        await until(lambda: bool(asked))
+        assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
+        is_answered.set()
+        assert {response.status_code for response in await asyncio.gather(*lists)} == {200}
+
+
+async def test_all_that_wait_for_a_held_catalogue_are_told_what_the_first_has_found(host, monkeypatch):
+    may_fail, tries = threading.Event(), []
+
+    def held(self, *arguments, **options):
+        tries.append(arguments)
+        may_fail.wait()
+        raise StorageBusyError("another program holds it")
+
+    monkeypatch.setattr(Catalogue, "files", held)
+    async with asgi_client(host()) as client:
+        await uploaded(client)
+        lists = [asyncio.create_task(client.get("/v1/files")) for _ in range(20)]
+        await until(lambda: client.app.state.batches.num_waiting == 20)
+        may_fail.set()
+        responses = await asyncio.gather(*lists)
+        assert {(response.status_code, response.json()["error"]["code"]) for response in responses} == {
+            (503, "storage_busy")
+        }
+        assert len(tries) == 1
+        assert (await client.get("/v1/files")).status_code == 503  # who comes later tries anew
+        assert len(tries) == 2
+
+
+@pytest.mark.parametrize(("harm", "code"), [("held", "storage_busy"), ("damaged", "storage_damaged")])
+async def test_a_server_that_finds_its_catalogue_unusable_chats_and_has_it_once_it_is_mended(host, harm, code):
+    hosting = host()
+    async with asgi_client(hosting) as client:
+        file = await uploaded(client)
+    catalogue = hosting.config.batch_folder / "catalogue.sqlite"
+    whole = catalogue.read_bytes()
+    holder = sqlite3.connect(catalogue, isolation_level=None)
+    if harm == "held":
+        holder.execute("BEGIN EXCLUSIVE")
+    else:
+        holder.close()
+        catalogue.write_bytes(b"no database" * 1000)
+    async with asgi_client(hosting) as client:
+        responses = await asyncio.gather(*(client.post("/v1/files", **upload()) for _ in range(8)))
+        assert {(r.status_code, r.json()["error"]["code"]) for r in responses} == {(503, code)}
+        assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
+        if harm == "held":
+            holder.execute("ROLLBACK")
+        else:
+            catalogue.write_bytes(whole)
+        assert (await client.get(f"/v1/files/{file['id']}")).status_code == 200
+    holder.close()
 
 
 async def test_a_folder_that_cannot_be_made_is_told_without_its_path(host):

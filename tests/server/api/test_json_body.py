@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import json
 import logging
 
 import pytest
@@ -69,6 +71,25 @@ async def test_a_body_that_does_not_say_json_is_a_415(host, content_type):
     assert "application/json" in response.json()["error"]["message"]
 
 
+async def test_a_byte_order_mark_is_no_part_of_a_body(host):
+    body = json.dumps(CHAT)
+    headers = {"content-type": "application/json"}
+    async with asgi_client(host()) as client:
+        for data, status in ((body.encode("utf-8-sig"), 200), (body.encode("utf-16"), 400)):
+            answer = await client.post("/v1/chat/completions", content=data, headers=headers)
+            assert answer.status_code == status, answer.text
+    assert "UTF-16; send JSON as UTF-8" in answer.json()["error"]["message"]
+
+
+async def test_a_packed_body_is_told_as_one(host):
+    data = gzip.compress(json.dumps(CHAT).encode())
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    async with asgi_client(host()) as client:
+        answer = await client.post("/v1/chat/completions", content=data, headers=headers)
+    assert answer.status_code == 415
+    assert "packed (gzip)" in answer.json()["error"]["message"]
+
+
 async def test_a_charset_behind_the_content_type_is_fine(host):
     headers = {"content-type": "Application/JSON; charset=utf-8"}
     async with asgi_client(host()) as client:
@@ -109,4 +130,4 @@ def test_any_bytes_are_a_value_or_a_request_error(body):
     try:
         parse_json(body)
     except RequestError as exc:
-        assert "not valid JSON" in str(exc)
+        assert "not valid JSON" in str(exc) or "send JSON as UTF-8" in str(exc)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import socket
+
 import httpx
 import pytest
+from starlette.responses import Response
 
 from ensemble_server.server.api.local_only import LocalOnly, local_only
 from ensemble_server.server.config.blocks import ServerConfig
@@ -57,11 +60,40 @@ def test_where_keys_or_a_network_guard_the_door_hosts_are_not_asked(monkeypatch)
 
     monkeypatch.setenv("SOME_KEYS", "a")
     assert isinstance(local_only(app, "::1", ServerConfig()), LocalOnly)
-    assert local_only(app, "0.0.0.0", ServerConfig()) is app
+    assert local_only(app, "10.0.0.1", ServerConfig()) is app
+    assert local_only(app, "0.0.0.0", ServerConfig(api_keys=("a",))) is app
     assert local_only(app, "127.0.0.1", ServerConfig(api_keys=("a",))) is app
     assert local_only(app, "127.0.0.1", ServerConfig(api_keys_env="SOME_KEYS")) is app
     assert local_only(app, "127.0.0.1", ServerConfig(cors_origins=("*",))) is app
     assert isinstance(local_only(app, "127.0.0.1", ServerConfig(api_keys_env="NO_SUCH_KEYS")), LocalOnly)
+
+
+@pytest.mark.parametrize(
+    ("client", "name", "origin", "status"),
+    [
+        ("127.0.0.1", "localhost:8000", None, 200),
+        ("127.0.0.1", "10.0.0.7:8000", None, 200),
+        ("127.0.0.1", f"{socket.gethostname()}:8000", None, 200),
+        ("127.0.0.1", "evil.example", None, 403),
+        ("::1", "evil.example", None, 403),
+        ("::ffff:127.0.0.1", "evil.example", None, 403),
+        ("127.0.0.1", "localhost:8000", "https://evil.example", 403),
+        ("10.0.0.7", "evil.example", None, 200),
+        ("10.0.0.7", "gpu-box", "https://evil.example", 200),
+    ],
+)
+async def test_a_server_without_keys_on_all_addresses_is_guarded_where_pages_of_this_machine_come_from(
+    client, name, origin, status
+):
+    async def app(scope, receive, send):
+        await Response()(scope, receive, send)
+
+    guarded = local_only(app, "0.0.0.0", ServerConfig())
+    transport = httpx.ASGITransport(guarded, client=(client, 50000))
+    headers = {"host": name} | ({"origin": origin} if origin else {})
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as asking:
+        answer = await asking.post("/v1/models", headers=headers)
+    assert answer.status_code == status, answer.text
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,11 @@ def read(body: bytes, cuts: list[int], max_bytes: int = 10_000) -> tuple[UploadF
 
     request = Request({"type": "http", "method": "POST", "headers": HEADERS}, receive)
     written = bytearray()
-    read_form = asyncio.run(read_upload(request, written.extend, max_bytes=max_bytes))
+
+    async def write(data):
+        written.extend(data)
+
+    read_form = asyncio.run(read_upload(request, write, max_bytes=max_bytes))
     return read_form, bytes(written)
 
 

@@ -7,14 +7,15 @@ import logging
 import os
 import signal
 import socket
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 
 import httpx
 import pytest
 
 from ensemble_server.ensembles.errors import ConfigError, ModelLoadError
+from ensemble_server.server.api import serve as serve_module
 from ensemble_server.server.api.serve import serve
-from ensemble_server.server.engines.scripted_engine import Script
+from ensemble_server.server.engines.scripted_engine import Script, ScriptedModel
 from ensemble_server.server.hosting import Hosting
 from tests.server.api.conftest import CHAT, events_of, until
 
@@ -31,11 +32,17 @@ def _root_logger_stays_as_it_was():
 
 @pytest.fixture
 def opened(monkeypatch):
-    """Makes `Hosting.open` give a hosting of ours, once `loaded` is set; `loaded` may be an error instead."""
+    """Makes `Hosting.open` give a hosting of ours, once `loaded` is set; `loaded` may be an error instead.
+
+    Returns an event that is set once it is being opened.
+    """
 
     def put(hosting, loaded):
+        begun = asyncio.Event()
+
         @asynccontextmanager
         async def open_(config, *, on_step=None):
+            begun.set()
             if isinstance(loaded, Exception):
                 raise loaded
             await loaded.wait()
@@ -43,13 +50,44 @@ def opened(monkeypatch):
             hosting.is_closed = True
 
         monkeypatch.setattr(Hosting, "open", open_)
+        return begun
 
     return put
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+@pytest.fixture
+def ports(monkeypatch):
+    """A queue of the ports that servers listen on, as soon as they do."""
+    ports, listening = asyncio.Queue(), serve_module.listening
+
+    @asynccontextmanager
+    async def noted(app, config):
+        async with listening(app, config) as port:
+            ports.put_nowait(port)
+            yield port
+
+    monkeypatch.setattr(serve_module, "listening", noted)
+    return ports
+
+
+class Held(ScriptedModel):
+    """Says its first piece, and the others once `go_on` is set."""
+
+    def __init__(self, *pieces):
+        super().__init__("m", Script(pieces))
+        self.go_on = asyncio.Event()
+
+    async def generate(self, request):
+        async with aclosing(super().generate(request)) as events:
+            async for event in events:
+                yield event
+                await self.go_on.wait()
+
+
+async def until_closed(client):
+    """Wait until the server lets nobody in any more."""
+    while (await client.get("/health")).status_code != 503:
+        await asyncio.sleep(0.005)
 
 
 def already():
@@ -58,13 +96,12 @@ def already():
     return event
 
 
-async def test_the_port_answers_503_while_the_models_load(host, opened):
-    port = free_port()
-    hosting, loaded, ready = host({"port": port}), asyncio.Event(), []
+async def test_the_port_answers_503_while_the_models_load(host, opened, ports):
+    hosting, loaded, ready = host({"port": 0}), asyncio.Event(), []
     opened(hosting, loaded)
     serving = asyncio.create_task(serve(hosting.config, on_ready=ready.append))
-    transport = httpx.AsyncHTTPTransport(retries=5)
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", transport=transport) as client:
+    port = await ports.get()
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
         live, health = await client.get("/live"), await client.get("/health")
         chat = await client.post(CHAT_PATH, json=CHAT)
         assert (live.status_code, health.status_code, chat.status_code) == (200, 503, 503)
@@ -81,16 +118,18 @@ async def test_the_port_answers_503_while_the_models_load(host, opened):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_stops_the_server_once_live_requests_are_done(host, opened, number):
-    hosting, ready = host({"port": 0}, m=Script(tuple("abcd"), delay_s=0.1)), []
+    model, ready = Held(*"abcd"), []
+    hosting = host({"port": 0}, m=model)
     opened(hosting, already())
     serving = asyncio.create_task(serve(hosting.config, on_ready=ready.append))
     await until(lambda: bool(ready))
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{ready[0]}") as client:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{ready[0]}", timeout=60) as client:
         live = asyncio.create_task(client.post(CHAT_PATH, json=CHAT | {"stream": True}))
-        await until(lambda: hosting.models["m"].num_live == 1)
+        await until(lambda: model.num_live == 1)
         os.kill(os.getpid(), number)
-        await asyncio.sleep(0.05)
+        await until_closed(client)
         late = await client.post(CHAT_PATH, json=CHAT)
+        model.go_on.set()
         text = (await live).text
     await serving
     assert late.status_code == 503
@@ -103,25 +142,25 @@ async def test_a_second_signal_ends_live_requests_at_once(host, opened):
     opened(hosting, already())
     serving = asyncio.create_task(serve(hosting.config, on_ready=ready.append))
     await until(lambda: bool(ready))
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{ready[0]}") as client:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{ready[0]}", timeout=60) as client:
         live = asyncio.create_task(client.post(CHAT_PATH, json=CHAT | {"stream": True}))
         await until(lambda: hosting.models["m"].num_live == 1)
         os.kill(os.getpid(), signal.SIGINT)
-        await asyncio.sleep(0.05)
+        await until_closed(client)
         assert not serving.done()
         os.kill(os.getpid(), signal.SIGINT)
         text = (await live).text
-        await asyncio.wait_for(serving, 5)
+        await serving
     assert "shutting down" in text
 
 
 async def test_a_signal_while_loading_stops_the_server(host, opened):
     hosting = host({"port": 0})
-    opened(hosting, asyncio.Event())
+    begun = opened(hosting, asyncio.Event())
     serving = asyncio.create_task(serve(hosting.config))
-    await asyncio.sleep(0.1)
+    await begun.wait()
     os.kill(os.getpid(), signal.SIGTERM)
-    await asyncio.wait_for(serving, 5)
+    await serving
 
 
 async def test_models_that_do_not_load_are_the_error(host, opened):

@@ -60,7 +60,7 @@ async def test_the_openai_clients_stream_helper_collects_the_answer(host):
         one = await client.models.retrieve("hello")
     assert completion.choices[0].message.content == "Hello world"
     assert vector.data[0].embedding == pytest.approx([3**-0.5] * 3)
-    assert models == [one.id]
+    assert models == [one.id, "letters"]
 
 
 @pytest.mark.parametrize(("stream", "logged"), [(True, (200, "client_left")), (False, (499, ""))])

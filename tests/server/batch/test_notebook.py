@@ -141,6 +141,21 @@ def test_a_deadline_still_writes_every_row(config: dict[str, Any], tmp_path: Pat
     assert all(line["error"] is None for line in answers.lines())
 
 
+@pytest.mark.parametrize(("max_errors", "num_failed"), [(None, 20), (3, 3), (0, 30)])
+def test_a_job_of_which_nothing_succeeds_stops_and_keeps_its_rows(
+    config: dict[str, Any], tmp_path: Path, max_errors: int | None, num_failed: int
+) -> None:
+    rows = [{"prompt": f"To be {number}", "temperature": 5} for number in range(30)]  # which no body may have
+    output = tmp_path / "answers.jsonl"
+    answers = run_batch(config, rows, output, max_errors=max_errors, concurrency=1, **SHORT)
+    assert num_failed <= (failed := answers.summary.counts.failed) < num_failed + 5  # some are in flight by then
+    assert answers.summary.ended == ("finished" if num_failed == 30 else "failing")
+    said = [line["error"]["message"] for line in answers.lines() if line["error"] is not None]
+    assert len(said) == failed and all("temperature" in message for message in said)
+    again = run_batch(config, rows, output, max_errors=0, concurrency=1, **SHORT)
+    assert again.summary.counts.failed == 30
+
+
 async def test_it_runs_inside_a_running_event_loop(config: dict[str, Any]) -> None:
     assert asyncio.get_running_loop().is_running()
     assert all(run_batch(config, ["To be"], **SHORT).texts())  # as a notebook's cell does: it waits

@@ -47,6 +47,22 @@ def test_help_lists_every_command_with_its_sentence(ensemble: Callable[..., Run]
         assert f"│ {command} " in run.out
 
 
+@pytest.mark.parametrize("command", [[], *(name.split() for name in COMMANDS)], ids=" ".join)
+def test_help_of_flags_names_no_kind_of_value(ensemble: Callable[..., Run], command: list[str]) -> None:
+    assert "bool" not in ensemble(*command, "--help").out.lower()
+
+
+def test_libraries_draw_no_bars_into_log_files() -> None:
+    code = (
+        "import atexit, sys; from ensemble_server.server.cli.app import main\n"
+        "def draw():\n    from tqdm.auto import tqdm\n    print(list(tqdm(range(3))))\n"
+        "atexit.register(draw); sys.argv = ['ensemble', '--version']; main()"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.endswith("[0, 1, 2]\n")
+    assert run.stderr == ""
+
+
 def test_the_module_runs_as_the_script_does() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "ensemble_server", "--version"], capture_output=True, text=True, check=True

@@ -10,6 +10,7 @@ from ensemble_server.ensembles.base import MemberUsage
 from ensemble_server.server.batch.job.store import Counts
 from ensemble_server.server.batch.running.progress import LINE_INTERVAL_S, ProgressView, described, duration, spend
 from ensemble_server.server.batch.running.runner import Progress
+from ensemble_server.server.engines.engine import Loading
 
 
 def progress(**changes: Any) -> Progress:
@@ -77,6 +78,19 @@ def test_a_terminal_shows_a_bar_that_goes_away() -> None:
         view.say("a sentence")
     assert "5/10" in file.getvalue()
     assert "a sentence\n" in file.getvalue()
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_what_is_loaded_is_said_of_how_many(is_terminal: bool) -> None:
+    file = io.StringIO()
+    with ProgressView(Console(file=file, width=120, force_terminal=is_terminal)) as view:
+        for number, name in enumerate(("base", "code"), start=1):
+            view.loading(Loading(name, number, 2))
+        view.update(progress())
+    if is_terminal:
+        assert "loading code (2 of 2)" in file.getvalue()
+    else:
+        assert file.getvalue() == "loading base (1 of 2)\nloading code (2 of 2)\n"
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])

@@ -80,6 +80,29 @@ def test_csv_needs_a_header_of_different_names(tmp_path: Path, text: str) -> Non
         list(read_records(file, "csv"))
 
 
+@pytest.mark.parametrize(
+    ("text", "kind", "mark"),
+    [
+        ("id;q\n1;a\n", "csv", "';'"),
+        ("sep=;\nid;q\n1;a\n", "csv", "';'"),
+        ("id\tq\n1\ta\n", "csv", "'\\t'"),
+        ("id,q\n", "tsv", "','"),
+    ],
+)
+def test_a_table_with_other_marks_between_its_columns_is_named(tmp_path: Path, text: str, kind: Any, mark: str) -> None:
+    file = tmp_path / "in.txt"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match="its first row is one column") as refused:
+        list(read_records(file, kind))
+    assert f"not by {mark}" in str(refused.value)
+
+
+def test_a_table_of_one_column_may_have_any_name(tmp_path: Path) -> None:
+    file = tmp_path / "in.csv"
+    file.write_text("What is asked; in words\nWhy?\n", encoding="utf-8")
+    assert [dict(record.values) for record in read_records(file, "csv")] == [{"What is asked; in words": "Why?"}]
+
+
 def test_a_prompt_may_be_longer_than_the_csv_modules_default_limit(tmp_path: Path) -> None:
     file = tmp_path / "in.csv"
     file.write_text(f"text\n{'x' * 200_000}\n", encoding="utf-8")

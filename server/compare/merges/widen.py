@@ -82,7 +82,7 @@ def _places(values: torch.Tensor) -> torch.Tensor:
 
 def register_with_mergekit() -> None:
     """Make `merge_method: widen` known to mergekit in this process; a second call does nothing."""
-    from mergekit.merge_methods import BasePolicy, InputContract, TensorGroup, merge_method
+    from mergekit.merge_methods import BasePolicy, InputContract, MergeMethod, TensorGroup, merge_method
     from mergekit.merge_methods.registry import register, registered_methods
 
     if any(method.spec.name == NAME for method in registered_methods()):
@@ -106,4 +106,6 @@ def register_with_mergekit() -> None:
         "return": torch.Tensor,
     }
     options = {"name": NAME, "pretty_name": "WIDEN", "reference_url": REFERENCE}
-    register(merge_method(kernel, contract=InputContract(base=BasePolicy.REQUIRED, min_inputs=2), **options))
+    method = merge_method(kernel, contract=InputContract(base=BasePolicy.REQUIRED, min_inputs=2), **options)
+    assert isinstance(method, MergeMethod), "it is a decorator only where no function is given"
+    register(method)

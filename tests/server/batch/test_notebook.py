@@ -150,8 +150,8 @@ def test_a_job_of_which_nothing_succeeds_stops_and_keeps_its_rows(
     answers = run_batch(config, rows, output, max_errors=max_errors, concurrency=1, **SHORT)
     assert num_failed <= (failed := answers.summary.counts.failed) < num_failed + 5  # some are in flight by then
     assert answers.summary.ended == ("finished" if num_failed == 30 else "failing")
-    said = [line["error"]["message"] for line in answers.lines() if line["error"] is not None]
-    assert len(said) == failed and all("temperature" in message for message in said)
+    said = [line["error"]["message"] for line in answers.lines()]
+    assert sum("temperature" in message for message in said) == failed  # the others were not asked any more
     again = run_batch(config, rows, output, max_errors=0, concurrency=1, **SHORT)
     assert again.summary.counts.failed == 30
 

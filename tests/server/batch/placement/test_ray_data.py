@@ -5,17 +5,13 @@ from __future__ import annotations
 import builtins
 import importlib.util
 import socket
-import threading
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from ensemble_server.ensembles.errors import ConfigError, EngineDeadError
+from ensemble_server.ensembles.errors import ConfigError
 from ensemble_server.server.batch.job.identity import Identity
 from ensemble_server.server.batch.job.rows import BadRow, Row
 from ensemble_server.server.batch.job.store import JobStore
@@ -109,41 +105,6 @@ def test_a_job_on_ray_stops_where_nothing_is_answered(dead_remote: Config, tmp_p
     assert summary.ended == "failing"
     assert 20 <= summary.counts.failed < 200
     assert len(said) == 1 and "member 'base': cannot be reached" in said[0]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra `ray` is not installed")
-def test_workers_that_die_again_and_again_end_the_job(tmp_path: Path) -> None:
-    """Whoever asks this remote end is killed."""
-    with Killing() as url, JobStore.open(tmp_path / "a.job", Identity()) as store:
-        config = parse_config({"models": {"base": {"url": url}}}, source=tmp_path / "config.yaml")
-        store.take_rows([Row(0, "row 0", "/v1/chat/completions", ASK | {"model": "base"})])
-        with pytest.raises(EngineDeadError, match="a worker of Ray died"):
-            run_on_ray(store, config, replace(LOCAL, workers=1, max_restarts=1))
-        assert store.counts().pending == 1
-
-
-class Killing:
-    """A server on this machine that kills the process of whoever connects to it."""
-
-    def __enter__(self) -> str:
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        threading.Thread(target=self._serve, daemon=True).start()
-        return f"http://127.0.0.1:{self._socket.getsockname()[1]}/v1"
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._socket.close()
-
-    def _serve(self) -> None:
-        with suppress(OSError):  # closed
-            while True:
-                _, (_, port) = self._socket.accept()
-                for process in psutil.process_iter(["cmdline"]):
-                    with suppress(psutil.Error):
-                        if "ray::" in " ".join(process.info["cmdline"] or []) and any(
-                            connection.laddr.port == port for connection in process.net_connections()
-                        ):
-                            process.kill()
 
 
 def test_without_ray_the_error_says_how_to_install_it(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 import pytest_asyncio
+from filelock import FileLock
 
 from ensemble_server.server.engines.scripted_engine import ScriptedModel
 from ensemble_server.server.engines.scripted_hosting import ScriptedHosting
@@ -23,6 +25,7 @@ from tests.clients.tool_loop import weather
 from tests.conftest import CHAT_TEMPLATE, ENGINES
 from tests.server.api.conftest import live_server, tokenizer
 
+NODE_FOLDER = Path(__file__).parent / "node"
 CONFIG = """
 models:
   llama: {{path: "{llama}"}}
@@ -77,6 +80,24 @@ def _address(process: subprocess.Popen, log: Path) -> str:
                 return url
         time.sleep(0.1)
     raise AssertionError(f"the server did not start:\n{log.read_text()}")
+
+
+# --- clients of Node.js --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def node_packages() -> Path:
+    """The folder with what its package-lock.json names. npm fetches it once, for all processes of a run."""
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("needs Node.js and npm")
+    installed, lock = NODE_FOLDER / "node_modules" / ".package-lock.json", NODE_FOLDER / "package-lock.json"
+    with FileLock(NODE_FOLDER / "node_modules.lock"):  # two that install into one folder delete each other's files
+        if not installed.exists() or installed.stat().st_mtime < lock.stat().st_mtime:
+            command = ["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts"]
+            finished = subprocess.run(command, cwd=NODE_FOLDER, capture_output=True, text=True, timeout=300)
+            if finished.returncode != 0:
+                pytest.skip(f"npm cannot fetch the clients: {finished.stderr[-300:]}")
+    return NODE_FOLDER
 
 
 # --- a scripted model that calls a tool ---------------------------------------------------------------------------

@@ -4,34 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
-import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
+from tests.clients.conftest import NODE_FOLDER
 from tests.clients.scripted import scripted_server
 from tests.docs.snippets import ROOT, Snippet, snippets
 
-FOLDER = Path(__file__).parent / "node"
 EXAMPLES = [snippet for snippet in snippets(ROOT / "docs" / "clients.md") if snippet.language == "js"]
-SCRIPTS = sorted(script.name for script in FOLDER.glob("*.mjs"))
-
-
-@pytest.fixture(scope="module")
-def packages() -> None:
-    """The packages that package-lock.json names, in node/node_modules."""
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("needs Node.js and npm")
-    installed, lock = FOLDER / "node_modules" / ".package-lock.json", FOLDER / "package-lock.json"
-    if installed.exists() and installed.stat().st_mtime >= lock.stat().st_mtime:
-        return
-    command = ["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts"]
-    finished = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=300)
-    if finished.returncode != 0:
-        pytest.skip(f"npm cannot fetch the clients: {finished.stderr[-300:]}")
+SCRIPTS = sorted(script.name for script in NODE_FOLDER.glob("*.mjs"))
 
 
 @pytest_asyncio.fixture
@@ -45,7 +29,7 @@ async def said(url: str, *arguments: str) -> str:
     process = await asyncio.create_subprocess_exec(
         "node",
         *arguments,
-        cwd=FOLDER,
+        cwd=NODE_FOLDER,
         env=os.environ | {"SERVER": url, "NO_PROXY": "127.0.0.1"},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
@@ -57,13 +41,13 @@ async def said(url: str, *arguments: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-async def test_what_a_client_of_node_gets_is_what_it_expects(packages: None, url: str, script: str) -> None:
+async def test_what_a_client_of_node_gets_is_what_it_expects(node_packages: Path, url: str, script: str) -> None:
     assert (await said(url, script)).splitlines()[-1] == "ok"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=str)
-async def test_an_example_of_the_docs_runs_as_it_stands(packages: None, url: str, example: Snippet) -> None:
+async def test_an_example_of_the_docs_runs_as_it_stands(node_packages: Path, url: str, example: Snippet) -> None:
     assert "http://127.0.0.1:8000" in example.text
     code = example.text.replace("http://127.0.0.1:8000", url)
     assert "Hello world" in await said(url, "--input-type=module", "--eval", code)

@@ -1,4 +1,4 @@
-// node agent.mjs BASE_URL generate|stream: asks for the weather with a tool, and prints what came of it as JSON.
+// node agents/ai_sdk.mjs BASE_URL generate|stream: asks for the weather with a tool, and prints what came of it as JSON.
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { generateText, stepCountIs, streamText, tool } from "ai";
 import { z } from "zod";

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ensemble_server.server.api.errors import error_response, is_for_messages
 from ensemble_server.server.requests.errors import shortened
+from ensemble_server.server.requests.generation import Relay
 
 if TYPE_CHECKING:
     from ensemble_server.ensembles.base import Usage
@@ -50,36 +51,21 @@ class RequestRecord:
     refusal: str = ""  # why it was turned away, if it was
 
 
-class RecordingObserver:
+class RecordingObserver(Relay):
     """Notes in `record` what generations used (`requests.generation.Observer`), and passes all on."""
 
     def __init__(self, record: RequestRecord, then: Observer) -> None:
+        super().__init__(then)
         self._record = record
-        self._then = then
 
     def began(self, model: str) -> None:
         self._record.model = model
-        self._then.began(model)
-
-    def token(self, prompt: int, choice: int) -> None:
-        self._then.token(prompt, choice)
-
-    def read(self, num_tokens: int = 0, waited_s: float | None = None) -> None:
-        self._then.read(num_tokens, waited_s)
-
-    def silent(self, ensemble: str, member: str, after_s: float) -> None:
-        self._then.silent(ensemble, member, after_s)
-
-    def chose(self, ensemble: str, took_s: float) -> None:
-        self._then.chose(ensemble, took_s)
-
-    def done(self, num_members: int, turnout: int) -> None:
-        self._then.done(num_members, turnout)
+        super().began(model)
 
     def ended(self, usage: Usage | None) -> None:
         if usage is not None:
             self._record.prompt_tokens, self._record.completion_tokens = usage.prompt_tokens, usage.completion_tokens
-        self._then.ended(usage)
+        super().ended(usage)
 
 
 def record_of(request: Request) -> RequestRecord:

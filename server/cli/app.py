@@ -111,11 +111,8 @@ def _root(
 def main() -> None:
     """Run the command line and exit. An error is one line on stderr and exit code 1; with --debug, a traceback.
 
-    A command that was interrupted while weights were being loaded does not wait for them. Bars that libraries draw
-    while they load or convert weights are for terminals, and stay out of log files.
+    A command that was interrupted while weights were being loaded does not wait for them.
     """
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     try:
         _run()
     except SystemExit as end:

@@ -202,6 +202,34 @@ class Nobody:
 NOBODY = Nobody()
 
 
+class Relay:
+    """Passes all on to another observer; one that notes something on the way says so where it does."""
+
+    def __init__(self, then: Observer) -> None:
+        self._then = then
+
+    def began(self, model: str) -> None:
+        self._then.began(model)
+
+    def token(self, prompt: int, choice: int) -> None:
+        self._then.token(prompt, choice)
+
+    def read(self, num_tokens: int = 0, waited_s: float | None = None) -> None:
+        self._then.read(num_tokens, waited_s)
+
+    def silent(self, ensemble: str, member: str, after_s: float) -> None:
+        self._then.silent(ensemble, member, after_s)
+
+    def chose(self, ensemble: str, took_s: float) -> None:
+        self._then.chose(ensemble, took_s)
+
+    def done(self, num_members: int, turnout: int) -> None:
+        self._then.done(num_members, turnout)
+
+    def ended(self, usage: Usage | None) -> None:
+        self._then.ended(usage)
+
+
 @contextmanager
 def whole(observer: Observer, model: str) -> Iterator[Callable[[Usage], None]]:
     """While something is answered in one piece: `observer` is told what it used, once the block has told."""

@@ -14,10 +14,10 @@ from ensemble_server.server.requests.anthropic_messages.errors import message_er
 from ensemble_server.server.requests.anthropic_messages.events import Event, MessageWriter
 from ensemble_server.server.requests.anthropic_messages.shapes import MessageObject, TokenCount
 from ensemble_server.server.requests.chat import Chat
-from ensemble_server.server.requests.effort import TemplateKwargs, effort_kwargs
 from ensemble_server.server.requests.errors import ErrorObject
 from ensemble_server.server.requests.generation import NOBODY, Observer
 from ensemble_server.server.requests.models import requested_model
+from ensemble_server.server.requests.reasoning import TemplateKwargs, effort_kwargs
 from ensemble_server.server.requests.terms import Terms
 from ensemble_server.server.requests.turns import renamed
 

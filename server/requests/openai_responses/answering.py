@@ -13,7 +13,6 @@ from pydantic import TypeAdapter
 
 from ensemble_server.ensembles.errors import RequestError, UnsupportedError
 from ensemble_server.server.requests.chat import Chat
-from ensemble_server.server.requests.effort import effort_kwargs
 from ensemble_server.server.requests.errors import ErrorObject
 from ensemble_server.server.requests.generation import NOBODY, Observer
 from ensemble_server.server.requests.messages import ChatMessage, NamedTool
@@ -30,6 +29,7 @@ from ensemble_server.server.requests.openai_responses.conversation import (
 from ensemble_server.server.requests.openai_responses.events import Event, ResponseWriter
 from ensemble_server.server.requests.openai_responses.shapes import ResponseObject
 from ensemble_server.server.requests.openai_responses.stored import StoredResponses
+from ensemble_server.server.requests.reasoning import effort_kwargs
 from ensemble_server.server.requests.terms import Terms
 from ensemble_server.server.requests.turns import Turns, renamed
 

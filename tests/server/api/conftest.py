@@ -11,15 +11,25 @@ from typing import Any
 import httpx
 import pytest
 
+from ensemble_server.ensembles.base import Delta, Done, MemberUsage, Usage
 from ensemble_server.server.api.app import create_app
 from ensemble_server.server.api.serve import listening
 from ensemble_server.server.engines.scripted_engine import Script, ScriptedModel
 from ensemble_server.server.engines.scripted_hosting import ScriptedHosting
 from ensemble_server.server.metrics import Metrics
 from ensemble_server.server.weights.view import Surface
-from tests.conftest import make_tokenizer
+from tests.conftest import CHAT_TEMPLATE, make_tokenizer
 
 HELLO = Script(("Hel", "lo", " wor", "ld"))
+CALL = Script(("Let me look.", '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>'))
+USED = Usage(3, 4, {"a": MemberUsage(3, 4)})
+DONE = Done(USED, method="exchange_of_thought", members=("a", "b"), turnout=1, trace={"rounds": [1]})
+THOUGHTFUL = (
+    Delta(0, reasoning="Nine ", token_ids=(1,)),
+    Delta(0, reasoning="times two.", token_ids=(2, 3)),
+    Delta(0, "18", token_ids=(4,), finish_reason="stop"),
+    DONE,
+)
 CHAT = {"messages": [{"role": "user", "content": "Say hello."}]}
 
 
@@ -36,6 +46,13 @@ def tokenizer(folder: Path) -> Any:
 
 
 HostingMaker = Callable[..., ScriptedHosting]
+
+
+@pytest.fixture
+def hermes(surface: Surface) -> Surface:
+    """Whose template shows tools, and calls in the form of Hermes."""
+    template = CHAT_TEMPLATE + "{% if tools %}{{ tools | tojson }}<tool_call>...</tool_call>{% endif %}"
+    return Surface(surface.tokenizer, chat_template=template)
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ import pytest
 from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter
 
-from ensemble_server.ensembles.base import Delta, Done, Grammar, MemberUsage, Usage
+from ensemble_server.ensembles.base import Delta, Grammar
 from ensemble_server.ensembles.errors import OverloadedError
 from ensemble_server.server.engines.scripted_engine import Script, ScriptedModel
 from ensemble_server.server.requests.anthropic_messages.shapes import MessageObject
 from ensemble_server.server.weights.view import Surface
 from tests.conftest import CHAT_TEMPLATE
-from tests.server.api.conftest import HELLO, Composed, asgi_client, named_events_of
+from tests.server.api.conftest import CALL, DONE, HELLO, THOUGHTFUL, Composed, asgi_client, named_events_of
 
 OURS = TypeAdapter(MessageObject)
 EVENT: TypeAdapter[RawMessageStreamEvent] = TypeAdapter(RawMessageStreamEvent)
@@ -24,21 +24,6 @@ WEATHER = {
     "description": "The weather in a city",
     "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
 }
-CALL = Script(("Let me look.", '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>'))
-USED = Usage(3, 4, {"a": MemberUsage(3, 4)})
-DONE = Done(USED, method="exchange_of_thought", members=("a", "b"), turnout=1, trace={"rounds": [1]})
-THOUGHTFUL = (
-    Delta(0, reasoning="Nine ", token_ids=(1,)),
-    Delta(0, reasoning="times two.", token_ids=(2, 3)),
-    Delta(0, "18", token_ids=(4,), finish_reason="stop"),
-    DONE,
-)
-
-
-@pytest.fixture
-def hermes(surface):
-    template = CHAT_TEMPLATE + "{% if tools %}{{ tools | tojson }}<tool_call>...</tool_call>{% endif %}"
-    return Surface(surface.tokenizer, chat_template=template)
 
 
 async def post(hosting, path="/v1/messages", **body):

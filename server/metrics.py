@@ -77,6 +77,10 @@ class Metrics:
             "How often a member that is averaged over text could not write it, and began anew",
             ["member"],
         )
+        self.drafted_tokens = self._counter(
+            "drafted_tokens_total", "Tokens that members read ahead, by where the drafts came from", ["source"]
+        )
+        self.accepted_tokens = self._counter("accepted_tokens_total", "Those of them that were drawn, too", ["source"])
         self.prefix_cache_hits = self._counter(
             "prefix_cache_hits_total", "Prompt tokens that the prefix cache spared a member", ["member"]
         )
@@ -105,6 +109,9 @@ class Metrics:
             self.prefix_cache_hits.labels(member).inc(num_tokens)
         for member, num_restarts in stats.num_restarts.items():
             self.lattice_restarts.labels(member).inc(num_restarts)
+        for source, num_tokens in stats.num_drafted.items():
+            self.drafted_tokens.labels(source).inc(num_tokens)
+            self.accepted_tokens.labels(source).inc(stats.num_accepted.get(source, 0))
         self.prefix_cache_bytes.set(stats.prefix_cache_bytes)
         self.kv_cache_bytes.set(stats.kv_cache_bytes)
 

@@ -20,6 +20,7 @@ from ensemble_server.server.config.values import (
     Price,
     Reasoning,
     Seconds,
+    Speculation,
     TemplateText,
     Tokens,
     Unit,
@@ -247,6 +248,11 @@ class EngineConfig(EngineBlock):
         ge=0,
         description="kept of prompts that were read, so that prompts that begin alike (a system prompt, examples) are "
         "read once; 0 switches it off",
+    )
+    speculation: Speculation = Field(
+        default="off",
+        description="what members read ahead of an answer: off, or text (what came after the same words before, in the "
+        "prompt or the answer); answers stay the same",
     )
     num_threads: Annotated[Count, Unit("CPU threads")] | None = Field(
         default=None, description="default: torch's choice"

@@ -19,6 +19,7 @@ from ensemble_server.server.config.credentials import without_credentials
 from ensemble_server.server.config.problems import nearest
 
 ENGINE_KINDS = ("transformers", "vllm")
+SPECULATION = ("off", "text")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -109,5 +110,12 @@ def _off(value: Any) -> Any:
     return "off" if value is False else value
 
 
+def _speculation(value: Any) -> Any:
+    if (value := _off(value)) not in SPECULATION:
+        raise ValueError(f"must be one of {', '.join(SPECULATION)}, got {value!r}{nearest(str(value), SPECULATION)}")
+    return value
+
+
 # YAML 1.1 reads a bare `off` as false.
 Reasoning = Annotated[Literal["auto", "off"], BeforeValidator(_off)]
+Speculation = Annotated[Literal["off", "text"], BeforeValidator(_speculation)]

@@ -15,7 +15,8 @@ class StepStats:
     `num_tokens`: tokens, prompt and generated, that it forwarded; `num_cached_tokens`: prompt tokens that it did not
     have to, since the prefix cache, which now holds `prefix_cache_bytes`, knew them; `num_restarts`: how often members
     that are averaged over text could not write it, and began anew. `kv_cache_bytes`: of the caches of all that runs,
-    what they share counted once; 0 where that is not known."""
+    what they share counted once; 0 where that is not known. `num_drafted`: tokens that choices had their members read
+    ahead, by where the drafts came from, and `num_accepted` of them that were then drawn."""
 
     duration_s: float
     num_running: int
@@ -26,6 +27,8 @@ class StepStats:
     prefix_cache_bytes: int = 0
     num_restarts: Mapping[str, int] = field(default_factory=dict)
     kv_cache_bytes: int = 0
+    num_drafted: Mapping[str, int] = field(default_factory=dict)
+    num_accepted: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

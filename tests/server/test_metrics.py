@@ -51,6 +51,14 @@ def test_members_that_began_a_text_anew_are_counted():
     assert value(metrics, "lattice_restarts_total", member="code") == 0
 
 
+def test_drafts_are_counted_by_where_they_came_from():
+    metrics = Metrics()
+    metrics.observe_step(replace(step(), num_drafted={"text": 5}, num_accepted={"text": 3}))
+    metrics.observe_step(replace(step(), num_drafted={"text": 2}))
+    assert value(metrics, "drafted_tokens_total", source="text") == 7
+    assert value(metrics, "accepted_tokens_total", source="text") == 3
+
+
 def test_the_gauges_fall_to_zero_when_the_last_request_ends():
     metrics = Metrics()
     with metrics.live_request():

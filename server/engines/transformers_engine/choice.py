@@ -1,4 +1,9 @@
-"""One choice of one request while it is being generated: from a pooled distribution to the next piece of text."""
+"""One choice of one request while it is being generated: from a pooled distribution to the next piece of text.
+
+Its members may read a draft behind the last token, in one forward. The choice then goes on token by token as without
+one, each drawn from the pool with the random numbers that it would have had, and for as long as what it draws is what
+was drafted it has the next distribution already. So drafts change when tokens come, and never which.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +23,13 @@ from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prompt import Prompt
+from ensemble_server.server.engines.transformers_engine.text_drafts import TextDrafts
 from ensemble_server.server.engines.transformers_engine.token_report import describe, explained
 
 
 class LiveChoice:
+    """`text_drafts`: what is drafted from, if anything; of this choice alone."""
+
     def __init__(
         self,
         index: int,
@@ -33,6 +41,7 @@ class LiveChoice:
         max_new_tokens: int,
         eos_ids: frozenset[int],
         grammar: GrammarMask | None,
+        text_drafts: TextDrafts | None = None,
     ) -> None:
         self.index = index
         self.members: Sequence[Member] = prompt.members
@@ -41,6 +50,8 @@ class LiveChoice:
         self.weights = prompt.weights  # (K,), of the next token
         self._state = prompt.state
         self.last_token: int | None = None
+        self.text_drafts = text_drafts
+        self._max_new_tokens = max_new_tokens
         self._prior = prompt.prior
         self._request = request
         self._sampling: Sampling = request.sampling
@@ -72,14 +83,28 @@ class LiveChoice:
     def finish_reason(self) -> FinishReason | None:
         return self._text.finish_reason
 
-    def next_spans(self) -> list[tuple[Member, Span]]:
-        """Its last token, for every member to read."""
+    def next_spans(self, draft: Sequence[int] = ()) -> list[tuple[Member, Span]]:
+        """Its last token and what may come behind it, for every member to read."""
         assert self.last_token is not None, "a choice begins with its first token"
         last = (self.last_token,)
         return [
-            (member, Span(cache, tuple(member.surface.own_ids(last)), 1, member.adapter))
+            (member, Span(cache, (*member.surface.own_ids(last), *draft), 1 + len(draft), member.adapter))
             for member, cache in zip(self.members, self.caches, strict=True)
         ]
+
+    def draft(self, max_tokens: int) -> list[int]:
+        """What the text leads one to expect behind the last token: tokens that all members have, and no more than can
+        come, less the one that is drawn behind them in any case."""
+        if self.text_drafts is None:
+            return []
+        draft = self.text_drafts.draft(min(max_tokens, self._max_new_tokens - self.num_generated - 1))
+        strangers = (i for i, token_id in enumerate(draft) if not all(m.has(token_id) for m in self.members))
+        return draft[: next(strangers, None)]
+
+    def unread(self, num_tokens: int) -> None:
+        """The last `num_tokens` that its members have read were drafted wrongly."""
+        for cache in self.caches if num_tokens else ():
+            cache.truncate(cache.length - num_tokens)
 
     def advance(self, pooled: torch.Tensor, member_logprobs: Sequence[torch.Tensor]) -> Delta:
         """Choose the next token from `pooled` (V,), learn from it, and return what the client sees of it.
@@ -99,6 +124,8 @@ class LiveChoice:
             self._grammar.advance(token_id)
         self.last_token = token_id
         self._counts[token_id] += 1
+        if self.text_drafts is not None:
+            self.text_drafts.add(token_id)
         return self._text.add(token_id, report, is_complete=self._grammar is not None and self._grammar.is_finished)
 
     def expire(self) -> Delta:

@@ -4,8 +4,10 @@ steps through all of them (`step_loop`), and come back as events."""
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
+from typing import Literal
 
 from ensemble_server.ensembles.base import AveragedOver, Done, Event, GenerationRequest, Message, Mixture
 from ensemble_server.ensembles.errors import ContextLengthError, ModelLoadError, RequestError, UnsupportedError
@@ -23,15 +25,22 @@ from ensemble_server.server.engines.transformers_engine.given_reading import beg
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import PrefixCache
 from ensemble_server.server.engines.transformers_engine.scheduler import Scheduler
+from ensemble_server.server.engines.transformers_engine.speculation import Speculation
 from ensemble_server.server.engines.transformers_engine.step_loop import StepLoop
+from ensemble_server.server.engines.transformers_engine.text_drafts import TextDrafts
 from ensemble_server.server.engines.transformers_engine.visit import Visit, Visitor
 from ensemble_server.server.weights.spelled_vocabulary import averaged_over
+
+logger = logging.getLogger(__name__)
+
+Drafts = Literal["off", "text"]
 
 
 class TransformersEngine:
     """See `ensembles.base.MixtureHost`. `max_batch`: choices that run at once; `max_queue`: requests that may wait.
 
     `prefix_cache_bytes`: bound of what is kept of prompts that were read, for prompts that begin alike; 0 is off.
+    `drafts`: where choices take from what their members read ahead; members of different vocabularies never do.
     """
 
     def __init__(
@@ -43,6 +52,7 @@ class TransformersEngine:
         max_queue: int = 256,
         prefix_cache_bytes: int = 512 * 2**20,
         num_threads: int | None = None,
+        drafts: Drafts = "off",
         on_step: Callable[[StepStats], None] | None = None,
     ) -> None:
         self._members = members
@@ -51,7 +61,15 @@ class TransformersEngine:
         self._scheduler = Scheduler(max_batch=max_batch, prefill_chunk=prefill_chunk, max_queue=max_queue)
         self._prefixes = PrefixCache(prefix_cache_bytes)
         devices = frozenset(member.backbone.device for member in members.values())
-        self._loop = StepLoop(self._scheduler, self._prefixes, devices, num_threads=num_threads, on_step=on_step)
+        self._drafts: Drafts = drafts
+        self._loop = StepLoop(
+            self._scheduler,
+            self._prefixes,
+            devices,
+            speculation=None if drafts == "off" else Speculation(),
+            num_threads=num_threads,
+            on_step=on_step,
+        )
         self._reader = RequestReader(always_writes=False)
 
     @property
@@ -87,6 +105,8 @@ class TransformersEngine:
         key = (tuple(mixture.weights), mixture.vocabulary)
         if key not in self._averaged_over:
             self._averaged_over[key] = averaged_over(mixture, [self._members[name] for name in mixture.weights])
+            if self._averaged_over[key] == "bytes" and self._drafts != "off":
+                logger.info("%s are averaged over text: nothing is drafted for them", ", ".join(mixture.weights))
         return self._averaged_over[key]
 
     def max_model_len(self, mixture: Mixture) -> int:
@@ -223,6 +243,7 @@ class TransformersEngine:
             grammar=compiled,
             prefixes=self._prefixes,
             loop=loop,
+            text_drafts=None if self._drafts == "off" else TextDrafts(reading.prompts[0]),
         )
 
     def _prepare_bytes(

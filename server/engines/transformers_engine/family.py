@@ -35,6 +35,9 @@ class FamilyMember(Member):
     def vocab_size(self) -> int:
         return len(self.known)
 
+    def has(self, token_id: int) -> bool:
+        return token_id < len(self.known) and bool(self.known[token_id])
+
     def widened(self, logprobs: torch.Tensor) -> torch.Tensor:
         """(n, the backbone's vocab_size) -> (n, width), normalised over the member's own tokens, -inf elsewhere."""
         rows = torch.nn.functional.pad(logprobs, (0, len(self.known) - logprobs.shape[-1]), value=-torch.inf)

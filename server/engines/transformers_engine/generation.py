@@ -22,12 +22,14 @@ from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey, PrefixCache
 from ensemble_server.server.engines.transformers_engine.prompt import Prompt
+from ensemble_server.server.engines.transformers_engine.text_drafts import TextDrafts
 
 Choice = LiveChoice | ByteChoice
 
 
 class Generation(Job):
-    """`grammar`: compiled; each choice follows a copy of it. `prompt`: made when the job is admitted (`begin`)."""
+    """`grammar`: compiled; each choice follows a copy of it. `text_drafts`: of the prompt, if choices are to draft from
+    their text. `prompt`: made when the job is admitted (`begin`)."""
 
     prompt: Prompt
 
@@ -42,6 +44,7 @@ class Generation(Job):
         grammar: CompiledGrammar | None,
         prefixes: PrefixCache,
         loop: asyncio.AbstractEventLoop,
+        text_drafts: TextDrafts | None = None,
     ) -> None:
         super().__init__(
             members,
@@ -59,6 +62,7 @@ class Generation(Job):
         self._max_new_tokens = reading.max_new_tokens
         self._grammar = grammar
         self._prefixes = prefixes
+        self._text_drafts = text_drafts
         self._eos_ids = frozenset().union(*(member.eos_ids for member in members))
         self._num_generated = 0
         self._num_reasoning = 0
@@ -121,6 +125,7 @@ class Generation(Job):
             max_new_tokens=self._max_new_tokens,
             eos_ids=self._eos_ids,
             grammar=None if self._grammar is None else self._grammar.new_mask(),
+            text_drafts=None if self._text_drafts is None else self._text_drafts.fork(),
         )
         self.num_started += 1
         self.live.append(choice)

@@ -39,6 +39,10 @@ class Member:
     def vocab_size(self) -> int:
         return self.backbone.vocab_size
 
+    def has(self, token_id: int) -> bool:
+        """Whether `token_id` is a token of its own."""
+        return token_id < self.vocab_size
+
     def widened(self, logprobs: torch.Tensor) -> torch.Tensor:
         """(n, vocab_size): as they are. Members of a family (`family.py`) have some of their tokens in common only."""
         return logprobs

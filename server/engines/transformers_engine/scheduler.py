@@ -36,11 +36,13 @@ PATIENCE = 8  # steps
 
 @dataclass(frozen=True)
 class Work:
-    """What one step does for a choice, or for what a job reads (`choice` None): rows of its members."""
+    """What one step does for a choice, or for what a job reads (`choice` None): rows of its members. `draft`: what the
+    spans of a choice have behind its last token."""
 
     job: Job
     choice: Choice | None
     spans: Sequence[tuple[Member, Span]]
+    draft: Sequence[int] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -165,6 +167,10 @@ class Scheduler:
             background = []
         self._num_paused_steps = 0 if background or not self._background.running else self._num_paused_steps + 1
         return work + background
+
+    def num_spare(self, work: Sequence[Work]) -> float:
+        """How many tokens of background work may come on top of the `work` that was planned."""
+        return self._pace.num_tokens - sum(item.num_tokens for item in work if item.job.priority > 0)
 
     def observe(self, work: Sequence[Work], duration_s: float) -> None:
         """A step has done `work`."""

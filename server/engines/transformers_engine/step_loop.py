@@ -1,7 +1,8 @@
 """The engine's thread: requests join and leave between steps; one step is
 
-    admit → plan: one token of every live choice, a chunk of the prompts → forward each member on its rows
-    → pool → sample once → tell every member (its row grows by that token in the next step)
+    admit → plan: one token of every live choice, a chunk of the prompts → draft: what may come behind the token
+    → forward each member on its rows → pool → sample once, and on while what comes is what was drafted
+    → tell every member (its row grows by the last token in the next step)
 
 It looks for cancelled and expired requests between two steps, so hanging up costs one step. Asyncio tasks reach it
 through `enqueue` and `stop`, and hear from it through the jobs' inboxes.
@@ -9,6 +10,7 @@ through `enqueue` and `stop`, and hear from it through the jobs' inboxes.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -34,6 +36,7 @@ from ensemble_server.server.engines.transformers_engine.job import Job, deliver
 from ensemble_server.server.engines.transformers_engine.kv_cache import held_bytes
 from ensemble_server.server.engines.transformers_engine.prefix_cache import PrefixCache
 from ensemble_server.server.engines.transformers_engine.scheduler import Scheduler, Work
+from ensemble_server.server.engines.transformers_engine.speculation import Speculation
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,7 @@ MAX_FAILED_STEPS = 3  # in a row; then it is not the requests that are at fault
 
 class StepLoop:
     """See the module's docstring. `devices`: where the members are; those of several run at the same time.
+    `speculation`: who says what choices read ahead; None if they do not.
 
     `failure`: why nothing runs any more, for people; None while it does.
     """
@@ -52,11 +56,13 @@ class StepLoop:
         prefixes: PrefixCache,
         devices: frozenset[torch.device],
         *,
+        speculation: Speculation | None,
         num_threads: int | None,
         on_step: Callable[[StepStats], None] | None,
     ) -> None:
         self._scheduler = scheduler
         self._prefixes = prefixes
+        self._speculation = speculation
         self._num_threads = num_threads
         self._on_step = on_step
         self._num_failed_steps = 0
@@ -125,6 +131,8 @@ class StepLoop:
         work = self._scheduler.plan()
         if work:
             try:
+                if self._speculation is not None:
+                    work = self._speculation.drafted(work, self._scheduler.num_spare(work))
                 results = self._forward(work)
             except Exception as exc:  # out of memory, mostly: the requests of this step fail, the engine lives
                 self._fail_step(work, exc)
@@ -164,7 +172,7 @@ class StepLoop:
 
         def run_device(device: torch.device) -> None:
             for backbone, placed in rows[device].items():
-                logprobs = backbone.forward([span for _, _, span in placed])
+                logprobs = self._timed_forward(backbone, [span for _, _, span in placed])
                 for (i, k, _), result in zip(placed, logprobs, strict=True):
                     results[i][k] = work[i].spans[k][0].widened(result)
 
@@ -175,8 +183,19 @@ class StepLoop:
             list(self._devices.map(run_device, rows))
         return results
 
+    def _timed_forward(self, backbone: Backbone, spans: Sequence[Span]) -> list[torch.Tensor]:
+        if self._speculation is None:
+            return backbone.forward(spans)
+        started = time.perf_counter()
+        logprobs = backbone.forward(spans)
+        if backbone.device.type != "cpu":
+            torch.accelerator.synchronize(backbone.device)  # the step does so when it samples, a moment later
+        self._speculation.observe(backbone, sum(len(span.token_ids) for span in spans), time.perf_counter() - started)
+        return logprobs
+
     def _advance(self, work: Sequence[Work], results: Sequence[Sequence[torch.Tensor]]) -> None:
-        """Finish prompts, then give every live choice its next token."""
+        """Finish prompts, then give every live choice its next tokens: one, and one for every drafted one that is
+        right."""
         ready = []
         for item, logprobs in zip(work, results, strict=True):
             if isinstance(item.choice, ByteChoice):
@@ -184,14 +203,27 @@ class StepLoop:
                 self._spell(item.job, item.choice, logprobs)
                 continue
             if item.choice is not None:
-                ready.append((item.job, item.choice, [rows[0] for rows in logprobs]))
+                ready.append((item, item.choice, logprobs))
                 continue
             try:
                 item.job.take(logprobs)
             except Exception as exc:
                 self._fail_job(item.job, exc)
             self._start_choices(item.job)
-        self._choose(ready)
+        for place in itertools.count():
+            self._choose([(item.job, choice, [rows[place] for rows in logprobs]) for item, choice, logprobs in ready])
+            going_on = []
+            for item, choice, logprobs in ready:
+                is_over = item.job.is_finished or choice.finish_reason is not None
+                if not is_over and place < len(item.draft) and choice.last_token == item.draft[place]:
+                    going_on.append((item, choice, logprobs))
+                    continue
+                if self._speculation is not None:
+                    self._speculation.count(item, place)
+                if not is_over:
+                    choice.unread(len(item.draft) - place)
+            if not (ready := going_on):
+                break
 
     def _spell(self, job: Generation, choice: ByteChoice, rows: Sequence[torch.Tensor]) -> None:
         """A choice that is written by bytes goes as far as it can with the rows that it wanted."""
@@ -245,6 +277,7 @@ class StepLoop:
 
     def _stats(self, work: Sequence[Work], duration_s: float) -> StepStats:
         num_rows, num_tokens = Counter(), Counter()
+        drafted, accepted = (Counter(), Counter()) if self._speculation is None else self._speculation.drain_counts()
         for item in work:
             for member, span in item.spans:
                 num_rows[member.name] += 1
@@ -259,6 +292,8 @@ class StepLoop:
             prefix_cache_bytes=self._prefixes.num_bytes,
             num_restarts=_drained_restarts(work),
             kv_cache_bytes=held_bytes(cache for job in self._scheduler.running for cache in job.caches),
+            num_drafted=drafted,
+            num_accepted=accepted,
         )
 
 

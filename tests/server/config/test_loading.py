@@ -154,6 +154,16 @@ def test_reasoning_may_be_off_as_yaml_writes_it(tmp_path: Path) -> None:
     assert "must be 'auto' or 'off', got True" in entry_problem(tmp_path, "{path: org/name, reasoning: on}")
 
 
+def test_speculation_may_be_off_as_yaml_writes_it_and_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    models = "models: {a: {path: org/name}}\nengine: {speculation: %s}"
+    assert parsed(tmp_path, models % "off").engine.speculation == "off"
+    assert parsed(tmp_path, models % "text").engine.speculation == "text"
+    refusal = problems(tmp_path, models % "texts")
+    assert (
+        "engine.speculation" in refusal and "must be one of off, text" in refusal and "did you mean 'text'" in refusal
+    )
+
+
 def test_a_chat_template_may_be_a_file(tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text("{{ messages }}", encoding="utf-8")
     text = "models: {a: {path: org/name, chat_template: t.jinja}, b: {base: a, chat_template: '{{ x }}'}}"

@@ -70,7 +70,7 @@ def _mark(finding: Finding) -> str:
 def _system() -> Iterator[Finding]:
     import psutil
 
-    from ensemble_server.server.weights.checkpoints import cache_folder
+    from ensemble_server.server.weights.cache import cache_folder
 
     yield Finding("python", f"{platform.python_version()} at {sys.executable}, {platform.platform()}")
     memory = psutil.virtual_memory()

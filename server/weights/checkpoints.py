@@ -11,25 +11,25 @@ A path is looked for in this order; the first that exists is taken:
 A conversion is kept in `$ENSEMBLE_CACHE` (default `~/.cache/ensemble-server`) under the SHA-256 of the GGUF file, with
 a `SHA256SUMS` that is checked at each later use (`sha256sum -c` reads it too). It is written to a neighbour folder and
 renamed under a file lock: a killed conversion leaves nothing that looks whole, and two processes never convert the same
-file at once.
+file at once. Digests of files that have not changed are kept (`file_digests.py`).
 
 Left out: quantised inference of GGUF (weights are unpacked), and deleting old conversions.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.weights.cache import cache_folder
 from ensemble_server.server.weights.download_progress import logged_bar
+from ensemble_server.server.weights.file_digests import known_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -115,11 +115,6 @@ def require_hub_copy(path: str) -> None:
         ) from exc
 
 
-def cache_folder() -> Path:
-    """Where conversions are kept: `$ENSEMBLE_CACHE`, else `~/.cache/ensemble-server`."""
-    return Path(os.environ.get("ENSEMBLE_CACHE") or "~/.cache/ensemble-server").expanduser()
-
-
 def _checked_folder(folder: Path) -> Path:
     """`folder` itself, once its config parses and the header of every weight file fits the file's length."""
     from safetensors import SafetensorError, safe_open
@@ -169,7 +164,7 @@ def _packaged_gguf(packaged: PackagedModel) -> Path | None:
     except importlib.metadata.PackageNotFoundError:
         return None
     gguf = Path(str(distribution.locate_file(packaged.file)))
-    found = _sha256(gguf) if gguf.is_file() else "no file"
+    found = known_sha256(gguf) if gguf.is_file() else "no file"
     if found != packaged.sha256:
         raise ModelLoadError(
             f"{gguf} of package {packaged.distribution} {distribution.version} should have SHA-256 {packaged.sha256}, "
@@ -227,7 +222,7 @@ def _converted(gguf: Path) -> Path:
     from filelock import FileLock
 
     try:
-        sha256 = _sha256(gguf)
+        sha256 = known_sha256(gguf)
     except OSError as exc:
         raise ModelLoadError(f"{gguf} must be readable ({exc}); correct its permissions") from exc
     folder = cache_folder() / "gguf" / f"{sha256}-v{CONVERSION_VERSION}"
@@ -260,7 +255,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         ) from exc
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    lines = [f"{_sha256(file)}  {file.name}\n" for file in sorted(partial.iterdir())]
+    lines = [f"{known_sha256(file)}  {file.name}\n" for file in sorted(partial.iterdir())]
     (partial / CHECKSUM_FILE).write_text("".join(lines), encoding="utf-8")
     partial.rename(folder)
 
@@ -334,15 +329,12 @@ def _verify_checksums(folder: Path) -> None:
     lines = manifest.read_text(encoding="utf-8").splitlines() if manifest.is_file() else []
     expected = {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)}
     damaged = [
-        name for name, sha256 in expected.items() if not (folder / name).is_file() or _sha256(folder / name) != sha256
+        name
+        for name, sha256 in expected.items()
+        if not (folder / name).is_file() or known_sha256(folder / name) != sha256
     ]
     if damaged or not expected:
         raise ModelLoadError(
             f"{folder}: every file of a converted model must match its {CHECKSUM_FILE}, "
             f"but {', '.join(damaged) or CHECKSUM_FILE} does not; delete that folder and it is converted anew"
         )
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -7,24 +7,22 @@ neither.
 from __future__ import annotations
 
 import codecs
-import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.weights.lean_transformers import import_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_importing = threading.Lock()  # transformers imports its parts when they are named, and one thread at a time can
-
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Raises `ModelLoadError` if the folder has none that loads."""
-    with _importing:
-        from transformers import AutoTokenizer
+    import_transformers()
+    from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -28,7 +28,8 @@ from ensemble_server.ensembles.errors import ConfigError, ModelLoadError
 from ensemble_server.server.compare.kept.content_cache import digest, folder_digest, is_whole
 from ensemble_server.server.compare.merges.recipes import Recipe, Reference, read_recipe
 from ensemble_server.server.config.blocks import Config, HostedModel, RemoteModel
-from ensemble_server.server.weights.checkpoints import cache_folder, resolve_checkpoint
+from ensemble_server.server.weights.cache import cache_folder
+from ensemble_server.server.weights.checkpoints import resolve_checkpoint
 
 MERGE_VERSION = 1  # part of every key: raise it when the same recipe comes out otherwise
 OnStage = Callable[[str], None]

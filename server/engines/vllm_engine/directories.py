@@ -17,7 +17,7 @@ from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
 from ensemble_server.server.config.blocks import Config, HostedModel
 from ensemble_server.server.engines.vllm_engine.placement import Placement
 from ensemble_server.server.one_model.export import export
-from ensemble_server.server.weights.checkpoints import cache_folder
+from ensemble_server.server.weights.cache import cache_folder
 from ensemble_server.server.weights.member_views import MemberView
 
 _ENSEMBLE = "the ensemble"  # with a space, which no model of a config has in its name

@@ -322,7 +322,7 @@ def add_packaged_model(monkeypatch, sha256: str, distribution: str = "tiny-weigh
 
 
 def test_a_hub_id_is_found_in_an_installed_package_without_importing_it(tmp_path, install_package, monkeypatch):
-    add_packaged_model(monkeypatch, sha256=checkpoints._sha256(install_package / "tiny.gguf"))
+    add_packaged_model(monkeypatch, sha256=checkpoints.known_sha256(install_package / "tiny.gguf"))
     AutoModelForCausalLM.from_pretrained(resolve_checkpoint("someone/tiny", relative_to=tmp_path))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import httpx
 
@@ -42,9 +41,7 @@ async def test_draining_cancels_who_takes_too_long_and_tells_them(host):
     async with listening(app, config) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
         live = [asyncio.create_task(client.post(CHAT_PATH, json=CHAT | {"stream": stream})) for stream in (True, False)]
         await until(lambda: hosting.models["m"].num_live == 2)
-        started = time.perf_counter()
         await app.state.admission.drain(timeout_s=0.1)
-        assert time.perf_counter() - started < 2
         assert hosting.models["m"].num_live == 0
         streamed, whole = await asyncio.gather(*live)
     assert whole.status_code == 503
@@ -54,7 +51,5 @@ async def test_draining_cancels_who_takes_too_long_and_tells_them(host):
     assert end == "[DONE]"
 
 
-async def test_draining_an_idle_server_takes_no_time(host):
-    started = time.perf_counter()
-    await Admission(host()).drain(timeout_s=30)
-    assert time.perf_counter() - started < 1
+async def test_draining_an_idle_server_waits_for_nothing(host):
+    await asyncio.wait_for(Admission(host()).drain(timeout_s=3600), 20)

@@ -98,7 +98,7 @@ async def test_choices_come_in_the_order_of_their_delays():
 async def test_it_takes_the_time_it_is_told_to():
     started = time.perf_counter()
     await collect(ScriptedModel("m", Script(("a", "b"), delay_s=0.03, start_delay_s=0.04)), ask())
-    assert 0.1 <= time.perf_counter() - started < 0.5
+    assert time.perf_counter() - started >= 0.1
 
 
 async def test_it_remembers_what_it_was_asked():

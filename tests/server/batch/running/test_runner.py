@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -465,9 +465,7 @@ async def test_a_deadline_ends_rows_with_what_they_have_and_they_run_again(
     asked = rows(24, model="base", max_tokens=100, temperature=0, ignore_eos=True)
     store.take_rows(asked)
     async with Hosting.open(parse_config(tiny_config, source=Path("/c.yaml"))) as hosting:
-        began = time.monotonic()
         summary = await run(store, hosting, deadline_s=0.3)
-        assert time.monotonic() - began < 3
         assert summary.ended == "deadline"
         assert summary.counts.cut > 0 and summary.counts.pending > 0 and summary.counts.failed == 0
         cut = [stored.result.body for stored in store.rows() if stored.result and stored.result.is_cut]
@@ -561,13 +559,20 @@ async def test_silence_is_told_too(store: JobStore, scripted, monkeypatch: pytes
     assert len(told) > 3
 
 
-async def test_the_event_loop_stays_free_while_a_job_runs(store: JobStore, scripted) -> None:
+async def test_what_waits_for_the_disk_stays_off_the_event_loop(store: JobStore, scripted, monkeypatch) -> None:
     store.take_rows(rows(300))
-    task = asyncio.create_task(run(store, scripted()))
-    longest = 0.0
-    while not task.done():
-        before = time.perf_counter()
-        await asyncio.sleep(0)
-        longest = max(longest, time.perf_counter() - before)
-    assert (await task).counts.ok == 300
-    assert longest < 0.5
+    threads: dict[str, set[int]] = {}
+
+    def noted(name: str, call: Callable) -> Callable:
+        def note(*args: Any, **kwargs: Any) -> Any:
+            threads.setdefault(name, set()).add(threading.get_ident())
+            return call(*args, **kwargs)
+
+        return note
+
+    waiting = ("bind_models", "num_to_run", "pending", "record", "spent")
+    for name in waiting:
+        monkeypatch.setattr(store, name, noted(name, getattr(store, name)))
+    assert (await run(store, scripted())).counts.ok == 300
+    assert sorted(threads) == sorted(waiting)
+    assert threading.get_ident() not in set().union(*threads.values())

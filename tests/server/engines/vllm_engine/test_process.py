@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -178,6 +177,4 @@ async def test_a_stop_during_the_wait_for_a_restart_is_quick(monkeypatch: pytest
     found = await opened(Factory(first, FragileLLM()))
     first.errored = True
     await until(lambda: first.is_shut_down)
-    began = time.monotonic()
-    await asyncio.to_thread(found.stop)
-    assert time.monotonic() - began < 5
+    await asyncio.wait_for(asyncio.to_thread(found.stop), 60)  # it does not wait the 100 s

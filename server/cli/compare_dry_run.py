@@ -32,8 +32,11 @@ def dry_run(plan: Plan) -> None:
     if file.lm_eval is not None:
         typer.echo(f"lm_eval {', '.join(file.lm_eval.tasks)}: not counted below")
     found = forecasts(plan, texts, tasks, this_machines_speed())
-    width = max(len(one.arm) for one in found)
+    width = max(len(arm.name) for arm in file.arms)
     typer.echo("")
+    for arm in file.arms:
+        if arm.is_recorded:
+            typer.echo(f"{arm.name:<{width}}  answers that are there already")
     for one in found:
         takes = "size not known" if one.hours is None else f"about {_duration(one.hours)}"
         money = f", {one.money:.4g} to pay" if one.money else ""

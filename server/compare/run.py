@@ -42,6 +42,7 @@ from ensemble_server.server.compare.planning.plan import Plan
 from ensemble_server.server.compare.planning.sources import read_clusters, read_tasks, read_text_clusters, read_texts
 from ensemble_server.server.compare.running.judging import judge_tasks
 from ensemble_server.server.compare.running.measuring import measure_group
+from ensemble_server.server.compare.running.recorded import note_recorded
 from ensemble_server.server.compare.running.work import Work, introduce
 
 RESULTS_FILE = "results.json"
@@ -150,7 +151,11 @@ def _told_before(
     for line in [*(one.sentence for one in told), *([overlap] if overlap is not None else []), *warnings]:
         listener.stage(f"planned: {line}")
     too_few = [f"Too few items for any verdict: {one.sentence}." for one in told if one.is_hopeless]
-    return [*([overlap] if overlap is not None else []), *too_few, *(f"{warning}." for warning in warnings)]
+    recorded = ", ".join(arm.name for arm in file.arms if arm.is_recorded)
+    unchecked = (
+        [f"Read from files, so that nothing tells what was asked: the answers of {recorded}."] if recorded else []
+    )
+    return [*([overlap] if overlap is not None else []), *too_few, *unchecked, *(f"{warning}." for warning in warnings)]
 
 
 async def _measure(
@@ -161,6 +166,10 @@ async def _measure(
     members = config_with(plan, replicate, {})
     candidates: dict[str, Sequence[Candidate]] = {}
     for arm in _baseline_first(plan):
+        if arm.is_recorded:
+            if replicate is None:
+                note_recorded(work, arm)
+            continue
         if arm.merge is not None or arm.choose:
             work.listener.stage(f"{arm.name}: building")
         candidates[arm.name] = await build_candidates(plan, members, arm, say=work.listener.stage)
@@ -222,5 +231,6 @@ def _files(file: PlanFile) -> dict[str, Path]:
     sources |= {f"fit {name}": source.path for name, source in file.fit.items()}
     sources |= {f"task {task.name}": task.data for task in file.tasks}
     sources |= {f"held-out rows of {task.name}": task.dev for task in file.tasks}
+    sources |= {f"answers {arm.name} {task}": path for arm in file.arms for task, path in arm.answers.items()}
     sources |= {f"merge {arm.name}": arm.merge for arm in file.arms if isinstance(arm.merge, str)}
     return {name: Path(path) for name, path in sources.items() if path is not None}

@@ -56,7 +56,7 @@ class Forecast:
 
 
 def forecasts(plan: Plan, texts: Mapping[str, Documents], tasks: Mapping[str, Task], speed: Speed) -> list[Forecast]:
-    """One for each arm of the plan, in its order."""
+    """One for each arm of the plan that is to be measured, in its order; recorded answers take nothing."""
     count = _token_counter(plan.config)
     text_tokens = {name: sum(count(text) for text in documents.texts) for name, documents in texts.items()}
     stride = plan.file.stride or plan.file.window - 1
@@ -78,6 +78,7 @@ def forecasts(plan: Plan, texts: Mapping[str, Documents], tasks: Mapping[str, Ta
     return [
         _forecast(arm, plan, of_texts * (2 if arm.name == plan.file.baseline else 1), num_read, num_written, speed)
         for arm in plan.file.arms
+        if not arm.is_recorded
     ]
 
 

@@ -108,7 +108,7 @@ async def measure_task(
     model = hosting.models[model_name]
     places = asyncio.Semaphore(concurrency)
 
-    async def sample(item: Item, number: int) -> _Sample:
+    async def sample(item: Item, number: int) -> Sample:
         try:
             if task.metric in CHOICE_METRICS:
                 return await _choose(hosting, model_name, task, item, priority)
@@ -117,13 +117,13 @@ async def measure_task(
         except (UnsupportedError, EngineDeadError):
             raise
         except EnsembleError as exc:
-            return _Sample("", None, 0.0, 0, str(exc))
+            return Sample("", None, 0.0, 0, str(exc))
         found, score = judge(task.metric, answer.text, item.references)
-        return _Sample(answer.text, found, score, answer.done.usage.completion_tokens)
+        return Sample(answer.text, found, score, answer.done.usage.completion_tokens)
 
     async def measure(item: Item) -> ItemScore:
         async with places:
-            scored = _item_score(task, item, [await sample(item, number) for number in range(task.num_samples)])
+            scored = item_score(task, item, [await sample(item, number) for number in range(task.num_samples)])
         if on_item is not None:
             on_item(scored)
         return scored
@@ -144,7 +144,9 @@ def pass_at_k(scores: Sequence[ItemScore], k: int) -> float:
 
 
 @dataclass(frozen=True)
-class _Sample:
+class Sample:
+    """One answer to an item, judged. `error`: why there is none."""
+
     output: str
     answer: str | None
     score: float
@@ -176,15 +178,16 @@ async def _patiently(model: Model, request: GenerationRequest) -> Answer:
     return await collect(model, request)
 
 
-async def _choose(hosting: Hosting, model_name: str, task: Task, item: Item, priority: int) -> _Sample:
+async def _choose(hosting: Hosting, model_name: str, task: Task, item: Item, priority: int) -> Sample:
     nats = await option_logprobs(hosting, model_name, task.prompt_of(item), item.choices, priority=priority)
     sizes = [len(choice.encode()) if task.metric == "multiple_choice_per_byte" else 1 for choice in item.choices]
     best = int(np.argmax(np.array(nats) / sizes))
     answer = item.choices[best]
-    return _Sample(json.dumps(dict(zip(item.choices, nats, strict=True))), answer, float(answer in item.references), 0)
+    return Sample(json.dumps(dict(zip(item.choices, nats, strict=True))), answer, float(answer in item.references), 0)
 
 
-def _item_score(task: Task, item: Item, samples: Sequence[_Sample]) -> ItemScore:
+def item_score(task: Task, item: Item, samples: Sequence[Sample]) -> ItemScore:
+    """How an item went, from at least one sample of it."""
     given = json.dumps([task.prompt_of(item), item.choices], ensure_ascii=False)
     return ItemScore(
         item.id,

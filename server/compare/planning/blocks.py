@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from ensemble_server.ensembles.voting.pairwise import CRITERION
+from ensemble_server.server.compare.kept.results import ArmKind
 from ensemble_server.server.compare.measures.cost_settings import CostSettings
 from ensemble_server.server.compare.measures.task_measure import Metric
 from ensemble_server.server.compare.planning.held_out import MAX_SHARE
@@ -61,7 +62,8 @@ class Arm(Block):
     """One arm: a model of the config by its name alone, or one that is made for the comparison."""
 
     name: str = Field(
-        min_length=1, description="how the report calls it; without `merge`, `ensemble` and `choose`: a model"
+        min_length=1,
+        description="how the report calls it; without `merge`, `ensemble`, `choose` and `answers`: a model",
     )
     description: str = Field(default="", description="a line for the report")
     merge: LocalPath | dict[str, Any] | None = Field(
@@ -75,12 +77,24 @@ class Arm(Block):
         description="variants, of which the best on `fit` becomes the arm; beside `merge` or `ensemble` a map of its "
         "settings to values that are tried, or `auto` for those of a merge method that usually matter",
     )
+    answers: dict[str, LocalPath] = Field(
+        default_factory=dict,
+        description="task -> answers that are there already: the output of `ensemble batch` or `vote`, or JSONL of "
+        "{id, text}",
+    )
+    kind: ArmKind | None = Field(
+        default=None, description="with `answers`: what the report takes it for; default: member"
+    )
 
     @model_validator(mode="after")
     def _is_one_thing_at_most(self) -> Arm:
         has_variants = isinstance(self.choose, tuple) and bool(self.choose)
         if (self.merge is not None) + (self.ensemble is not None) + has_variants > 1:
             raise ValueError("takes one of `merge`, `ensemble` and `choose`")
+        if self.answers and not (self.merge is None and self.ensemble is None and not self.choose):
+            raise ValueError("its `answers` are there already; take `merge`, `ensemble` and `choose` out")
+        if self.kind is not None and not self.answers:
+            raise ValueError("`kind` belongs to `answers`; of all other arms it is known")
         if isinstance(self.choose, tuple):
             if "choose" in self.model_fields_set and len(self.choose) < 2:
                 raise ValueError("`choose` needs at least two variants")
@@ -90,14 +104,20 @@ class Arm(Block):
 
     @property
     def is_of_config(self) -> bool:
-        return self.merge is None and self.ensemble is None and not self.choose
+        return self.merge is None and self.ensemble is None and not self.choose and not self.answers
+
+    @property
+    def is_recorded(self) -> bool:
+        return bool(self.answers)
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        """What it can become; none if it is a model of the config."""
+        """What it can become; none if it is a model of the config, or its answers are there already."""
         if self.choose and isinstance(self.choose, tuple):
             return self.choose
-        return () if self.is_of_config else (Variant(label=None, merge=self.merge, ensemble=self.ensemble),)
+        if self.is_of_config or self.is_recorded:
+            return ()
+        return (Variant(label=None, merge=self.merge, ensemble=self.ensemble),)
 
 
 class TextSource(Block):

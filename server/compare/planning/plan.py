@@ -8,6 +8,7 @@
       - {name: fitted, ensemble: {method: probability_average, members: [base, code], weights: fitted}}
       - {name: posterior, choose: [{ensemble: {...}}, {ensemble: {...}}]}      # whichever is best on `fit`
       - {name: tuned, merge: merges/ties.yml, choose: auto}      # the same, the variants written out (`variants.py`)
+      - {name: voted, answers: {sums: voted.jsonl}, kind: ensemble}            # answers that are there already
     text: {code: code_test.txt, mixed: {switching: [code, prose], piece_bytes: 380, bytes: 48000}}
     fit: {code: {path: code_train.txt, tail: 0.05}}              # for weights and choices; never a test text
     tasks: [{name: sums, data: sums.jsonl, metric: numeric, template: "Q: {{ question }}", dev: sums_dev.jsonl}]
@@ -181,6 +182,10 @@ def _name_problems(file: PlanFile) -> Iterator[str]:
             needs = next((v for v in arm.variants if arm.choose or is_fitted(v.ensemble or {})), None)
             if needs is not None:
                 yield f"arms.{index}: {arm.name!r} is chosen or fitted on held-out text, but `fit` is empty"
+    for index, arm in enumerate(file.arms):
+        for task in arm.answers:
+            if task not in [source.name for source in file.tasks]:
+                yield f"arms.{index}.answers: there is no task {task!r}{nearest(task, list(task_names))}"
     tests = {source.path for source in file.text.values() if source.path}
     for name, source in file.fit.items():
         if source.path in tests:
@@ -207,6 +212,8 @@ def _model_problems(plan: Plan) -> Iterator[str]:
             if arm.name not in plan.config.models:
                 yield f"{at}: there is no model {arm.name!r} in {plan.config.source}{nearest(arm.name, known)}"
             continue
+        if arm.is_recorded:
+            continue  # it may be called like the model that gave the answers
         if arm.name in plan.config.models:
             yield f"{at}.name: {arm.name!r} is a model of the config, too; call the arm something else"
             continue

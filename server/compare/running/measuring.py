@@ -161,11 +161,11 @@ async def run_task(work: Work, hosting: Hosting, model: str, name: str, seed: in
     except UnsupportedError as exc:
         return TaskRecord(inputs=inputs, items_sha256=items_sha256, metric=task.metric, skipped=str(exc))
     return TaskRecord(
-        inputs=inputs, items_sha256=items_sha256, metric=task.metric, items=[_item_record(item) for item in scores]
+        inputs=inputs, items_sha256=items_sha256, metric=task.metric, items=[item_record(item) for item in scores]
     )
 
 
-def _item_record(item: ItemScore) -> ItemRecord:
+def item_record(item: ItemScore) -> ItemRecord:
     return ItemRecord(
         id=item.id,
         score=item.score,
@@ -224,7 +224,7 @@ def _harness_record(task: HarnessTask, inputs: str) -> TaskRecord:
         items_sha256=inputs_hash({"items": [[item.id, item.prompt_sha256, item.reference] for item in task.items]}),
         metric=task.metric,
         higher_is_better=task.higher_is_better,
-        items=[] if skipped is not None else [_item_record(item) for item in task.items],
+        items=[] if skipped is not None else [item_record(item) for item in task.items],
         skipped=skipped,
     )
 

@@ -382,3 +382,30 @@ statistics: {{resamples: 200}}
     assert bpb["arithmetic"] < best + 0.05, "the held-out text is much like the test text here"
     _, heard = run(tmp_path / "plan.yaml", tmp_path / "out")
     assert not any(stage.startswith("fitting arithmetic") for stage in heard.stages), "decisions stand"
+
+
+def test_answers_that_are_there_are_judged_beside_measured_ones_without_a_model(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(Hosting, "open", None)
+    plan = """
+config: config.yaml
+baseline: base
+arms:
+  - {name: base, answers: {sums: base.jsonl}}
+  - {name: voted, answers: {sums: voted.jsonl}, kind: ensemble, description: five of them}
+  - {name: lost, answers: {sums: lost.jsonl}}
+tasks: [{name: sums, data: sums.jsonl, metric: number, template: "{{ question }}"}]
+"""
+    path = write_files(tmp_path, tiny, plan)
+    for name, shift in (("base", 1), ("voted", 0)):
+        lines = [json.dumps({"id": f"q{n}", "text": f"It is {2 * n + shift}."}) for n in range(6)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    results, _ = run(path, tmp_path / "out")
+    base, voted, lost = results.arms.values()
+    assert (base.tasks["sums"].score, voted.tasks["sums"].score) == (0.0, 1.0)
+    assert (base.kind, voted.kind, voted.description) == ("member", "ensemble", "five of them")
+    assert voted.tasks["sums"].against_baseline.p_holm == pytest.approx(2 / 2**6)
+    assert "there is no file" in lost.error
+    assert "nothing tells what was asked: the answers of base, voted, lost." in " ".join(results.notes)
+    (tmp_path / "lost.jsonl").write_text('{"id": "q0", "text": "0"}', encoding="utf-8")
+    again, _ = run(path, tmp_path / "out")
+    assert again.arms["lost"].error is None and again.arms["lost"].tasks["sums"].num_failed == 5

@@ -132,3 +132,19 @@ def test_tasks_are_checked(folder: Path, task: str, told: str) -> None:
 def test_numeric_is_another_word_for_number(folder: Path) -> None:
     plan = load_plan(written(folder, GOOD + "tasks: [{name: t, data: rows.jsonl, metric: numeric, template: x}]\n"))
     assert plan.file.tasks[0].metric == "number"
+
+
+def test_recorded_answers_belong_to_a_task_and_to_no_other_source(folder: Path) -> None:
+    plan = """
+config: config.yaml
+baseline: base
+arms: [{name: base, answers: {rows: a.jsonl}}, {name: b, answers: {rowz: b.jsonl}}]
+tasks: [{name: rows, data: rows.jsonl, metric: number, template: "{{ question }}"}]
+"""
+    assert "arms.1.answers: there is no task 'rowz'; did you mean 'rows'?" in problems(folder, plan)
+    arms = load_plan(written(folder, plan.replace("rowz", "rows"))).arms
+    assert arms["base"].is_recorded and not arms["base"].is_of_config and arms["base"].variants == ()
+    assert arms["b"].answers == {"rows": str(folder / "b.jsonl")}
+    both = plan.replace("rowz: b.jsonl}", "rows: b.jsonl}, merge: x.yml")
+    assert "its `answers` are there already" in problems(folder, both)
+    assert "`kind` belongs to `answers`" in problems(folder, plan.replace("answers: {rowz: b.jsonl}", "kind: member"))

@@ -1,0 +1,139 @@
+"""What an ensemble is worth on tasks that its members can do: runs of `ensemble batch`, and votes over them.
+
+    python -m benchmarks.tasks --out tasks                                     # everything; hours on two cores
+    python -m benchmarks.tasks --out tasks --arms half,big --tasks gsm8k --items 60
+    python -m benchmarks.tasks --out tasks --dry-run                           # only says the commands
+    ensemble compare configs/compare-tasks.yaml --out compare-tasks            # the verdicts
+
+Every run is a job that goes on where it was when the same command comes again; finished ones are left alone. Votes and
+choices by likelihood are made of the samples that are there. `times.jsonl` has the seconds of each run, and those of
+its processor: on a busy machine only the latter say much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shlex
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "configs" / "tasks.yaml"
+
+
+@dataclass(frozen=True)
+class Task:
+    data: Path
+    template: Path
+    answer: str  # as `ensemble vote --answer` takes it
+    max_tokens: int = 320
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model of `configs/tasks.yaml` on a task. More than one sample has votes taken over it, by `VOTES`."""
+
+    model: str
+    options: tuple[str, ...] = ("--temperature", "0")
+    votes: tuple[str, ...] = ()
+
+
+TASKS = {
+    "gsm8k": Task(ROOT / "data/tasks/gsm8k_test_200.jsonl", ROOT / "configs/tasks/number.txt", "number"),
+    "svamp": Task(ROOT / "data/tasks/svamp_150.jsonl", ROOT / "configs/tasks/number.txt", "number"),
+    "aqua": Task(ROOT / "data/tasks/aqua_dev_120.jsonl", ROOT / "configs/tasks/choice.txt", "choice"),
+}
+SAMPLED = ("--temperature", "0.7", "--samples", "5", "--set", "logprobs=true")
+RUNS = {
+    "half": Run("half"),
+    "half-5": Run("half", SAMPLED, votes=("majority", "by-probability", "crowd", "likeliest")),
+    "big": Run("big"),
+    "average": Run("average"),
+    "posterior": Run("posterior"),
+    "contrast": Run("contrast"),
+    "smol": Run("smol"),
+}
+VOTES = {
+    "majority": ("--answer", "{answer}"),
+    "by-probability": ("--answer", "{answer}", "--by-probability"),
+    "crowd": ("--similarity", "rouge_l_word=1"),
+    "likeliest": ("--likeliest",),
+}
+
+
+@dataclass
+class Bench:
+    """`out`: where all files are. `num_items`: the first so many rows of a task."""
+
+    out: Path
+    num_items: int
+    is_dry: bool = False
+    commands: list[list[str]] = field(default_factory=list)
+
+    def run(self, name: str, task_name: str) -> None:
+        run, task = RUNS[name], TASKS[task_name]
+        output = self.out / f"{name}.{task_name}.jsonl"
+        source = self.out / f"{task_name}.jsonl"
+        command = ["ensemble", "batch", str(source), "-o", str(output), "-c", str(CONFIG), "--model", run.model]
+        command += ["--template", str(task.template), "--max-tokens", str(task.max_tokens), *run.options]
+        if self.is_dry or not output.exists():
+            self._call([*command, "--extend"], of=output.name)
+        for vote in run.votes:
+            options = [option.format(answer=task.answer) for option in VOTES[vote]]
+            voted = self.out / f"{name}.{vote}.{task_name}.jsonl"
+            if self.is_dry or not voted.exists():
+                self._call(["ensemble", "vote", str(output), *options, "-o", str(voted)], of=voted.name)
+
+    def write_rows(self, task_name: str) -> None:
+        rows = TASKS[task_name].data.read_text(encoding="utf-8").splitlines(keepends=True)
+        if not self.is_dry:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / f"{task_name}.jsonl").write_text("".join(rows[: self.num_items]), encoding="utf-8")
+
+    def _call(self, command: list[str], *, of: str) -> None:
+        print(shlex.join(command), flush=True)
+        if self.is_dry:
+            return
+        began, processor = time.monotonic(), _processor_s()
+        code = subprocess.run(command, check=False).returncode
+        spent = {"seconds": time.monotonic() - began, "processor_s": _processor_s() - processor}
+        with (self.out / "times.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"output": of, "exit": code, **spent}) + "\n")
+        if code not in (0, 3):  # 3: some rows have no answer, and count as wrong
+            raise SystemExit(code)
+
+
+def _processor_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def named(text: str | None, known: dict[str, object]) -> Iterator[str]:
+    for name in known if text is None else text.split(","):
+        if name not in known:
+            raise SystemExit(f"there is no {name!r}; known: {', '.join(known)}")
+        yield name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--arms", help=f"default: {','.join(RUNS)}")
+    parser.add_argument("--tasks", help=f"default: {','.join(TASKS)}")
+    parser.add_argument("--items", type=int, default=1000, help="the first so many questions of a task; default: all")
+    parser.add_argument("--dry-run", action="store_true", help="say the commands, and run none")
+    options = parser.parse_args()
+    bench = Bench(options.out, options.items, options.dry_run)
+    for task_name in named(options.tasks, {**TASKS}):
+        bench.write_rows(task_name)
+        for name in named(options.arms, {**RUNS}):
+            bench.run(name, task_name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,13 +1,14 @@
 """What an ensemble is worth on tasks that its members can do: runs of `ensemble batch`, and votes over them.
 
     python -m benchmarks.tasks --out tasks                                     # everything; hours on two cores
-    python -m benchmarks.tasks --out tasks --arms half,big --tasks gsm8k --items 60
+    python -m benchmarks.tasks --out tasks --runs greedy,sampled --tasks svamp --items 50
     python -m benchmarks.tasks --out tasks --dry-run                           # only says the commands
     ensemble compare configs/compare-tasks.yaml --out compare-tasks            # the verdicts
 
-Every run is a job that goes on where it was when the same command comes again; finished ones are left alone. Votes and
-choices by likelihood are made of the samples that are there. `times.jsonl` has the seconds of each run, and those of
-its processor: on a busy machine only the latter say much.
+Every run is one job over several models, item after item: killed at any moment, all models have answered the same first
+items, but for those that were in work. It goes on where it was when the same command comes again, also with more items.
+Votes and choices by likelihood are made of the samples that are there. `times.jsonl` has the seconds of each run, and
+those of its processor: on a busy machine only the latter say much.
 """
 
 from __future__ import annotations
@@ -31,32 +32,29 @@ class Task:
     data: Path
     template: Path
     answer: str  # as `ensemble vote --answer` takes it
-    max_tokens: int = 320
+    max_tokens: int
 
 
 @dataclass(frozen=True)
 class Run:
-    """One model of `configs/tasks.yaml` on a task. More than one sample has votes taken over it, by `VOTES`."""
+    """Models of `configs/tasks.yaml`, loaded together. Where they give several samples, `VOTES` are taken over them."""
 
-    model: str
+    models: tuple[str, ...]
     options: tuple[str, ...] = ("--temperature", "0")
     votes: tuple[str, ...] = ()
 
 
 TASKS = {
-    "gsm8k": Task(ROOT / "data/tasks/gsm8k_test_200.jsonl", ROOT / "configs/tasks/number.txt", "number"),
-    "svamp": Task(ROOT / "data/tasks/svamp_150.jsonl", ROOT / "configs/tasks/number.txt", "number"),
-    "aqua": Task(ROOT / "data/tasks/aqua_dev_120.jsonl", ROOT / "configs/tasks/choice.txt", "choice"),
+    "gsm8k": Task(ROOT / "data/tasks/gsm8k_test_200.jsonl", ROOT / "configs/tasks/number.txt", "number", 320),
+    "svamp": Task(ROOT / "data/tasks/svamp_150.jsonl", ROOT / "configs/tasks/number.txt", "number", 256),
+    "aqua": Task(ROOT / "data/tasks/aqua_dev_120.jsonl", ROOT / "configs/tasks/choice.txt", "choice", 320),
 }
 SAMPLED = ("--temperature", "0.7", "--samples", "5", "--set", "logprobs=true")
 RUNS = {
-    "half": Run("half"),
-    "half-5": Run("half", SAMPLED, votes=("majority", "by-probability", "crowd", "likeliest")),
-    "big": Run("big"),
-    "average": Run("average"),
-    "posterior": Run("posterior"),
-    "contrast": Run("contrast"),
-    "smol": Run("smol"),
+    "greedy": Run(("half", "big", "average")),
+    "sampled": Run(("half",), SAMPLED, votes=("majority", "by-probability", "crowd", "likeliest")),
+    "pools": Run(("posterior", "contrast")),
+    "small": Run(("smol",)),
 }
 VOTES = {
     "majority": ("--answer", "{answer}"),
@@ -79,15 +77,13 @@ class Bench:
         run, task = RUNS[name], TASKS[task_name]
         output = self.out / f"{name}.{task_name}.jsonl"
         source = self.out / f"{task_name}.jsonl"
-        command = ["ensemble", "batch", str(source), "-o", str(output), "-c", str(CONFIG), "--model", run.model]
+        command = ["ensemble", "batch", str(source), "-o", str(output), "-c", str(CONFIG), "--model", ",".join(run.models)]
         command += ["--template", str(task.template), "--max-tokens", str(task.max_tokens), *run.options]
-        if self.is_dry or not output.exists():
-            self._call([*command, "--extend"], of=output.name)
+        self._call([*command, "--extend"], of=output.name)  # of a finished job it writes the answers again
         for vote in run.votes:
             options = [option.format(answer=task.answer) for option in VOTES[vote]]
             voted = self.out / f"{name}.{vote}.{task_name}.jsonl"
-            if self.is_dry or not voted.exists():
-                self._call(["ensemble", "vote", str(output), *options, "-o", str(voted)], of=voted.name)
+            self._call(["ensemble", "vote", str(output), *options, "-o", str(voted)], of=voted.name)
 
     def write_rows(self, task_name: str) -> None:
         rows = TASKS[task_name].data.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -123,7 +119,7 @@ def named(text: str | None, known: dict[str, object]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--arms", help=f"default: {','.join(RUNS)}")
+    parser.add_argument("--runs", help=f"default: {','.join(RUNS)}")
     parser.add_argument("--tasks", help=f"default: {','.join(TASKS)}")
     parser.add_argument("--items", type=int, default=1000, help="the first so many questions of a task; default: all")
     parser.add_argument("--dry-run", action="store_true", help="say the commands, and run none")
@@ -131,7 +127,7 @@ def main() -> None:
     bench = Bench(options.out, options.items, options.dry_run)
     for task_name in named(options.tasks, {**TASKS}):
         bench.write_rows(task_name)
-        for name in named(options.arms, {**RUNS}):
+        for name in named(options.runs, {**RUNS}):
             bench.run(name, task_name)
 
 

@@ -78,6 +78,10 @@ def vote(
         bool,
         typer.Option("--by-probability", help="A vote weighs as much as its text is likely per token (logprobs)."),
     ] = False,
+    likeliest: Annotated[
+        bool,
+        typer.Option("--likeliest", help="Take the text that its writer found likeliest per token (logprobs)."),
+    ] = False,
     judge: Annotated[
         str | None, typer.Option(metavar="MODEL", help="A model of --config compares the candidates in pairs.")
     ] = None,
@@ -102,7 +106,8 @@ def vote(
     Writes {"id", "winner", "text", "system", "scores", "margin", "ties"} for each row, or {"id", "line", "error"}.
     With --answer: {"id", "winner", "text", "system", "answer", "votes", "agreement"}; the text is the first with the
     answer that was given most often, or the first of all if none has one.
-    With --judge the scores are the sums of its preferences. With --classes: {"id", "label", "probabilities", "jobs"}.
+    With --judge the scores are the sums of its preferences, with --likeliest nats per token. With --classes: {"id",
+    "label", "probabilities", "jobs"}.
     """
     files = files or []
     _check_call(
@@ -110,6 +115,7 @@ def vote(
         systems=systems,
         answer=answer,
         scores=scores,
+        likeliest=likeliest,
         judge=judge,
         classes=classes,
         fit=fit,
@@ -139,6 +145,10 @@ def vote(
             if judge is not None:
                 assert config is not None, "was checked"
                 reports = _judged(rows, config, judge, criterion, explain)
+            elif likeliest:
+                from ensemble_server.server.batch.votes.reports import take_likeliest
+
+                reports = take_likeliest(rows)
             else:
                 reports = _voted(rows, blend, answer, prune, explain, embedding if scores is None else None)
         sink = sys.stdout.buffer if output is None else stack.enter_context(output.open("wb"))
@@ -149,10 +159,16 @@ def vote(
 
 
 # What an option of one way to choose is refused with: "--answer" and the like choose without it.
-_WAYS = {"--answer": "counts answers", "--judge": "asks a judge", "--classes": "averages probabilities"}
+_WAYS = {
+    "--answer": "counts answers",
+    "--likeliest": "compares likelihoods",
+    "--judge": "asks a judge",
+    "--classes": "averages probabilities",
+}
 _TAKES = {
     None: {"--similarity", "--prune", "--explain", "--weights", "--by-probability"},
     "--answer": {"--weights", "--by-probability", "--save-weights"},
+    "--likeliest": set(),
     "--judge": {"--explain", "--config", "--criterion"},
     "--classes": {"--weights"},
 }
@@ -164,13 +180,15 @@ def _check_call(
     systems: bool,
     answer: str | None,
     scores: Path | None,
+    likeliest: bool,
     judge: str | None,
     classes: str | None,
     fit: Path | None,
     others: Mapping[str, bool],
 ) -> None:
     """Raise `typer.BadParameter` for options that do not go together."""
-    chosen = [name for name, value in (("--answer", answer), ("--judge", judge), ("--classes", classes)) if value]
+    ways = {"--answer": answer, "--likeliest": likeliest, "--judge": judge, "--classes": classes}
+    chosen = [name for name, is_given in ways.items() if is_given]
     if len(chosen) > 1:
         raise typer.BadParameter(
             f"{chosen[0]} and {chosen[1]} choose in different ways; give one", param_hint=chosen[1]

@@ -1,6 +1,7 @@
 """The report of each row's vote, in the rows' order, JSON-ready; of a row that cannot be voted on, what is wrong.
 
-Four ways to choose: by similarity, by counting the answers in the texts, by a judge, and by scores that are there.
+Five ways to choose: by similarity, by counting the answers in the texts, by how likely their writers found them, by a
+judge, and by scores that are there.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from ensemble_server.ensembles.errors import EnsembleError
 from ensemble_server.ensembles.ranking import compare_by_judge
 from ensemble_server.ensembles.thoughts import without_thoughts
 from ensemble_server.ensembles.voting.answer_extraction import AnswerKind, extract
-from ensemble_server.ensembles.voting.consensus import ranked
+from ensemble_server.ensembles.voting.consensus import Consensus, ranked
 from ensemble_server.ensembles.voting.majority import agreement, plurality, tally
 from ensemble_server.server.batch.votes.rows import BadRow, CandidateRow, Row
+from ensemble_server.server.batch.votes.weighing import nats_per_token
 
 NUM_ROWS_AT_ONCE = 64  # rows whose texts are embedded together
 DEFAULT_SIMILARITY = "rouge_l_word"
@@ -67,6 +69,24 @@ async def count_answers(rows: Iterable[Row], kind: AnswerKind) -> AsyncIterator[
         yield _elected(row, winner) | {"answer": answer, "votes": sums, "agreement": agreement(sums)}
 
 
+async def take_likeliest(rows: Iterable[Row]) -> AsyncIterator[Report]:
+    """The text of the highest mean log-probability per token, under whoever wrote it: best of n without a scorer."""
+    for row in rows:
+        if isinstance(row, BadRow):
+            yield report_of_bad(row)
+            continue
+        logprobs = nats_per_token(row)
+        if isinstance(logprobs, BadRow):
+            yield report_of_bad(logprobs)
+            continue
+        is_blank = np.array([logprob is None for logprob in logprobs])
+        if is_blank.all():
+            yield report_of_bad(BadRow(row.id, row.line, "has no text to choose from"))
+            continue
+        scores = np.array([-np.inf if logprob is None else logprob for logprob in logprobs])
+        yield _chosen(row, ranked(scores, is_blank))
+
+
 async def judge_rows(
     rows: Iterable[Row], judge: Model, *, criterion: str, explain: bool = False
 ) -> AsyncIterator[Report]:
@@ -83,12 +103,7 @@ async def judge_rows(
             yield report_of_bad(BadRow(row.id, row.line, str(exc)))
             continue
         ranking = ranked(comparison.scores)
-        report = _elected(row, ranking.winner) | {
-            "scores": ranking.scores.tolist(),
-            "margin": ranking.margin,
-            "ties": [list(group) for group in ranking.ties],
-        }
-        yield report | ({"ranking": list(ranking.ranking), **comparison.trace} if explain else {})
+        yield _chosen(row, ranking) | ({"ranking": list(ranking.ranking), **comparison.trace} if explain else {})
 
 
 def _asked(row: CandidateRow) -> GenerationRequest:
@@ -107,6 +122,14 @@ def _asked(row: CandidateRow) -> GenerationRequest:
 def _elected(row: CandidateRow, winner: int) -> Report:
     report: Report = {"id": row.id, "winner": winner, "text": row.texts[winner] if row.texts else None}
     return report if row.systems[winner] is None else report | {"system": row.systems[winner]}
+
+
+def _chosen(row: CandidateRow, ranking: Consensus) -> Report:
+    return _elected(row, ranking.winner) | {
+        "scores": ranking.scores.tolist(),
+        "margin": ranking.margin,
+        "ties": [list(group) for group in ranking.ties],
+    }
 
 
 def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:

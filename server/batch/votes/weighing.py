@@ -80,12 +80,21 @@ def by_probability(row: Row) -> Row:
     """
     if isinstance(row, BadRow) or row.texts is None:
         return row
+    logprobs = nats_per_token(row)
+    if isinstance(logprobs, BadRow):
+        return logprobs
+    return _times(row, [0.0 if logprob is None else math.exp(min(logprob, 0.0)) for logprob in logprobs])
+
+
+def nats_per_token(row: CandidateRow) -> tuple[float | None, ...] | BadRow:
+    """Of each candidate; None of one that is blank. A row in which another candidate has none is a bad one."""
+    assert row.texts is not None, "only scores to replay come without texts"
     logprobs = row.logprobs or (None,) * len(row.texts)
     for number, (text, logprob) in enumerate(zip(row.texts, logprobs, strict=True)):
         if logprob is None and text.strip():
             reason = f'candidate {number} has no log-probabilities; ask the batch for logprobs, or give it a "logprob"'
             return BadRow(row.id, row.line, reason)
-    return _times(row, [0.0 if logprob is None else math.exp(min(logprob, 0.0)) for logprob in logprobs])
+    return logprobs
 
 
 def systems_of(rows: Iterable[Row]) -> list[str]:

@@ -118,6 +118,33 @@ def test_votes_weigh_by_the_probability_of_their_texts(ensemble: Callable, tmp_p
     assert read_lines(ensemble("vote", file, "--answer", "number", "--by-probability").out)[0]["answer"] == "18"
 
 
+def test_the_likeliest_text_is_taken_and_a_blank_one_never(ensemble: Callable, tmp_path: Path) -> None:
+    lines = [
+        batch_line("a", "mix", "17", -2.0, -4.0),
+        batch_line("a", "mix", "18", -0.5, -1.5),
+        batch_line("a", "mix", "19", -1.5),
+        batch_line("b", "mix", "17", -1.0),
+        batch_line("b", "mix", "18"),
+    ]
+    file = write_lines(tmp_path / "o.jsonl", lines)
+    run = ensemble("vote", file, "--likeliest")
+    assert run.code == 3
+    first, second = read_lines(run.out)
+    assert (first["text"], first["scores"], first["margin"]) == ("18", pytest.approx([-3, -1, -1.5]), 0.5)
+    assert second["error"].startswith("candidate 1 has no log-probabilities")
+    candidates = [{"text": " "}, {"text": "17", "logprob": -9.0}]
+    row = {"id": 1, "candidates": candidates}
+    chosen, none = read_lines(
+        ensemble("vote", write_lines(tmp_path / "c.jsonl", [row, row | {"candidates": [""]}]), "--likeliest").out
+    )
+    assert (chosen["winner"], chosen["scores"]) == (1, [None, -9.0])
+    assert none["error"] == "has no text to choose from"
+    assert (
+        "compares likelihoods, which takes no --weights"
+        in ensemble("vote", file, "--likeliest", "--weights", "mix=2").err
+    )
+
+
 def class_line(custom_id: str, model: str, **probabilities: float) -> dict[str, Any]:
     body = {"object": "classification", "model": model, "label": "?", "probabilities": probabilities}
     return {"custom_id": custom_id, "response": {"body": body}, "error": None}

@@ -1,7 +1,7 @@
 """What an ensemble is worth on tasks that its members can do: runs of `ensemble batch`, and votes over them.
 
     python -m benchmarks.tasks --out tasks                                     # everything; hours on two cores
-    python -m benchmarks.tasks --out tasks --runs greedy,sampled --tasks svamp --items 50
+    python -m benchmarks.tasks --out tasks --runs half,sampled --tasks svamp --items 50
     python -m benchmarks.tasks --out tasks --dry-run                           # only says the commands
     ensemble compare configs/compare-tasks.yaml --out compare-tasks            # the verdicts
 
@@ -51,8 +51,9 @@ TASKS = {
 }
 SAMPLED = ("--temperature", "0.7", "--samples", "5", "--set", "logprobs=true")
 RUNS = {
-    "greedy": Run(("half", "big", "average")),
+    "half": Run(("half",)),
     "sampled": Run(("half",), SAMPLED, votes=("majority", "by-probability", "crowd", "likeliest")),
+    "pair": Run(("big", "average")),
     "pools": Run(("posterior", "contrast")),
     "small": Run(("smol",)),
 }
@@ -77,8 +78,9 @@ class Bench:
         run, task = RUNS[name], TASKS[task_name]
         output = self.out / f"{name}.{task_name}.jsonl"
         source = self.out / f"{task_name}.jsonl"
-        command = ["ensemble", "batch", str(source), "-o", str(output), "-c", str(CONFIG), "--model", ",".join(run.models)]
-        command += ["--template", str(task.template), "--max-tokens", str(task.max_tokens), *run.options]
+        command = ["ensemble", "batch", str(source), "-o", str(output), "-c", str(CONFIG)]
+        command += ["--model", ",".join(run.models), "--template", str(task.template)]
+        command += ["--max-tokens", str(task.max_tokens), *run.options]
         self._call([*command, "--extend"], of=output.name)  # of a finished job it writes the answers again
         for vote in run.votes:
             options = [option.format(answer=task.answer) for option in VOTES[vote]]

@@ -231,6 +231,6 @@ def _files(file: PlanFile) -> dict[str, Path]:
     sources |= {f"fit {name}": source.path for name, source in file.fit.items()}
     sources |= {f"task {task.name}": task.data for task in file.tasks}
     sources |= {f"held-out rows of {task.name}": task.dev for task in file.tasks}
-    sources |= {f"answers {arm.name} {task}": path for arm in file.arms for task, path in arm.answers.items()}
+    sources |= {f"answers {arm.name} {task}": one.path for arm in file.arms for task, one in arm.answers.items()}
     sources |= {f"merge {arm.name}": arm.merge for arm in file.arms if isinstance(arm.merge, str)}
     return {name: Path(path) for name, path in sources.items() if path is not None}

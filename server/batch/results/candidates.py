@@ -100,8 +100,8 @@ class BatchLine(_Strict):
 
     @property
     def system(self) -> str | None:
-        """Who answered: the model, and what else its cell says: "mix temperature=0.7" """
-        model = self.response.body.model if self.response is not None else None
+        """Who answered, or failed to: the model, and what else its cell says: "mix temperature=0.7" """
+        model = (self.response.body.model if self.response is not None else None) or self.cell.get("model")
         rest = [f"{key}={value}" for key, value in self.cell.items() if key != "model"]
         return " ".join(filter(None, [model, *rest])) or None
 

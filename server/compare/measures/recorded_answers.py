@@ -1,9 +1,9 @@
 """Answers that are there already, judged as if they had just been given: of a batch, of a vote, of another program.
 
-One JSON object a line, told by its first line: the output of `ensemble batch` (all choices of all lines of a custom_id
-are samples of its item), the output of `ensemble vote`, or anything else with {"id", "text"}. An item without an
-answer counts as wrong, as one that failed does. What was asked is not in such files, so nobody can check that it was
-the task's prompt.
+One JSON object a line, told by its first line: the output of `ensemble batch` (all choices of one system under one
+custom_id are samples of its item), the output of `ensemble vote`, or anything else with {"id", "text"}. An item
+without an answer counts as wrong, as one that failed does. What was asked is not in such files, so nobody can check
+that it was the task's prompt.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ensemble_server.server.compare.measures.task_measure import (
     item_score,
 )
 from ensemble_server.server.compare.measures.task_metrics import judge
+from ensemble_server.server.config.problems import nearest
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,11 @@ class Recorded:
     error: str | None = None
 
 
-def read_recorded(path: Path) -> dict[str, Recorded]:
-    """By id. Raises `ConfigError` that names the file, and the line where there is one."""
+def read_recorded(path: Path, system: str | None = None) -> dict[str, Recorded]:
+    """By id. `system`: whose answers, where a batch asked several.
+
+    Raises `ConfigError` that names the file, and the line where there is one.
+    """
     if not path.is_file():
         raise ConfigError(f"there is no file {path}")
     try:
@@ -50,7 +54,11 @@ def read_recorded(path: Path) -> dict[str, Recorded]:
             if first is None:
                 return {}
             everything = chain([first], lines)
-            return _of_batch(everything, path) if BatchLine.is_one(first[1]) else _of_lines(everything, path)
+            if BatchLine.is_one(first[1]):
+                return _of_batch(everything, path, system)
+            if system is not None:
+                raise ConfigError(f"{path} is no output of a batch, so that nothing in it is of the system {system!r}")
+            return _of_lines(everything, path)
     except (OSError, RequestError) as exc:
         raise ConfigError(f"{path}: {exc}") from exc
 
@@ -80,15 +88,23 @@ def _checked(lines: Iterable[tuple[int, Any]], path: Path) -> Iterator[tuple[int
         yield number, value
 
 
-def _of_batch(lines: Iterable[tuple[int, Any]], path: Path) -> dict[str, Recorded]:
-    read, num_tokens = [], dict[str, int]()
+def _of_batch(lines: Iterable[tuple[int, Any]], path: Path, system: str | None) -> dict[str, Recorded]:
+    read, num_tokens, systems = [], dict[str, int](), set[str]()
     for number, value in lines:
         try:
             line = BatchLine.model_validate(value)
         except ValidationError as exc:
             raise ConfigError(f"{path}, line {number}: is no line of a batch output: {exc}") from exc
+        systems.add(line.system or "")
+        if system is not None and line.system != system:
+            continue
         read.append((number, line))
         num_tokens[str(line.custom_id)] = num_tokens.get(str(line.custom_id), 0) + _tokens_of(value)
+    systems.discard("")  # of rows that failed where the job asked one system alone
+    if system is None and len(systems) > 1:
+        raise ConfigError(f"{path} has answers of {', '.join(sorted(systems))}; say whose with `system`")
+    if system is not None and system not in systems:
+        raise ConfigError(f"{path} has no answers of {system!r}{nearest(system, sorted(systems))}")
     return {
         str(group.custom_id): Recorded(tuple(group.texts), num_tokens.get(str(group.custom_id), 0), group.failure)
         for group in grouped(read)

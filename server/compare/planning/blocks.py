@@ -58,6 +58,17 @@ Choose = Annotated[
 ]
 
 
+class AnswersSource(Block):
+    """Answers that are there already: a file, or one system's part of it."""
+
+    path: LocalPath = Field(description="the output of `ensemble batch` or `vote`, or JSONL of {id, text}")
+    system: str | None = Field(
+        default=None,
+        description="whose answers, where a batch asked several: a model, and what else its cell says, as in "
+        "`mix temperature=0.7`",
+    )
+
+
 class Arm(Block):
     """One arm: a model of the config by its name alone, or one that is made for the comparison."""
 
@@ -77,10 +88,8 @@ class Arm(Block):
         description="variants, of which the best on `fit` becomes the arm; beside `merge` or `ensemble` a map of its "
         "settings to values that are tried, or `auto` for those of a merge method that usually matter",
     )
-    answers: dict[str, LocalPath] = Field(
-        default_factory=dict,
-        description="task -> answers that are there already: the output of `ensemble batch` or `vote`, or JSONL of "
-        "{id, text}",
+    answers: dict[str, Annotated[AnswersSource, _as_map("path")]] = Field(
+        default_factory=dict, description="task -> answers that are there already, instead of a model"
     )
     kind: ArmKind | None = Field(
         default=None, description="with `answers`: what the report takes it for; default: member"

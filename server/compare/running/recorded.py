@@ -21,8 +21,9 @@ def note_recorded(work: Work, arm: Arm) -> None:
     record.description, record.failure, record.cost = arm.description, None, None
     record.text, record.tasks = {}, {}
     try:
-        recorded = {name: read_recorded(Path(path)) for name, path in arm.answers.items()}
-        record.identity = inputs_hash({name: file_sha256(Path(path)) for name, path in arm.answers.items()})
+        recorded = {name: read_recorded(Path(one.path), one.system) for name, one in arm.answers.items()}
+        files = {name: [file_sha256(Path(one.path)), one.system] for name, one in arm.answers.items()}
+        record.identity = inputs_hash(files)
         for name, answers in recorded.items():
             record.tasks[name] = _judged(work, name, answers, record.identity)
     except (EnsembleError, OSError) as exc:

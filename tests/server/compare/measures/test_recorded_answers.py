@@ -73,6 +73,19 @@ def test_files_that_cannot_be_read_say_where(tmp_path: Path, rows: tuple[Any, ..
         read_recorded(written(tmp_path, *rows))
 
 
+def test_of_a_grid_one_systems_answers_are_taken(tmp_path: Path) -> None:
+    cells = [{"model": "red", "temperature": 0.5}, {"model": "blue", "temperature": 0.5}]
+    red = answered("a", "4", num_tokens=1) | {"cell": cells[0]}
+    failed = {"custom_id": "a", "cell": cells[1], "response": None, "error": {"message": "too long"}}
+    path = written(tmp_path, red, failed)
+    assert read_recorded(path, "red temperature=0.5") == {"a": Recorded(("4",), 1)}
+    assert read_recorded(path, "blue temperature=0.5") == {"a": Recorded((), 0, "too long")}
+    with pytest.raises(ConfigError, match=r"has answers of blue temperature=0\.5, red temperature=0\.5; say whose"):
+        read_recorded(path)
+    with pytest.raises(ConfigError, match=r"has no answers of 'red' \(known: blue temperature=0\.5, red"):
+        read_recorded(path, "red")
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no file .*nowhere\.jsonl"):
         read_recorded(tmp_path / "nowhere.jsonl")

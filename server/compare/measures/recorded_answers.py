@@ -27,7 +27,7 @@ from ensemble_server.server.compare.measures.task_measure import (
     Task,
     item_score,
 )
-from ensemble_server.server.compare.measures.task_metrics import judge
+from ensemble_server.server.compare.measures.task_metrics import GenerationMetric, judge
 from ensemble_server.server.config.problems import nearest
 
 
@@ -65,18 +65,19 @@ def read_recorded(path: Path, system: str | None = None) -> dict[str, Recorded]:
 
 def score_recorded(task: Task, recorded: Mapping[str, Recorded]) -> list[ItemScore]:
     """Every item of `task`, in its order. Raises `UnsupportedError` if it is judged by likelihoods."""
-    if task.metric in CHOICE_METRICS:
-        raise UnsupportedError(f"{task.metric} compares likelihoods, which recorded answers do not have")
-    return [_scored(task, item, recorded.get(item.id, _MISSING)) for item in task.items]
+    metric = task.metric
+    if metric in CHOICE_METRICS:
+        raise UnsupportedError(f"{metric} compares likelihoods, which recorded answers do not have")
+    return [_scored(task, metric, item, recorded.get(item.id, _MISSING)) for item in task.items]
 
 
 _MISSING = Recorded((), error="no answer to it was recorded")
 
 
-def _scored(task: Task, item: Item, recorded: Recorded) -> ItemScore:
+def _scored(task: Task, metric: GenerationMetric, item: Item, recorded: Recorded) -> ItemScore:
     samples = []
     for number, text in enumerate(recorded.texts):
-        found, score = judge(task.metric, text, item.references)
+        found, score = judge(metric, text, item.references)
         samples.append(Sample(text, found, score, recorded.completion_tokens if number == 0 else 0))
     return item_score(task, item, samples or [Sample("", None, 0.0, 0, recorded.error or "it has no text")])
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from ensemble_server.ensembles.errors import ConfigError
-from ensemble_server.server.batch.job.identity import Identity, model_fingerprints
+from ensemble_server.server.batch.job.identity import Identity, model_fingerprints, needed_part
 from ensemble_server.server.batch.job.rows import Row, Url
 from ensemble_server.server.batch.job.store import JobStore, job_path
 from ensemble_server.server.batch.results.output_line import write_output
@@ -189,7 +189,7 @@ async def _summary(
 
     if not store.num_to_run():  # nothing needs to be loaded
         return Summary("finished", store.counts(), 0, 0, store.spent(), 0.0)
-    async with _opened(config, hosting) as opened:
+    async with _opened(needed_part(config, store.model_names()), hosting) as opened:
         return await run(
             store, opened, concurrency=concurrency, deadline_s=deadline_s, on_progress=on_progress, watch=watch
         )

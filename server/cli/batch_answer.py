@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 
 from ensemble_server.server.batch.file_job import FileJob
-from ensemble_server.server.batch.job.identity import model_fingerprints
+from ensemble_server.server.batch.job.identity import model_fingerprints, needed_part
 from ensemble_server.server.batch.job.store import JobStore
 from ensemble_server.server.batch.results.outputs import OutputForm
 from ensemble_server.server.batch.results.submission import SampleSubmission
@@ -82,7 +82,8 @@ async def _resident(run: BatchRun, store: JobStore, stop: asyncio.Event, view: P
     from ensemble_server.server.batch.running.runner import run as run_rows
     from ensemble_server.server.hosting import Hosting
 
-    async with opened_unless(stop, Hosting.open(run.config, on_load=view.loading)) as hosting:
+    needed = needed_part(run.config, store.model_names())
+    async with opened_unless(stop, Hosting.open(needed, on_load=view.loading)) as hosting:
         if hosting is None:
             return Summary("stopped", store.counts(), 0, 0, store.spent(), 0.0)
         limits = [left for limit in (run.deadline_s, run.time_budget_s) if (left := run.left_s(limit)) is not None]
@@ -132,7 +133,8 @@ def answer_on_ray(run: BatchRun, store: JobStore, console: Console) -> Ended:
     with ProgressView(console, is_shown=run.has_progress) as view:
         watch = FailureWatch(view.say, run.max_errors)
         options = RayOptions(workers=run.ray_workers)
-        summary = run_on_ray(store, run.config, options, on_progress=view.update, watch=watch)
+        needed = needed_part(run.config, store.model_names())
+        summary = run_on_ray(store, needed, options, on_progress=view.update, watch=watch)
     view.say(_speed(summary))
     return summary.ended
 

@@ -7,6 +7,7 @@ import asyncio
 import typer
 
 from ensemble_server.server.batch.file_job import CheckedInput
+from ensemble_server.server.batch.job.identity import needed_part
 from ensemble_server.server.batch.job.rows import Row
 from ensemble_server.server.batch.running.estimate import Estimate, Probe, PromptCount, evenly_chosen, probe
 from ensemble_server.server.batch.running.progress import duration, spend
@@ -35,7 +36,7 @@ def dry_run_job(run: BatchRun, *, num_probes: int) -> int:
 
 async def _measure(run: BatchRun, checked: CheckedInput, num_probes: int) -> tuple[PromptCount, Probe | None]:
     count = PromptCount()
-    async with Hosting.open(run.config) as hosting:
+    async with Hosting.open(needed_part(run.config, checked.models)) as hosting:
         for row in run.job.rows():
             if isinstance(row, Row):
                 count.add(row, hosting)

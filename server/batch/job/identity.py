@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from ensemble_server.ensembles.text_level import derived_seed
 from ensemble_server.server.batch.job.rows import Row
+from ensemble_server.server.config.excerpt import excerpt
 from ensemble_server.server.config.fingerprints import fingerprint
 
 if TYPE_CHECKING:
@@ -56,6 +57,19 @@ def model_fingerprints(names: Iterable[str | None], config: Config) -> dict[str,
     """The fingerprints of those models among `names` that the config has; None is its only listed one."""
     named = {config.listed[0] if name is None and len(config.listed) == 1 else name for name in names}
     return {name: fingerprint(name, config) for name in config.models if name in named}
+
+
+def needed_part(config: Config, names: Collection[str | None]) -> Config:
+    """What rows that name these models need of `config`, so that nothing else is loaded.
+
+    All of it where a row names a model that it lacks, or none where it has several: what such a row is told says which
+    models there are.
+    """
+    if None in names and len(config.listed) != 1:
+        return config
+    if any(name is not None and name not in config.models for name in names):
+        return config
+    return excerpt(config, model_fingerprints(names, config))
 
 
 def encoded_body(body: Mapping[str, Any]) -> bytes:

@@ -57,6 +57,16 @@ def batch(ensemble: Ensemble, config: Path) -> Ensemble:
     return lambda source, output, *options: ensemble("batch", source, "-o", output, "--config", config, *options)
 
 
+def test_only_the_models_that_rows_name_are_loaded(batch: Ensemble, config: Path, tmp_path: Path) -> None:
+    gone = config.read_text(encoding="utf-8").replace("  mix:", "  gone: {path: nowhere}\n  mix:")
+    config.write_text(gone, encoding="utf-8")
+    source = write_lines(tmp_path / "in.jsonl", [line("a")])
+    assert batch(source, tmp_path / "out.jsonl", "--model", "mix").code == 0
+    assert batch(source, tmp_path / "dry.jsonl", "--model", "mix", "--dry-run", "--probe", "0").code == 0
+    refused = batch(source, tmp_path / "none.jsonl", "--model", "gone")
+    assert (refused.code, "nowhere" in refused.err) == (1, True)
+
+
 # --- called wrongly -----------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from ensemble_server.server.batch.job.identity import (
     encoded_body,
     ids_from,
     model_fingerprints,
+    needed_part,
     seeded,
     shared_digest,
 )
@@ -64,6 +65,20 @@ def test_fingerprints_are_of_the_models_that_rows_name() -> None:
     assert model_fingerprints(["mix", "unknown", None], config) == {"mix": fingerprint("mix", config)}
     alone = parse_config({"models": {"base": models["base"]}}, source=Path("/config.yaml"))
     assert list(model_fingerprints([None], alone)) == ["base"]
+
+
+def test_of_a_config_only_what_the_rows_name_is_needed() -> None:
+    models = {
+        "base": {"path": "org/base"},
+        "red": {"base": "base", "adapter": "red"},
+        "other": {"path": "org/other"},
+        "mix": {"method": "probability_average", "members": ["base", "red"]},
+    }
+    config = parse_config({"models": models}, source=Path("/config.yaml"))
+    assert list(needed_part(config, ["mix"]).models) == ["base", "red", "mix"]
+    assert list(needed_part(config, ["other"]).models) == ["other"]
+    assert needed_part(config, ["other", None]) is config, "the row without a model is told which there are"
+    assert needed_part(config, ["other", "odher"]) is config
 
 
 # --- seeds ---

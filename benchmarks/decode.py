@@ -36,6 +36,7 @@ from ensemble_server.server.config.blocks import HostedModel
 from ensemble_server.server.engines.transformers_engine.engine import TransformersEngine
 from ensemble_server.server.engines.transformers_engine.members import load_members
 from ensemble_server.server.weights.checkpoints import resolve_checkpoint
+from ensemble_server.server.weights.member_views import read_member_files
 from ensemble_server.server.weights.threads import in_own_thread
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -128,7 +129,11 @@ def engine_seconds(engine: TransformersEngine, mixture: Mixture, concurrency: in
 
 @contextmanager
 def engine_of(models: dict[str, HostedModel]) -> Iterator[TransformersEngine]:
-    members = asyncio.run(in_own_thread(load_members, models, relative_to=Path(), max_context=1024))
+    files = read_member_files(models, relative_to=Path(), max_context=1024)
+    members = asyncio.run(in_own_thread(load_members, models, files))
+    for backbone in dict.fromkeys(member.backbone for member in members.values()):
+        for _ in backbone.halving():  # what the engine does in its spare time
+            pass
     engine = TransformersEngine(members)
     engine.start()
     try:

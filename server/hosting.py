@@ -194,7 +194,7 @@ def _transformers_engine(
     from ensemble_server.server.engines.transformers_engine.members import load_members
 
     hosted = {name: model for name, model in config.models.items() if isinstance(model, HostedModel)}
-    members = load_members(hosted, files, on_load=on_load)
+    members = load_members(hosted, files, weights=settings.weights, on_load=on_load)
     engine = TransformersEngine(
         members,
         max_batch=settings.max_batch,

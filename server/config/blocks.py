@@ -254,6 +254,11 @@ class EngineConfig(EngineBlock):
         description="what members read ahead of an answer: off, or text (what came after the same words before, in the "
         "prompt or the answer); answers stay the same",
     )
+    weights: Literal["exact", "half", "full"] = Field(
+        default="exact",
+        description="what is kept as fp16 of a model that runs as float32 on a CPU, so that steps of few rows are "
+        "faster: exact (tensors that lose nothing by it), half (all; the others are rounded), full (nothing)",
+    )
     num_threads: Annotated[Count, Unit("CPU threads")] | None = Field(
         default=None, description="default: torch's choice"
     )

@@ -5,7 +5,8 @@ Several members can stand on one backbone: the bare base, its LoRA adapters, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,19 @@ from transformers import PreTrainedModel
 from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.server.engines.transformers_engine.adapters import AdapterRows, stack_adapters
 from ensemble_server.server.engines.transformers_engine.attention import IMPLEMENTATION, Rows, Span
+from ensemble_server.server.engines.transformers_engine.half_weights import (
+    WeightsRule,
+    halve_embeddings,
+    halving,
+    is_supported,
+    round_to_half,
+)
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.packed_linear import pack_linears
 from ensemble_server.server.weights.causal_lm import load_causal_lm
 from ensemble_server.server.weights.checkpoint_facts import id_set, max_positions
+
+logger = logging.getLogger(__name__)
 
 CHECK_TOKENS = 24  # length of the text on which a freshly loaded model is compared with its own plain forward
 TOLERANCE_NATS = {torch.float32: 1e-3}
@@ -26,16 +36,31 @@ LOW_PRECISION_TOLERANCE_NATS = 0.5
 
 
 class Backbone:
-    """`vocab_size`: how many ids count. The tokenizer's, since logits are often padded to a rounder width."""
+    """`vocab_size`: how many ids count. The tokenizer's, since logits are often padded to a rounder width.
 
-    def __init__(self, model: PreTrainedModel, adapters: AdapterRows | None, vocab_size: int) -> None:
+    `weights`: which are kept as fp16, on a CPU, while they are computed with as float32.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, adapters: AdapterRows | None, vocab_size: int, weights: WeightsRule
+    ) -> None:
         self.model = model
         embeddings: Any = model.get_input_embeddings()  # "a module", say its types
         self.vocab_size: int = min(vocab_size, embeddings.weight.shape[0])
         self._adapters = adapters
+        self._weights: WeightsRule = weights
 
     @classmethod
-    def load(cls, folder: Path, *, dtype: str, device: str, adapters: Mapping[str, Path], vocab_size: int) -> Backbone:
+    def load(
+        cls,
+        folder: Path,
+        *,
+        dtype: str,
+        device: str,
+        adapters: Mapping[str, Path],
+        vocab_size: int,
+        weights: WeightsRule = "exact",
+    ) -> Backbone:
         """Load a model folder and its adapters (name -> PEFT folder), and check that this engine computes it rightly.
 
         Raises `ModelLoadError` naming the rule that is broken; the caller knows the member's name.
@@ -43,7 +68,7 @@ class Backbone:
         torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
         model = load_causal_lm(folder, dtype=torch_dtype, device=device).eval()
         rows = stack_adapters(model, adapters) if adapters else None
-        backbone = cls(model.requires_grad_(False), rows, vocab_size)
+        backbone = cls(model.requires_grad_(False), rows, vocab_size, weights)
         backbone._prepare(folder)
         return backbone
 
@@ -60,6 +85,11 @@ class Backbone:
     @property
     def max_positions(self) -> int | None:
         return max_positions(self.model.config.get_text_config())
+
+    def halving(self) -> Iterator[None]:
+        """Makes steps of few tokens faster, a piece with each `next`: see `half_weights.halving`. On the thread that
+        calls `forward`."""
+        return iter(()) if self._weights == "full" else halving(self.model)
 
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> list[torch.Tensor]:
@@ -101,10 +131,16 @@ class Backbone:
         if self._adapters is not None:
             self._adapters.assign([None] * CHECK_TOKENS, self.model.dtype, self.device)
         try:
-            plain = self.model(input_ids=text[None].to(self.device), use_cache=False).logits[0]
-            plain = torch.log_softmax(plain[:, : self.vocab_size].float(), dim=-1)
+            plain = self._plain(text)
+            if self._weights == "half" and is_supported() and (rounding := round_to_half(self.model)) is not None:
+                rounded = self._plain(text)
+                change = float((rounded - plain).abs().max())
+                logger.info("%s: weights rounded to fp16: %s; that is %.2g nats at most", folder, rounding, change)
+                plain = rounded
             self.model.set_attn_implementation(IMPLEMENTATION)
             pack_linears(self.model)
+            if self._weights != "full" and is_supported():
+                halve_embeddings(self.model)
             cache, neighbour, pieces = RowCache(), RowCache(), []
             for begin, end in ((0, 9), (9, CHECK_TOKENS - 1), (CHECK_TOKENS - 1, CHECK_TOKENS)):
                 piece = text[begin:end].tolist()
@@ -128,3 +164,8 @@ class Backbone:
                 if difference == difference
                 else f"{folder}: the model's outputs are not finite; its weights are damaged or need another dtype"
             )
+
+    def _plain(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The model's own forward on one text. -> (T, vocab_size) log-probabilities"""
+        logits = self.model(input_ids=token_ids[None].to(self.device), use_cache=False).logits[0]
+        return torch.log_softmax(logits[:, : self.vocab_size].float(), dim=-1)

@@ -25,6 +25,7 @@ from ensemble_server.server.engines.transformers_engine.given_reading import beg
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import PrefixCache
 from ensemble_server.server.engines.transformers_engine.scheduler import Scheduler
+from ensemble_server.server.engines.transformers_engine.spare_time import SpareTime
 from ensemble_server.server.engines.transformers_engine.speculation import Speculation
 from ensemble_server.server.engines.transformers_engine.step_loop import StepLoop
 from ensemble_server.server.engines.transformers_engine.text_drafts import TextDrafts
@@ -60,12 +61,13 @@ class TransformersEngine:
         self._averaged_over: dict[tuple[tuple[str, ...], str], AveragedOver] = {}
         self._scheduler = Scheduler(max_batch=max_batch, prefill_chunk=prefill_chunk, max_queue=max_queue)
         self._prefixes = PrefixCache(prefix_cache_bytes)
-        devices = frozenset(member.backbone.device for member in members.values())
         self._drafts: Drafts = drafts
+        backbones = {member.backbone: None for member in members.values()}  # a set that keeps their order
         self._loop = StepLoop(
             self._scheduler,
             self._prefixes,
-            devices,
+            frozenset(backbone.device for backbone in backbones),
+            SpareTime(backbone.halving() for backbone in backbones),
             speculation=None if drafts == "off" else Speculation(),
             num_threads=num_threads,
             on_step=on_step,

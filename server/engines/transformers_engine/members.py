@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.server.engines.engine import Loading
 from ensemble_server.server.engines.transformers_engine.backbone import Backbone
+from ensemble_server.server.engines.transformers_engine.half_weights import WeightsRule
 from ensemble_server.server.weights.devices import resolve_device, warn_of_slow_bfloat16
 from ensemble_server.server.weights.member_views import MemberFiles, MemberView
 from ensemble_server.server.weights.view import Surface
@@ -49,12 +50,16 @@ class Member:
 
 
 def load_members(
-    models: Mapping[str, HostedModel], files: MemberFiles, *, on_load: Callable[[Loading], None] = lambda loading: None
+    models: Mapping[str, HostedModel],
+    files: MemberFiles,
+    *,
+    weights: WeightsRule = "exact",
+    on_load: Callable[[Loading], None] = lambda loading: None,
 ) -> dict[str, Member]:
     """Load every hosted model of a config. Weights that several entries stand on are loaded once.
 
-    `files`: what is known of them without weights. `on_load` is told before each weights. Raises `ModelLoadError` that
-    names the member, what is wrong and the way out.
+    `files`: what is known of them without weights. `weights`: which are kept as fp16 on a CPU. `on_load` is told before
+    each weights. Raises `ModelLoadError` that names the member, what is wrong and the way out.
     """
     transformers_logging.disable_progress_bar()
     files.check()
@@ -81,6 +86,7 @@ def load_members(
                 device=key.device,
                 adapters=adapters,
                 vocab_size=files.views[name].vocab_size,
+                weights=weights,
             )
         except ModelLoadError as exc:
             raise ModelLoadError(f"model {name!r}: {exc}") from exc

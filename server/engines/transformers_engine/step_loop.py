@@ -36,6 +36,7 @@ from ensemble_server.server.engines.transformers_engine.job import Job, deliver
 from ensemble_server.server.engines.transformers_engine.kv_cache import held_bytes
 from ensemble_server.server.engines.transformers_engine.prefix_cache import PrefixCache
 from ensemble_server.server.engines.transformers_engine.scheduler import Scheduler, Work
+from ensemble_server.server.engines.transformers_engine.spare_time import SpareTime
 from ensemble_server.server.engines.transformers_engine.speculation import Speculation
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class StepLoop:
         scheduler: Scheduler,
         prefixes: PrefixCache,
         devices: frozenset[torch.device],
+        spare_time: SpareTime,
         *,
         speculation: Speculation | None,
         num_threads: int | None,
@@ -63,6 +65,7 @@ class StepLoop:
         self._scheduler = scheduler
         self._prefixes = prefixes
         self._speculation = speculation
+        self._spare_time = spare_time
         self._num_threads = num_threads
         self._on_step = on_step
         self._num_failed_steps = 0
@@ -105,10 +108,16 @@ class StepLoop:
         try:
             while True:
                 with self._scheduler.changed:
-                    self._scheduler.changed.wait_for(lambda: self._is_stopping or self._scheduler.has_jobs)
+                    self._scheduler.changed.wait_for(
+                        lambda: self._is_stopping or self._scheduler.has_jobs or self._spare_time.has_work
+                    )
                     if self._is_stopping:
                         break
-                self._step()
+                    is_idle = not self._scheduler.has_jobs
+                if is_idle:
+                    self._spare_time.work()
+                else:
+                    self._step()
         except Exception as exc:  # a defect of the engine itself, or a device that is gone
             logger.exception("the engine died")
             self.failure = f"the engine died: {type(exc).__name__}: {exc}"
@@ -145,6 +154,7 @@ class StepLoop:
         if work and self._on_step is not None:  # before anyone can see the step's results
             self._on_step(self._stats(work, duration_s))
         deliver(jobs)
+        self._spare_time.after_step(sum(item.num_tokens for item in work), duration_s)
 
     def _start_choices(self, job: Job) -> None:
         """Begin as many choices of a request whose prompt is read as there are places, each with its first token."""

@@ -177,6 +177,19 @@ async def test_scoring_alone_generates_nothing(engine):
     assert answer.choices[0].token_ids == [] and answer.choices[0].finish_reason == "length"
 
 
+def test_an_idle_engine_goes_on_making_its_steps_faster(running, monkeypatch):
+    is_done = threading.Event()
+
+    def halving(self):
+        yield
+        yield
+        is_done.set()
+
+    monkeypatch.setattr(Backbone, "halving", halving)
+    with running():
+        assert is_done.wait(30)
+
+
 async def test_a_full_queue_refuses_and_recovers(running):
     with running(max_batch=1, max_queue=2) as engine:
         model = OnEngine(engine, MIX)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from ensemble_server.server.api.errors import STATUS_KINDS
@@ -56,10 +57,15 @@ def _line(refusal: Refusal) -> str:
     return f"- `{message}`" + (f" · {refusal.code}" if refusal.code else "")
 
 
-def refusals() -> Iterator[Refusal]:
+@cache
+def refusals() -> tuple[Refusal, ...]:
     """All of them, in the order of the files."""
-    for path in sorted([*ROOT.glob("ensembles/**/*.py"), *ROOT.glob("server/**/*.py")]):
-        yield from _of_file(str(path.relative_to(ROOT)), ast.parse(path.read_text(encoding="utf-8")))
+    files = sorted([*ROOT.glob("ensembles/**/*.py"), *ROOT.glob("server/**/*.py")])
+    return tuple(
+        refusal
+        for path in files
+        for refusal in _of_file(str(path.relative_to(ROOT)), ast.parse(path.read_text(encoding="utf-8")))
+    )
 
 
 def _of_file(name: str, tree: ast.Module) -> Iterator[Refusal]:

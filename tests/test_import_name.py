@@ -47,6 +47,7 @@ def batch_code(model: Path, engine: dict[str, object]) -> str:
     )
 
 
+@pytest.mark.slow
 def test_a_batch_runs_beside_files_of_the_same_names(folder: Path, tiny: dict[str, Path]) -> None:
     code = batch_code(tiny["llama"], {"kind": "transformers"})
     assert run(folder, sys.executable, "-c", code).split() == ["1"]

@@ -24,10 +24,14 @@ def export(
     ] = False,
 ) -> None:
     """Write an ensemble as ONE model directory that transformers and vLLM load: generate(), lm-eval, vllm serve."""
+    from ensemble_server.server.config.averages import average_of
     from ensemble_server.server.config.loading import load_config
+
+    parsed = load_config(config)
+    average_of(parsed, name)  # a wrong name is told before transformers is imported
     from ensemble_server.server.one_model.export import export as write
 
-    write(load_config(config), name, folder, copy=copy)
+    write(parsed, name, folder, copy=copy)
     typer.echo(
         f"Wrote {folder}. Load it with AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True), "
         f"or with `vllm serve {folder}` where ensemble-server is installed beside vLLM."

@@ -17,8 +17,8 @@ from typing import Any
 
 from ensemble_server.ensembles.errors import ConfigError, ModelLoadError
 from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
+from ensemble_server.server.config.averages import average_of
 from ensemble_server.server.config.blocks import Config, HostedModel
-from ensemble_server.server.config.problems import nearest
 from ensemble_server.server.weights.checkpoints import resolve_checkpoint
 
 REMOTE_CODE = "ensemble_directory.py"
@@ -37,14 +37,7 @@ def export(config: Config, name: str, folder: Path, *, copy: bool = False) -> No
     Raises `ConfigError` for a model that is no probability average of hosted members, or a folder in use;
     `ModelLoadError` if a member's files cannot be read or the vocabularies differ.
     """
-    ensemble = config.models.get(name)
-    if ensemble is None:
-        raise ConfigError(f"{config.source}: there is no model {name!r}{nearest(name, config.models)}")
-    if not isinstance(ensemble, ProbabilityAverage.Config):
-        raise ConfigError(
-            f"model {name!r} is no probability_average: only ensembles of next-token distributions are one model; "
-            "text-level ones are served by `ensemble serve`"
-        )
+    ensemble = average_of(config, name)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not an empty folder; choose another, or remove it first")
     entries = {member: _hosted(config, name, member) for member in ensemble.members}

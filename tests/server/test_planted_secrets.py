@@ -307,6 +307,7 @@ async def command(folder: Path, *arguments: object) -> str:
     return said.decode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residency", ["resident", "sequential"])
 async def test_a_batch_job_says_and_writes_none_of_them(config_file: Path, search: Search, residency: str) -> None:
     rows, output = config_file.with_name("rows.csv"), config_file.with_name("answers.jsonl")
@@ -322,6 +323,7 @@ async def test_a_batch_job_says_and_writes_none_of_them(config_file: Path, searc
     search.add_files(config_file.parent)
 
 
+@pytest.mark.slow
 async def test_commands_that_look_at_a_config_say_none_of_them(config_file: Path, search: Search) -> None:
     address = f"http://{USER}:{quote(PASSWORD, safe='')}@127.0.0.1:9/v1"
     for arguments in (
@@ -337,6 +339,7 @@ async def test_commands_that_look_at_a_config_say_none_of_them(config_file: Path
     search.add_files(config_file.parent)
 
 
+@pytest.mark.slow
 async def test_a_comparison_says_and_writes_none_of_them(config_file: Path, search: Search) -> None:
     (config_file.parent / "sums.jsonl").write_text(
         "\n".join(json.dumps({"question": f"1 + {n}?", "answer": str(n + 1)}) for n in range(3)), encoding="utf-8"

@@ -275,6 +275,7 @@ def test_a_grid_keeps_its_cells_apart_and_a_vote_reads_it(batch: Ensemble, ensem
     assert [(vote["id"], len(vote["candidates"])) for vote in votes] == [("x", 16), ("y", 16)]
 
 
+@pytest.mark.slow
 def test_standard_input_and_output_take_part(config: Path) -> None:
     rows = "".join(json.dumps(line(name, model="a")) + "\n" for name in "xy")
     command = [sys.executable, "-m", "ensemble_server", "batch", "-", "-o", "-", "-c", str(config)]

@@ -47,6 +47,7 @@ class Run:
 TASKS = {
     "gsm8k": Task(ROOT / "data/tasks/gsm8k_test_200.jsonl", ROOT / "configs/tasks/number.txt", "number", 320),
     "svamp": Task(ROOT / "data/tasks/svamp_150.jsonl", ROOT / "configs/tasks/number.txt", "number", 256),
+    "svamp-direct": Task(ROOT / "data/tasks/svamp_150.jsonl", ROOT / "configs/tasks/direct.txt", "number", 32),
     "aqua": Task(ROOT / "data/tasks/aqua_dev_120.jsonl", ROOT / "configs/tasks/choice.txt", "choice", 320),
 }
 SAMPLED = ("--temperature", "0.7", "--samples", "5", "--set", "logprobs=true")

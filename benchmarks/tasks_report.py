@@ -1,0 +1,142 @@
+"""The table and the figure of docs/results-tasks.md: what each arm got right, and what a question cost it.
+
+    python -m benchmarks.tasks_report compare-tasks [--plan configs/compare-tasks.yaml] [--figure FILE.svg]
+
+Costs are counted from the batches that the plan names: tokens that members read and wrote for a question, and the same
+weighed by the members' sizes, in tokens of the smaller one. A vote costs what its samples cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ensemble_server.server.compare.kept.results import ArmResult, Results
+from ensemble_server.server.compare.planning.blocks import AnswersSource
+from ensemble_server.server.compare.planning.plan import load_plan
+from ensemble_server.server.compare.report import words
+from ensemble_server.server.compare.report.figures import COLOURS, INK, MARKERS, STYLE
+from ensemble_server.server.compare.report.pareto import pareto_front
+
+ROOT = Path(__file__).parent.parent
+SIZES = {"half": 0.494, "big": 1.544, "smol": 0.135}  # billions of parameters
+UNIT = "half"
+TASK = "svamp"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one question, a mean. `work`: tokens that went through weights, in tokens of `UNIT`."""
+
+    num_read: float
+    num_written: float
+    work: float
+
+
+def cost_of(source: AnswersSource, num_items: int, *, is_one_sample: bool) -> Cost:
+    """From the batch that gave the answers, or whose samples were voted on. `is_one_sample`: of those that it has."""
+    path = Path(source.path)
+    run, *_, task = path.name.removesuffix(".jsonl").split(".")
+    spent: dict[str, list[float]] = {}
+    num_rows = 0
+    for line in path.with_name(f"{run}.{task}.jsonl").read_text(encoding="utf-8").splitlines():
+        body: Mapping[str, Any] = (json.loads(line).get("response") or {}).get("body") or {}
+        if "usage" not in body or (source.system is not None and body["model"] != source.system):
+            continue
+        num_rows += 1
+        share = len(body["choices"]) if is_one_sample else 1
+        for member, usage in body["ensemble"]["usage"].items():
+            both = spent.setdefault(member, [0.0, 0.0])
+            both[0] += usage["prompt_tokens"]
+            both[1] += usage["completion_tokens"] / share
+        if num_rows == num_items:
+            break
+    read, written = (sum(both[place] for both in spent.values()) / num_rows for place in (0, 1))
+    work = sum(SIZES[member] / SIZES[UNIT] * sum(both) for member, both in spent.items()) / num_rows
+    return Cost(read, written, work)
+
+
+def table(arms: Mapping[str, ArmResult], costs: Mapping[str, Cost]) -> str:
+    lines = [
+        "| arm | what it is | right, 95% interval | against the first | p (Holm) | verdict | read + written | work |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, arm in arms.items():
+        if TASK not in arm.tasks:
+            lines.append(f"| {name} | {arm.description} | not run | | | | | |")
+            continue
+        found, cost = arm.tasks[TASK], costs[name]
+        difference = found.against_baseline
+        against = ("", "", "")
+        if difference is not None:
+            gain = f"{words.signed(difference.difference)} [{words.interval(difference.ci, is_signed=True)}]"
+            against = (gain, words.p_value(difference.p_holm), difference.verdict)
+        right = f"{words.number(found.score)} [{words.interval(found.ci)}]"
+        tokens = f"{cost.num_read:.0f} + {cost.num_written:.0f}"
+        lines.append(f"| {name} | {arm.description} | {right} | {' | '.join(against)} | {tokens} | {cost.work:.0f} |")
+    return "\n".join(lines)
+
+
+def figure(arms: Mapping[str, ArmResult], costs: Mapping[str, Cost], file: Path) -> None:
+    """What was right, against the work, with the Pareto front."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    points = {name: (costs[name].work, arm.tasks[TASK]) for name, arm in arms.items() if TASK in arm.tasks}
+    front = pareto_front({name: (work, -found.score) for name, (work, found) in points.items()})
+    with rc_context(STYLE):
+        canvas = Figure(figsize=(8, 4.6), layout="constrained")
+        axes = canvas.subplots()
+        axes.set_xscale("log")
+        steps = [(points[name][0], points[name][1].score) for name in front]
+        axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        above = 0
+        for name, (work, found) in sorted(points.items(), key=lambda point: (point[1][0], -point[1][1].score)):
+            kind = arms[name].kind
+            low, high = found.ci or (found.score, found.score)
+            bars = [[found.score - low], [high - found.score]]
+            axes.errorbar(
+                work, found.score, yerr=bars, marker=MARKERS[kind], color=COLOURS[kind], elinewidth=0.8, linestyle=""
+            )
+            above = (above + 1) % 3
+            axes.annotate(
+                name,
+                (work, found.score),
+                xytext=(7, 8 * (1 - above)),
+                textcoords="offset points",
+                fontsize=9,
+                fontweight="bold" if name in front else "normal",
+            )
+        axes.set_xlabel("work for a question, in tokens of the 0.5B model (left is cheaper)")
+        axes.set_ylabel("share of questions answered right")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "25" else "")
+        canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None}, facecolor="white")
+    file.write_text(re.sub(r"[ \t]+$", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("results", type=Path, help="folder of the comparison")
+    parser.add_argument("--plan", type=Path, default=ROOT / "configs" / "compare-tasks.yaml")
+    parser.add_argument("--figure", type=Path, help="where the figure goes")
+    options = parser.parse_args()
+    results = Results.model_validate_json((options.results / "results.json").read_bytes())
+    plan = load_plan(options.plan)
+    costs = {}
+    for name, arm in results.arms.items():
+        if TASK in arm.tasks:
+            source = plan.arms[name].answers[TASK]
+            costs[name] = cost_of(source, arm.tasks[TASK].num_items, is_one_sample=arm.kind == "member")
+    print(table(results.arms, costs))
+    if options.figure is not None:
+        figure(results.arms, costs, options.figure)
+
+
+if __name__ == "__main__":
+    main()

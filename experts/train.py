@@ -11,18 +11,18 @@ written as float16, so that each stays below 3 MB.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
-from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
 from bits_per_byte import score_windows
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ensemble_server.server.distill.schedule import batches_of, learning_rate_factor
+from ensemble_server.server.distill.student import save_adapter
 from ensemble_server.server.weights.checkpoints import resolve_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +62,7 @@ def main() -> None:
 
     model.eval()
     out = settings.out or ROOT / "experts" / settings.domain
-    num_bytes = save_adapter(model, out)
+    num_bytes = save_adapter(model, out, base=BASE)
     dev_bpb = score_windows(model, tokenizer, dev_text).bpb
     print(
         f"{settings.domain}: {num_steps} steps on {sequences.numel()} tokens in {minutes:.1f} min; "
@@ -108,7 +108,9 @@ def train(model, sequences: torch.Tensor, settings: argparse.Namespace) -> int:
     num_steps = settings.epochs * math.ceil(len(sequences) / settings.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, num_steps))
     model.train()
-    for step, batch in enumerate(shuffled_batches(sequences, settings)):
+    order = batches_of(len(sequences), settings.batch_size, seed=settings.seed)
+    for step, indices in enumerate(islice(order, num_steps)):
+        batch = sequences[indices]
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, max_norm=1.0)
@@ -118,40 +120,6 @@ def train(model, sequences: torch.Tensor, settings: argparse.Namespace) -> int:
         if step % 10 == 0:
             print(f"step {step}/{num_steps} loss {loss.item():.3f}", flush=True)
     return num_steps
-
-
-def learning_rate_factor(step: int, num_steps: int, warmup_share: float = 0.1) -> float:
-    """Rises linearly to 1 over the first tenth of the steps, then falls along a cosine to 0."""
-    num_warmup = max(1, round(warmup_share * num_steps))
-    if step < num_warmup:
-        return (step + 1) / num_warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / (num_steps - num_warmup)))
-
-
-def shuffled_batches(sequences: torch.Tensor, settings: argparse.Namespace) -> Iterator[torch.Tensor]:
-    """(batch_size, length) each; every sequence once per epoch, in an order that the seed fixes."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    for _ in range(settings.epochs):
-        order = torch.randperm(len(sequences), generator=generator)
-        for start in range(0, len(order), settings.batch_size):
-            yield sequences[order[start : start + settings.batch_size]]
-
-
-def save_adapter(model, folder: Path) -> int:
-    """Writes PEFT's two files, weights as float16 and the base by its hub id; returns the weights' size in bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = model.peft_config["default"]
-    config.base_model_name_or_path = BASE  # PEFT wrote the local folder that the base was loaded from
-    config.inference_mode = True
-    config.save_pretrained(folder)
-    config_file = folder / "adapter_config.json"
-    settings = json.loads(config_file.read_text())
-    settings["target_modules"].sort()  # PEFT keeps a set: its order would differ from run to run
-    config_file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    weights = {name: weight.to(torch.float16).contiguous() for name, weight in get_peft_model_state_dict(model).items()}
-    weights_file = folder / "adapter_model.safetensors"
-    save_file(weights, weights_file, metadata={"format": "pt"})
-    return weights_file.stat().st_size
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ COMMANDS: dict[str, str] = {
     "fit": "ensemble_server.server.cli.fit:fit",
     "compare": "ensemble_server.server.cli.compare:compare",
     "merge": "ensemble_server.server.cli.merge:merge",
+    "distill": "ensemble_server.server.cli.distill:distill",
     "export": "ensemble_server.server.cli.export:export",
     "doctor": "ensemble_server.server.cli.doctor:doctor",
     "version": "ensemble_server.server.cli.version:print_versions",

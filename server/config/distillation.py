@@ -1,0 +1,75 @@
+"""What `ensemble distill` is told, on its command line or in an arm of a comparison: keys, defaults, and the rules that
+they can be held to without looking at a config or a text.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ensemble_server.server.config.blocks import Block
+from ensemble_server.server.config.values import Count, LocalPath, Tokens, Unit
+
+Target = Literal["mixture", "min_ce", "avg_ce"]
+Level = Literal["token", "window", "document"]
+
+LORA_LEARNING_RATE = 1e-3
+FULL_LEARNING_RATE = 2e-5
+
+
+class Distillation(Block):
+    """One model is taught what an ensemble says of texts."""
+
+    ensemble: str = Field(min_length=1, description="the teacher: a probability_average of the config")
+    student: str = Field(min_length=1, description="the hosted model of the config that learns")
+    text: tuple[LocalPath, ...] = Field(
+        min_length=1, description="what both read: plain text, or .jsonl with {text} in each line"
+    )
+    target: Target = Field(
+        default="mixture",
+        description="mixture (the ensemble as it serves) | min_ce (its best member) | avg_ce (members by exp of minus "
+        "their cross entropy)",
+    )
+    level: Level = Field(
+        default="window", description="min_ce, avg_ce: over what cross entropies are taken: token | window | document"
+    )
+    clm: float = Field(default=0.5, ge=0, le=1, description="part of the loss that is the text itself; 1: no teacher")
+    init: str = Field(
+        default="zero",
+        min_length=1,
+        description="where the student starts: zero (as it is) | merge (the linear merge of the ensemble's members) | "
+        "a member's name",
+    )
+    rank: Count = Field(default=12, description="of the LoRA adapter that is trained")
+    full: bool = Field(default=False, description="train all weights instead of an adapter")
+    top_k: Annotated[Count, Unit("tokens")] = Field(
+        default=64, description="likeliest next tokens of each member that are kept per position"
+    )
+    tail: bool = Field(default=True, description="keep the rest of the vocabulary as one bucket; false: cut it off")
+    window: Tokens = Field(default=256, ge=8, description="read in one go, by teacher and student")
+    batch_size: Annotated[Count, Unit("windows")] = Field(default=4, description="of one step")
+    epochs: Count = Field(default=1, description="how often the texts are read, if time allows")
+    steps: Count | None = Field(default=None, description="exactly so many steps, whatever the time; default: epochs")
+    minutes: float = Field(default=20, gt=0, allow_inf_nan=False, description="longest training; the cosine ends then")
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description=f"highest; default {LORA_LEARNING_RATE:g} for an adapter, {FULL_LEARNING_RATE:g} for all weights",
+    )
+    held_out: float = Field(default=0.05, gt=0, lt=0.5, description="last part of every text that is not trained on")
+    seed: int = Field(default=0, ge=0, description="of the adapter's start and of the order of windows")
+
+    @model_validator(mode="after")
+    def _settings_have_a_use(self) -> Distillation:
+        given = self.model_fields_set
+        if "level" in given and self.target == "mixture":
+            raise ValueError("`level` belongs to the targets min_ce and avg_ce; a mixture has weights at each token")
+        if "rank" in given and self.full:
+            raise ValueError("`rank` belongs to an adapter; `full` trains all weights")
+        return self
+
+    @property
+    def peak_learning_rate(self) -> float:
+        return self.learning_rate or (FULL_LEARNING_RATE if self.full else LORA_LEARNING_RATE)

@@ -1,6 +1,7 @@
 """Trains one of the demo's experts: a LoRA adapter of SmolLM2-135M-Instruct on one domain's text, on the CPU.
 
     python experts/train.py code --seed 0
+    python experts/train.py jargon --full --learning-rate 1e-4 --out jargon-full      # all weights, for docs/deltas.md
 
 The text is tokenised once and cut into sequences of 256 tokens. The last 5% of the file is held out: settings were
 chosen by the bits per byte on it, and `data/text/*_test.txt` is only read by `evaluate.py`. AdamW, a linear warm-up
@@ -44,16 +45,14 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     base_bpb = score_windows(base, tokenizer, dev_text).bpb
-    model = get_peft_model(
-        base,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=settings.rank,
-            lora_alpha=settings.alpha,
-            lora_dropout=0.0,
-            target_modules=TARGET_MODULES,
-        ),
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=0.0,
+        target_modules=TARGET_MODULES,
     )
+    model = base if settings.full else get_peft_model(base, lora)
 
     started = time.monotonic()
     sequences = cut_sequences(tokenizer, train_text, settings.sequence_length)
@@ -62,7 +61,7 @@ def main() -> None:
 
     model.eval()
     out = settings.out or ROOT / "experts" / settings.domain
-    num_bytes = save_adapter(model, out, base=BASE)
+    num_bytes = save_whole(model, tokenizer, out) if settings.full else save_adapter(model, out, base=BASE)
     dev_bpb = score_windows(model, tokenizer, dev_text).bpb
     print(
         f"{settings.domain}: {num_steps} steps on {sequences.numel()} tokens in {minutes:.1f} min; "
@@ -77,6 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("domain", choices=DOMAINS)
     parser.add_argument("--seed", type=int, default=0, help="of the adapter's start values and the order of sequences")
+    parser.add_argument("--full", action="store_true", help="train all weights instead of an adapter; needs --out")
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--alpha", type=int, default=16, help="the adapter is scaled by alpha / rank")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak, after the warm-up")
@@ -85,7 +85,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=None, help="folder to write; default experts/DOMAIN")
-    return parser.parse_args()
+    settings = parser.parse_args()
+    if settings.full and settings.out is None:
+        parser.error("--full writes a whole model: give --out a folder for it")
+    return settings
 
 
 def split_dev(text: str) -> tuple[str, str]:
@@ -102,7 +105,7 @@ def cut_sequences(tokenizer, text: str, length: int) -> torch.Tensor:
 
 
 def train(model, sequences: torch.Tensor, settings: argparse.Namespace) -> int:
-    """Trains the adapter's weights in place; returns the number of optimiser steps."""
+    """Trains what requires a gradient, in place; returns the number of optimiser steps."""
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0)
     num_steps = settings.epochs * math.ceil(len(sequences) / settings.batch_size)
@@ -120,6 +123,13 @@ def train(model, sequences: torch.Tensor, settings: argparse.Namespace) -> int:
         if step % 10 == 0:
             print(f"step {step}/{num_steps} loss {loss.item():.3f}", flush=True)
     return num_steps
+
+
+def save_whole(model, tokenizer, folder: Path) -> int:
+    """Writes a model folder, float32; returns the bytes of its weights."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 if __name__ == "__main__":

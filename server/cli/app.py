@@ -33,6 +33,7 @@ COMMANDS: dict[str, str] = {
     "compare": "ensemble_server.server.cli.compare:compare",
     "merge": "ensemble_server.server.cli.merge:merge",
     "distill": "ensemble_server.server.cli.distill:distill",
+    "compress": "ensemble_server.server.cli.compress:compress",
     "export": "ensemble_server.server.cli.export:export",
     "doctor": "ensemble_server.server.cli.doctor:doctor",
     "version": "ensemble_server.server.cli.version:print_versions",

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ensemble_server.server.compare.kept.pairs import Pairs
 from ensemble_server.server.compare.kept.results import ArmResult, Results
 from ensemble_server.server.compare.planning.blocks import AnswersSource
 from ensemble_server.server.compare.planning.plan import load_plan
@@ -26,7 +27,6 @@ from ensemble_server.server.compare.report.pareto import pareto_front
 ROOT = Path(__file__).parent.parent
 SIZES = {"half": 0.494, "big": 1.544, "smol": 0.135}  # billions of parameters
 UNIT = "half"
-TASK = "svamp"
 
 
 @dataclass(frozen=True)
@@ -61,19 +61,24 @@ def cost_of(source: AnswersSource, num_items: int, *, is_one_sample: bool) -> Co
     return Cost(read, written, work)
 
 
-def table(arms: Mapping[str, ArmResult], costs: Mapping[str, Cost]) -> str:
+def table(results: Results, pairs: Pairs, task: str, costs: Mapping[str, Cost]) -> str:
+    """Against the plan's baseline, or where that has not done the task, against the first arm that has."""
+    having = [name for name, arm in results.arms.items() if task in arm.tasks]
+    baseline = results.baseline if results.baseline in having else having[0]
+    differences = pairs.of.get(baseline, {}).get(f"task {task}", {})
     lines = [
-        "| arm | what it is | right, 95% interval | against the first | p (Holm) | verdict | read + written | work |",
+        f"| arm | what it is | right, 95% interval | against {baseline} | p (Holm) | verdict | read + written | work |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, arm in arms.items():
-        if TASK not in arm.tasks:
-            lines.append(f"| {name} | {arm.description} | not run | | | | | |")
+    for name, arm in results.arms.items():
+        if task not in arm.tasks:
+            if arm.error is not None:
+                lines.append(f"| {name} | {arm.description} | not run | | | | | |")
             continue
-        found, cost = arm.tasks[TASK], costs[name]
-        difference = found.against_baseline
+        found, cost = arm.tasks[task], costs[name]
+        difference = differences.get(name, found.against_baseline)
         against = ("", "", "")
-        if difference is not None:
+        if difference is not None and name != baseline:
             gain = f"{words.signed(difference.difference)} [{words.interval(difference.ci, is_signed=True)}]"
             against = (gain, words.p_value(difference.p_holm), difference.verdict)
         right = f"{words.number(found.score)} [{words.interval(found.ci)}]"
@@ -82,12 +87,12 @@ def table(arms: Mapping[str, ArmResult], costs: Mapping[str, Cost]) -> str:
     return "\n".join(lines)
 
 
-def figure(arms: Mapping[str, ArmResult], costs: Mapping[str, Cost], file: Path) -> None:
+def figure(arms: Mapping[str, ArmResult], task: str, costs: Mapping[str, Cost], file: Path) -> None:
     """What was right, against the work, with the Pareto front."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    points = {name: (costs[name].work, arm.tasks[TASK]) for name, arm in arms.items() if TASK in arm.tasks}
+    points = {name: (costs[name].work, arm.tasks[task]) for name, arm in arms.items() if task in arm.tasks}
     front = pareto_front({name: (work, -found.score) for name, (work, found) in points.items()})
     with rc_context(STYLE):
         canvas = Figure(figsize=(8, 4.6), layout="constrained")
@@ -124,18 +129,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("results", type=Path, help="folder of the comparison")
     parser.add_argument("--plan", type=Path, default=ROOT / "configs" / "compare-tasks.yaml")
-    parser.add_argument("--figure", type=Path, help="where the figure goes")
+    parser.add_argument("--figure", type=Path, help="where the figure of the first task goes")
     options = parser.parse_args()
     results = Results.model_validate_json((options.results / "results.json").read_bytes())
+    pairs = Pairs.load(options.results) or Pairs(num_resamples=0)
     plan = load_plan(options.plan)
-    costs = {}
-    for name, arm in results.arms.items():
-        if TASK in arm.tasks:
-            source = plan.arms[name].answers[TASK]
-            costs[name] = cost_of(source, arm.tasks[TASK].num_items, is_one_sample=arm.kind == "member")
-    print(table(results.arms, costs))
-    if options.figure is not None:
-        figure(results.arms, costs, options.figure)
+    for place, task in enumerate(results.tasks):
+        costs = {}
+        for name, arm in results.arms.items():
+            if task in arm.tasks:
+                source = plan.arms[name].answers[task]
+                costs[name] = cost_of(source, arm.tasks[task].num_items, is_one_sample=arm.kind == "member")
+        print(f"{task}:\n\n{table(results, pairs, task, costs)}\n")
+        if options.figure is not None and place == 0:
+            figure(results.arms, task, costs, options.figure)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from ensemble_server.server.weights.download_progress import logged_bar
 from ensemble_server.server.weights.file_digests import known_sha256
 
 if TYPE_CHECKING:
+    from gguf import GGUFReader
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -264,6 +265,7 @@ def _load_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model (bfloat16) and tokenizer of a GGUF file, ready to be saved as an ordinary checkpoint."""
     import torch
     import transformers
+    from gguf import GGUFReader
 
     unpack = {}
     if hasattr(transformers, "GgufConfig"):  # older versions always unpack; this one keeps blocks if it has a kernel
@@ -280,21 +282,21 @@ def _load_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     config: Any = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    _restore_digit_splitting(gguf, tokenizer)
-    _restore_begin_of_text(gguf, tokenizer)
+    header = GGUFReader(gguf)  # once: it reads a vocabulary token by token, seconds for 150,000 of them
+    _restore_digit_splitting(header, tokenizer)
+    _restore_begin_of_text(header, tokenizer)
     return model, tokenizer
 
 
-def _restore_digit_splitting(gguf: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def _restore_digit_splitting(header: GGUFReader, tokenizer: PreTrainedTokenizerBase) -> None:
     """Splits single digits off before GPT-2's pattern where the file asks for it; transformers ignores that field.
 
     Without it "x =  1" gives other ids than the original tokenizer, whose digits never join the space before them.
     Names: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp (pre-tokenizer types).
     """
-    from gguf import GGUFReader
     from tokenizers import pre_tokenizers
 
-    field = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
+    field = header.get_field("tokenizer.ggml.pre")
     if field is None or field.contents() not in {"smollm", "starcoder", "refact", "command-r"}:
         return
     backend: Any = tokenizer.backend_tokenizer  # of the `tokenizers` package
@@ -303,15 +305,14 @@ def _restore_digit_splitting(gguf: Path, tokenizer: PreTrainedTokenizerBase) -> 
     )
 
 
-def _restore_begin_of_text(gguf: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def _restore_begin_of_text(header: GGUFReader, tokenizer: PreTrainedTokenizerBase) -> None:
     """Puts the begin-of-text token before every text where the file asks for it; transformers ignores that field.
 
     Some models say nothing sensible without it (Gemma: 26 nats for a text's second token).
     """
-    from gguf import GGUFReader
     from tokenizers import processors
 
-    field = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
+    field = header.get_field("tokenizer.ggml.add_bos_token")
     bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
     if field is None or not field.contents() or not isinstance(bos, str) or tokenizer.encode("a")[:1] == [bos_id]:
         return

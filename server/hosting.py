@@ -202,6 +202,7 @@ def _transformers_engine(
         num_threads=settings.num_threads,
         max_queue=config.server.max_queue,
         prefix_cache_bytes=settings.prefix_cache_mb * 2**20,
+        kv_cache_bytes=None if settings.kv_cache_mb is None else settings.kv_cache_mb * 2**20,
         drafts=settings.speculation,
         on_step=on_step,
     )

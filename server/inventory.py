@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from ensemble_server.ensembles.base import AveragedOver
 from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.ensembles.method import MethodConfig
-from ensemble_server.server.config.blocks import Config, HostedModel, ModelEntry, RemoteModel
+from ensemble_server.server.config.blocks import Config, EngineConfig, HostedModel, ModelEntry, RemoteModel
 from ensemble_server.server.config.credentials import without_credentials
 from ensemble_server.server.rehearsal import Rehearsal
 from ensemble_server.server.weights.footprint import DTYPE_BYTES, Weights, read_shape, read_weights
@@ -52,6 +52,7 @@ class Inventory:
     source: Path
     max_batch: int
     items: list[Item]
+    kv_cache_bytes: int | None  # the bound of the config, if it has one
     problems: tuple[str, ...] = field(default=())
 
     @property
@@ -61,14 +62,23 @@ class Inventory:
 
     @property
     def kv_bytes(self) -> int:
-        """Of the caches of as many full sequences as may run, on every member at once: the most that it can be."""
-        return self.max_batch * sum(item.size.kv_bytes for item in self.items if item.size)
+        """Of the caches of as many full sequences as may run, on every member at once: the most that it can be, if the
+        config sets no bound below."""
+        wanted = self.max_batch * sum(item.size.kv_bytes for item in self.items if item.size)
+        return wanted if self.kv_cache_bytes is None else min(wanted, self.kv_cache_bytes)
 
 
 def take_inventory(config: Config, rehearsal: Rehearsal) -> Inventory:
     """Reads headers of weight files. A size that cannot be read (of *.bin files, say) stays empty."""
     items = [_item(name, model, config, rehearsal) for name, model in config.models.items()]
-    return Inventory(config.source, config.engine.max_batch, items, rehearsal.problems)
+    bound = config.engine.kv_cache_mb if isinstance(config.engine, EngineConfig) else None
+    return Inventory(
+        config.source,
+        config.engine.max_batch,
+        items,
+        None if bound is None else bound * 2**20,
+        rehearsal.problems,
+    )
 
 
 def _item(name: str, model: ModelEntry, config: Config, rehearsal: Rehearsal) -> Item:

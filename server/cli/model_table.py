@@ -31,7 +31,7 @@ def print_table(inventory: Inventory) -> None:
     console.print(
         f"Weights: {as_bytes(inventory.weights_bytes)} in all. KV cache: above for one sequence of full context; "
         f"at most {as_bytes(inventory.kv_bytes)} with {inventory.max_batch} of them (engine.max_batch) on every member "
-        "at once."
+        f"at once{'.' if inventory.kv_cache_bytes is None else ', or what engine.kv_cache_mb allows.'}"
     )
 
 

@@ -249,6 +249,11 @@ class EngineConfig(EngineBlock):
         description="kept of prompts that were read, so that prompts that begin alike (a system prompt, examples) are "
         "read once; 0 switches it off",
     )
+    kv_cache_mb: Annotated[Count, Unit("MB")] | None = Field(
+        default=None,
+        description="for the keys and values of all that runs; answers wait for one another where it is short, and "
+        "what needs more alone is refused; default: 80% of what is free when weights are loaded, less prefix_cache_mb",
+    )
     speculation: Speculation = Field(
         default="off",
         description="what members read ahead of an answer: off, or text (what came after the same words before, in the "

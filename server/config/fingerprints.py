@@ -24,6 +24,8 @@ def fingerprint(name: str, config: Config) -> str:
     versions = {package: version(package) for package in ("ensemble-server", "torch", "transformers")}
     if config.engine.kind == "vllm":
         versions["vllm"] = _vllm_version()
+    elif config.engine.weights == "half":  # rounds them
+        versions["weights"] = "half"
     digest = hashlib.sha256(json.dumps([name, entries, embedding, versions], sort_keys=True).encode())
     return f"fp_{digest.hexdigest()[:12]}"
 

@@ -31,6 +31,16 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def free_bytes(device: str) -> int:
+    """Memory that a device, as torch calls it, has left; the machine's where torch does not tell."""
+    import psutil
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
 def warn_of_slow_bfloat16(name: str, dtype: str, device: str) -> None:
     """Log that model `name` runs in a dtype that its GPU can only emulate (a T4, a V100)."""
     import torch

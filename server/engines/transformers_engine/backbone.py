@@ -49,6 +49,7 @@ class Backbone:
         self.vocab_size: int = min(vocab_size, embeddings.weight.shape[0])
         self._adapters = adapters
         self._weights: WeightsRule = weights
+        self.kv_bytes_per_token = 0  # of one row, all layers; known once it has been tried
 
     @classmethod
     def load(
@@ -150,6 +151,7 @@ class Backbone:
         except Exception as exc:
             name = type(self.model).__name__
             raise ModelLoadError(f"{folder}: {name} does not run in the transformers engine ({exc})") from exc
+        self.kv_bytes_per_token = neighbour.num_bytes // neighbour.capacity
         num_layers = self.model.config.get_text_config().num_hidden_layers
         if cache.num_layers != num_layers:
             raise ModelLoadError(

@@ -20,11 +20,14 @@ from ensemble_server.server.engines.transformers_engine.byte_choice import ByteC
 from ensemble_server.server.engines.transformers_engine.byte_prompt import BytePrompt, common_end
 from ensemble_server.server.engines.transformers_engine.generation import Choice, Generation
 from ensemble_server.server.engines.transformers_engine.given_reading import GivenReading, begun, scored_pieces
+from ensemble_server.server.engines.transformers_engine.kv_budget import answer_bytes
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey, PrefixCache
 from ensemble_server.server.engines.transformers_engine.speller import Speller
 from ensemble_server.server.weights.spelled_vocabulary import SpelledVocabulary
+
+READ_PER_PIECE = 4  # tokens that a member may read for a token of the surface, as memory is counted
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,19 @@ class ByteGeneration(Generation):
             yield from self._scoring.caches
         for speller in self._spellers:
             yield speller.cache
+
+    @property
+    def kv_reserved(self) -> int:
+        """Twice the prompt where it is scored: it is read for that, then for the answer."""
+        return super().kv_reserved * (1 if self.request.prompt_logprobs is None else 2)
+
+    @property
+    def kv_of_choice(self) -> int:
+        return answer_bytes(self.members, self._max_new_tokens * READ_PER_PIECE)
+
+    def _num_left(self, member: Member, cache: RowCache, choice: Choice) -> int:
+        wanted = super()._num_left(member, cache, choice) * READ_PER_PIECE
+        return max(0, min(wanted, member.max_model_len - cache.length))
 
     def begin(self) -> None:
         self.prompt = BytePrompt(self.members, [view.head for view in self._views], self.mixture, self._prefixes)

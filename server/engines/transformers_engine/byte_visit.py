@@ -10,6 +10,7 @@ import torch
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.given_reading import GivenReading, MemberReading
 from ensemble_server.server.engines.transformers_engine.job import Job
+from ensemble_server.server.engines.transformers_engine.kv_budget import prompt_bytes
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey
@@ -46,6 +47,15 @@ class ByteVisit(Job):
     @property
     def caches(self) -> Iterator[RowCache]:
         return iter(()) if self._reading is None else self._reading.caches
+
+    @property
+    def kv_reserved(self) -> int:
+        readings = zip(self.members, self._readings, strict=True)
+        return sum(prompt_bytes(member, len(head) + len(path)) for member, (head, path) in readings)
+
+    @property
+    def kv_left(self) -> int:
+        return 0
 
     def begin(self) -> None:
         self._reading = GivenReading(self.members, self._readings, self._text)

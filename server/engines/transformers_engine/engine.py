@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Literal
 
 from ensemble_server.ensembles.base import AveragedOver, Done, Event, GenerationRequest, Message, Mixture
@@ -16,12 +17,13 @@ from ensemble_server.server.engines.shared import grammar
 from ensemble_server.server.engines.shared.reading import RequestReader
 from ensemble_server.server.engines.shared.token_checks import check_ids
 from ensemble_server.server.engines.shared.tool_use import ToolUse
-from ensemble_server.server.engines.transformers_engine.byte_generation import ByteGeneration
+from ensemble_server.server.engines.transformers_engine.byte_generation import READ_PER_PIECE, ByteGeneration
 from ensemble_server.server.engines.transformers_engine.byte_request import byte_views, check_request, check_spelled
 from ensemble_server.server.engines.transformers_engine.byte_visit import ByteVisit
 from ensemble_server.server.engines.transformers_engine.family import as_family, check_shared_ids
 from ensemble_server.server.engines.transformers_engine.generation import Generation
 from ensemble_server.server.engines.transformers_engine.given_reading import begun
+from ensemble_server.server.engines.transformers_engine.kv_budget import KvBudget, default_bytes
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import PrefixCache
 from ensemble_server.server.engines.transformers_engine.scheduler import Scheduler
@@ -41,6 +43,8 @@ class TransformersEngine:
     """See `ensembles.base.MixtureHost`. `max_batch`: choices that run at once; `max_queue`: requests that may wait.
 
     `prefix_cache_bytes`: bound of what is kept of prompts that were read, for prompts that begin alike; 0 is off.
+    `kv_cache_bytes`: bound of the caches of all that runs (see `kv_budget`); by default most of what is free. Raises
+    `ModelLoadError` if one member could not read a word in it.
     `drafts`: where choices take from what their members read ahead; members of different vocabularies never do.
     """
 
@@ -52,6 +56,7 @@ class TransformersEngine:
         prefill_chunk: int = 512,
         max_queue: int = 256,
         prefix_cache_bytes: int = 512 * 2**20,
+        kv_cache_bytes: int | None = None,
         num_threads: int | None = None,
         drafts: Drafts = "off",
         on_step: Callable[[StepStats], None] | None = None,
@@ -59,14 +64,21 @@ class TransformersEngine:
         self._members = members
         self._families: dict[tuple[str, ...], Sequence[Member]] = {}
         self._averaged_over: dict[tuple[tuple[str, ...], str], AveragedOver] = {}
-        self._scheduler = Scheduler(max_batch=max_batch, prefill_chunk=prefill_chunk, max_queue=max_queue)
+        devices = frozenset(member.backbone.device for member in members.values())
+        if kv_cache_bytes is None:
+            kv_cache_bytes = default_bytes(map(str, devices), prefix_cache_bytes)
+        self._kv_budget = KvBudget(kv_cache_bytes)
+        self._kv_budget.check_members(members.values())
+        self._scheduler = Scheduler(
+            self._kv_budget, max_batch=max_batch, prefill_chunk=prefill_chunk, max_queue=max_queue
+        )
         self._prefixes = PrefixCache(prefix_cache_bytes)
         self._drafts: Drafts = drafts
         backbones = {member.backbone: None for member in members.values()}  # a set that keeps their order
         self._loop = StepLoop(
             self._scheduler,
             self._prefixes,
-            frozenset(backbone.device for backbone in backbones),
+            devices,
             SpareTime(backbone.halving() for backbone in backbones),
             speculation=None if drafts == "off" else Speculation(),
             num_threads=num_threads,
@@ -131,6 +143,7 @@ class TransformersEngine:
         self._loop.check_alive()
         self._scheduler.check_room(request.priority)
         job = await asyncio.to_thread(self._prepare, mixture, request, method, asyncio.get_running_loop())
+        self._kv_budget.check(job)
         self._loop.enqueue(job)
         try:
             while True:
@@ -212,6 +225,7 @@ class TransformersEngine:
 
     async def _visit(self, job: Visit | ByteVisit) -> None:
         """Until all of the text was visited. Raises what ended it sooner."""
+        self._kv_budget.check(job)
         self._loop.enqueue(job)
         try:
             if isinstance(error := await job.inbox.get(), Exception):
@@ -232,6 +246,8 @@ class TransformersEngine:
             )
         members = self._mixed(mixture)
         reading = self._reader.read(request, members, max_model_len=self.max_model_len(mixture))
+        room = self._kv_budget.room(members, list(map(len, reading.prompts)))
+        reading = replace(reading, max_new_tokens=min(reading.max_new_tokens, room))
         structure, first, compiled = request.sampling.grammar, members[0], None
         if structure is not None:
             eos_ids = frozenset().union(*(member.eos_ids for member in members))
@@ -265,6 +281,8 @@ class TransformersEngine:
             )
         views = byte_views(members, request, heals=mixture.heals, tokenizing=self._reader.tokenizing)
         room = _room(members, [view.token_ids for view in views], request)
+        lengths = [len(view.token_ids) for view in views]
+        room = min(room, self._kv_budget.room(members, lengths, read_per_token=READ_PER_PIECE))
         structure, wanted = request.sampling.grammar, request.sampling.max_tokens
         return ByteGeneration(
             request,

@@ -18,6 +18,7 @@ from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.byte_choice import ByteChoice
 from ensemble_server.server.engines.transformers_engine.choice import LiveChoice
 from ensemble_server.server.engines.transformers_engine.job import Job
+from ensemble_server.server.engines.transformers_engine.kv_budget import answer_bytes, growth, prompt_bytes
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey, PrefixCache
@@ -86,6 +87,31 @@ class Generation(Job):
         yield from self.prompt.caches
         for choice in self.live:
             yield from choice.caches
+
+    @property
+    def kv_reserved(self) -> int:
+        if self.has_begun and not self.is_reading:
+            return 0
+        return sum(prompt_bytes(member, len(ids)) for member, ids in zip(self.members, self.token_ids, strict=True))
+
+    @property
+    def kv_left(self) -> int:
+        if not self.live:
+            return self.kv_of_choice if self.num_started < self.num_choices else 0
+        return sum(
+            growth(member, cache, self._num_left(member, cache, choice))
+            for choice in self.live
+            for member, cache in zip(choice.members, choice.caches, strict=True)
+        )
+
+    @property
+    def kv_of_choice(self) -> int:
+        """Bytes that one more choice may come to take behind the prompt."""
+        return answer_bytes(self.members, self._max_new_tokens)
+
+    def _num_left(self, member: Member, cache: RowCache, choice: Choice) -> int:
+        """How many tokens `member` has yet to read of a choice, at most."""
+        return self._max_new_tokens - choice.num_generated
 
     def begin(self) -> None:
         self.prompt = Prompt(self.members, self.token_ids, self.mixture, self.request.prompt_logprobs, self._prefixes)

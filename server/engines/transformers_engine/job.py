@@ -39,6 +39,7 @@ class Job(ABC):
         self.deadline_s = deadline_s
         self.is_cancelled = False
         self.is_finished = False
+        self.has_begun = False
         self.inbox: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
         self.outbox: list[Event | Exception | None] = []
         self.waited_s = 0.0  # for its place, once it has begun
@@ -64,10 +65,21 @@ class Job(ABC):
     def caches(self) -> Iterator[RowCache]:
         """All that its members remember for it, once it has begun. One may come twice."""
 
+    @property
+    @abstractmethod
+    def kv_reserved(self) -> int:
+        """Bytes that its caches, own and shared, will take when all is read that is being read; 0 behind that."""
+
+    @property
+    @abstractmethod
+    def kv_left(self) -> int:
+        """Bytes that its caches may come to take besides those that they have, or that are reserved."""
+
     def admit(self) -> None:
         """It has got its place."""
         self.waited_s = time.monotonic() - self._arrived
         self.begin()
+        self.has_begun = True
 
     @abstractmethod
     def begin(self) -> None:

@@ -86,11 +86,14 @@ class RowCache:
     def fork(self) -> RowCache:
         """Another row that continues from here: choices of one request share the prefill of their prompt.
 
-        What this row has read becomes a segment of both.
+        What this row has read becomes a segment of both, without the room that its buffers had for more.
         """
         num_own = self.length - self.num_shared
         if num_own:
-            own = {layer: (keys[:, :num_own], values[:, :num_own]) for layer, (keys, values) in self._layers.items()}
+            own = {}
+            while self._layers:  # layer by layer, so that never two copies of all are there
+                layer, (keys, values) = self._layers.popitem()
+                own[layer] = (keys[:, :num_own].clone(), values[:, :num_own].clone())
             self.shared, self.num_shared, self._layers = (*self.shared, Segment(num_own, own)), self.length, {}
             self.num_bytes = 0
         return RowCache(self.shared)
@@ -140,12 +143,17 @@ class RowCache:
         return copies
 
     @property
+    def capacity(self) -> int:
+        """How many tokens of its own there is memory for."""
+        return next((keys.shape[1] for keys, _ in self._layers.values()), 0)
+
+    @property
     def num_layers(self) -> int:
         """How many layers have left keys of the row's own here."""
         return len(self._layers)
 
     def _grow(self, layer: int, end: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        capacity = -(-end // GROWTH) * GROWTH
+        capacity = in_blocks(end)
         grown = (
             keys.new_empty(keys.shape[0], capacity, keys.shape[2]),
             values.new_empty(values.shape[0], capacity, values.shape[2]),
@@ -156,6 +164,11 @@ class RowCache:
             for old, new in zip(self._layers[layer], grown, strict=True):
                 new[:, : old.shape[1]] = old
         self._layers[layer] = grown
+
+
+def in_blocks(num_tokens: int) -> int:
+    """For how many tokens a buffer has room that is to hold so many: 1 -> 128"""
+    return -(-num_tokens // GROWTH) * GROWTH
 
 
 def held_bytes(caches: Iterable[RowCache]) -> int:
@@ -169,6 +182,10 @@ def joined(pieces: Sequence[LayerSlices], end: int) -> Segment:
     """The first `end` tokens of `pieces`, which stand one behind the other, in memory of their own."""
 
     def whole(layer: int, i: int) -> torch.Tensor:
-        return torch.cat([piece[layer][i] for piece in pieces], dim=1)[:, :end]
+        parts, left = [], end
+        for piece in pieces:
+            parts.append(piece[layer][i][:, :left])
+            left -= parts[-1].shape[1]
+        return torch.cat(parts, dim=1)
 
     return Segment(end, {layer: (whole(layer, 0), whole(layer, 1)) for layer in pieces[0]})

@@ -11,6 +11,8 @@ users look at a clock. In each the most urgent comes first, then whoever came fi
   them than `Pace` allows: an arriving request waits for a short step, then has the machine to itself.
 - Whatever the interactive load, after `PATIENCE` steps in a row without background work comes one with some: a quarter
   of the places, beside the interactive ones. Background work slows down under load but never stops.
+- Memory is a condition besides places (`kv_budget`): for a job to begin, and for a choice to go on into the next block
+  of its caches. Interactive ones are asked first.
 - Each lane has a queue of `max_queue` of its own: a batch that fills one turns nobody away from the other.
 """
 
@@ -27,6 +29,7 @@ from ensemble_server.ensembles.errors import OverloadedError
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.generation import Choice, Generation
 from ensemble_server.server.engines.transformers_engine.job import Job
+from ensemble_server.server.engines.transformers_engine.kv_budget import KvBudget, growth
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.pace import Pace
 from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey
@@ -74,8 +77,9 @@ class Lane:
 class Scheduler:
     """See the module's docstring. Belongs to the engine's thread, but for `check_room` and `enqueue`."""
 
-    def __init__(self, *, max_batch: int, prefill_chunk: int, max_queue: int) -> None:
+    def __init__(self, kv_budget: KvBudget, *, max_batch: int, prefill_chunk: int, max_queue: int) -> None:
         self.changed = threading.Condition()  # someone came
+        self._kv_budget = kv_budget
         self._max_batch = max_batch
         self._prefill_chunk = prefill_chunk
         self._max_queue = max_queue
@@ -138,16 +142,24 @@ class Scheduler:
             self._interactive, self._background = Lane(), Lane()
         return jobs
 
-    def has_place_for(self, job: Job) -> bool:
-        """Whether one more sequence of `job` may run."""
-        return self._has_place(self._lane(job.priority))
+    def has_place_for(self, job: Generation) -> bool:
+        """Whether one more choice of `job` may run."""
+        if not self._has_place(self._lane(job.priority)):
+            return False
+        self._kv_budget.open(self.running)
+        return self._kv_budget.promises(job, job.kv_of_choice)
 
     def admit(self) -> None:
-        """Begin jobs while there are places for them."""
+        """Begin jobs while there are places and memory for them. While an interactive one lacks memory nobody else gets
+        any."""
+        self._kv_budget.open(self.running)
+        lacks_memory = False
         for lane in self._lanes:
             while self._has_place(lane) or not lane.running:
                 with self.changed:
-                    if not lane.waiting:
+                    if not lane.waiting or lacks_memory:
+                        break
+                    if lacks_memory := not self._kv_budget.admits(lane.waiting[0][2]):
                         break
                     _, _, job = heapq.heappop(lane.waiting)
                 job.admit()
@@ -155,17 +167,27 @@ class Scheduler:
 
     def plan(self) -> list[Work]:
         """What is forwarded in this step: a token of every live choice that does not pause, chunks of what is read."""
+        self._kv_budget.open(self.running)
         being_read: dict[BlockKey, bool] = {}
-        work = _planned(self._interactive, math.inf, math.inf, self._prefill_chunk, being_read)
+
+        def planned(lane: Lane, max_rows: float, max_tokens: float, *, asks: bool = True) -> list[Work]:
+            kv_budget = self._kv_budget if asks else None
+            return _planned(lane, max_rows, max_tokens, self._prefill_chunk, being_read, kv_budget)
+
+        work = planned(self._interactive, math.inf, math.inf)
         num_free = self._max_batch - sum(item.choice is not None for item in work)
         is_its_turn = self._num_paused_steps >= PATIENCE
         if is_its_turn:
             num_free = max(num_free, self._max_batch // 4, 1)
         if is_its_turn or all(item.choice is not None for item in work):
-            background = _planned(self._background, num_free, self._pace.num_tokens, self._prefill_chunk, being_read)
+            background = planned(self._background, num_free, self._pace.num_tokens)
         else:
             background = []
         self._num_paused_steps = 0 if background or not self._background.running else self._num_paused_steps + 1
+        if not work and not background:  # claims of lattices are estimates: better a row too many than none for ever
+            return planned(self._interactive, 1, math.inf, asks=False) or planned(
+                self._background, 1, math.inf, asks=False
+            )
         return work + background
 
     def num_spare(self, work: Sequence[Work]) -> float:
@@ -196,7 +218,12 @@ class Scheduler:
 
 
 def _planned(
-    lane: Lane, max_rows: float, max_tokens: float, prefill_chunk: int, being_read: dict[BlockKey, bool]
+    lane: Lane,
+    max_rows: float,
+    max_tokens: float,
+    prefill_chunk: int,
+    being_read: dict[BlockKey, bool],
+    kv_budget: KvBudget | None,
 ) -> list[Work]:
     """One lane's work, its oldest jobs first: at most `max_rows` rows (a choice or a chunk that is read, for all its
     members), about `max_tokens` tokens, of which `prefill_chunk` are read. The first row is not turned away for being
@@ -209,6 +236,10 @@ def _planned(
         for choice in job.live if isinstance(job, Generation) else ():
             if len(work) >= max_rows or num_left < (len(job.members) if work else 1):
                 break
+            if kv_budget is not None:
+                rows = zip(choice.members, choice.caches, strict=True)
+                if not kv_budget.grants(job, sum(growth(member, cache, 1) for member, cache in rows)):
+                    continue
             spans = choice.next_spans()
             work.append(Work(job, choice, spans))
             num_left -= len(spans)

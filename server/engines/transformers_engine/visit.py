@@ -15,6 +15,7 @@ import torch
 from ensemble_server.ensembles.errors import MemberError
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.job import Job
+from ensemble_server.server.engines.transformers_engine.kv_budget import prompt_bytes
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey
@@ -55,6 +56,14 @@ class Visit(Job):
     @property
     def caches(self) -> Iterator[RowCache]:
         return iter(self._caches)
+
+    @property
+    def kv_reserved(self) -> int:
+        return sum(prompt_bytes(member, len(self._token_ids)) for member in self.members)
+
+    @property
+    def kv_left(self) -> int:
+        return 0
 
     def begin(self) -> None:
         self._caches = [RowCache() for _ in self.members]

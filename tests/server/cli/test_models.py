@@ -72,6 +72,13 @@ def test_weights_that_two_entries_share_count_once(ensemble: Callable[..., Run],
     assert "at most 524.3 kB with 4 of them" in run.out  # 32768 x 4 members x 4 sequences
 
 
+def test_a_bound_of_the_caches_is_what_they_take_at_most(ensemble: Callable[..., Run], config: Path) -> None:
+    config.write_text(config.read_text().replace("max_batch: 4", "max_batch: 64, kv_cache_mb: 1"))
+    run = ensemble("models", str(config))
+    assert "at most 1.0 MB with 64 of them (engine.max_batch)" in run.out
+    assert "or what engine.kv_cache_mb allows" in run.out
+
+
 def test_a_model_that_is_not_there_fails_and_the_others_are_shown(ensemble: Callable[..., Run], config: Path) -> None:
     (config.parent / "expert" / "adapter_model.safetensors").unlink()
     run = ensemble("models", config)

@@ -20,3 +20,8 @@ def test_answers_of_another_engine_are_told_apart() -> None:
 def test_how_much_an_engine_does_at_once_changes_no_answer() -> None:
     assert fingerprint("a", config_of(kind="vllm", max_batch=1)) == fingerprint("a", config_of(kind="vllm"))
     assert fingerprint("a", config_of(max_batch=1)) == fingerprint("a", config_of())
+
+
+def test_weights_that_are_rounded_give_other_answers() -> None:
+    assert fingerprint("a", config_of(weights="half")) != fingerprint("a", config_of())
+    assert fingerprint("a", config_of(weights="full")) == fingerprint("a", config_of())

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,11 +36,11 @@ EngineMaker = Callable[..., "contextmanager[TransformersEngine]"]
 
 @pytest.fixture(scope="session")
 def running(members: dict[str, Member]) -> EngineMaker:
-    """`with running(max_batch=2) as engine`: an engine over all members, stopped at the end."""
+    """`with running(max_batch=2) as engine`: an engine over all members, or `only` some, stopped at the end."""
 
     @contextmanager
-    def run(**options: object) -> Iterator[TransformersEngine]:
-        engine = TransformersEngine(members, **options)
+    def run(*, only: Sequence[str] = (), **options: object) -> Iterator[TransformersEngine]:
+        engine = TransformersEngine({name: members[name] for name in only or members}, **options)
         engine.start()
         try:
             yield engine

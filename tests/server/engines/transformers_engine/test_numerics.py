@@ -33,7 +33,7 @@ class OnEngine:
     """One mixture as a model."""
 
     name = "mixture"
-    max_model_len = None
+    max_model_len: int | None = None
     explains_tokens, fan_out = True, 1
 
     def __init__(self, engine: TransformersEngine, mixture: Mixture) -> None:

@@ -99,14 +99,14 @@ def compare(
 
 
 def _run(plan: Plan, out: Path, *, report_only: bool, csv: Path | None) -> None:
-    from ensemble_server.server.compare.run import read_items, report_again, run_comparison
+    from ensemble_server.server.compare.run import read_items, report_again
 
     try:
         if report_only:
             results = report_again(plan, out)
         else:
             with _listener() as listener:
-                results = asyncio.run(run_comparison(plan, out, listener, command=_command()))
+                results = asyncio.run(_compared(plan, out, listener))
     except KeyboardInterrupt:
         typer.echo(f"interrupted; what was measured is kept in {out}, the same command goes on from there", err=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -121,6 +121,13 @@ def _run(plan: Plan, out: Path, *, report_only: bool, csv: Path | None) -> None:
         typer.echo(f"{name}: {error}", err=True)
     if failed:
         raise typer.Exit(SOME_ARMS_FAILED)
+
+
+async def _compared(plan: Plan, out: Path, listener: Listener) -> Results:
+    from ensemble_server.server.compare.run import run_comparison
+    from ensemble_server.server.distill.arm import distilled_entry
+
+    return await run_comparison(plan, out, listener, command=_command(), distiller=distilled_entry)
 
 
 def _command() -> str:

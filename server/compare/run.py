@@ -20,10 +20,12 @@ from ensemble_server.server.compare.analysis.statistics import compute_pairs, co
 from ensemble_server.server.compare.arms.candidates import (
     ArmModel,
     Candidate,
+    Distiller,
     Entry,
     as_arm_model,
     build_candidates,
     kind_of,
+    made_kind_of,
 )
 from ensemble_server.server.compare.arms.footprint import free_memory, groups
 from ensemble_server.server.compare.deciding.matched import measure_matched
@@ -33,10 +35,10 @@ from ensemble_server.server.compare.kept.provenance import provenance
 from ensemble_server.server.compare.kept.records import Facts, Failure, Records
 from ensemble_server.server.compare.kept.results import Results
 from ensemble_server.server.compare.listener import Listener
-from ensemble_server.server.compare.measures.documents import Documents
+from ensemble_server.server.compare.measures.documents import Documents, read_documents
 from ensemble_server.server.compare.measures.task_measure import Task
 from ensemble_server.server.compare.planning.blocks import Arm, PlanFile
-from ensemble_server.server.compare.planning.held_out import check_held_out, check_held_out_rows
+from ensemble_server.server.compare.planning.held_out import check_held_out, check_held_out_rows, check_not_taught
 from ensemble_server.server.compare.planning.outlook import outlooks, shared_beginnings
 from ensemble_server.server.compare.planning.plan import Plan
 from ensemble_server.server.compare.planning.sources import read_clusters, read_tasks, read_text_clusters, read_texts
@@ -48,7 +50,9 @@ from ensemble_server.server.compare.running.work import Work, introduce
 RESULTS_FILE = "results.json"
 
 
-async def run_comparison(plan: Plan, folder: Path, listener: Listener, *, command: str | None = None) -> Results:
+async def run_comparison(
+    plan: Plan, folder: Path, listener: Listener, *, command: str | None = None, distiller: Distiller | None = None
+) -> Results:
     """Measure what is not measured yet and write `results.json`, `report.md` and `report.html` into `folder`.
 
     Arms that fail are in the results with their error. Raises `ConfigError` if a text or a task cannot be read, if what
@@ -61,7 +65,7 @@ async def run_comparison(plan: Plan, folder: Path, listener: Listener, *, comman
         tasks = read_tasks(file.tasks)
         notes = _told_before(file, texts, held_out, tasks, listener)
         records = Records(folder)
-        work = Work(plan, texts, tasks, records, listener)
+        work = Work(plan, texts, tasks, records, listener, distiller=distiller)
         arms, entries = await _measure(work, None, held_out)
         matched = await measure_matched(work, entries, arms, folder / "held_out", free_memory())
         await judge_tasks(work, (*plan.arms, *matched.arms))
@@ -144,6 +148,10 @@ def _told_before(
         ]
     )
     check_held_out_rows(tasks, held_out_rows, max_share=file.max_overlap)
+    for arm in file.arms:
+        if arm.distill is not None:
+            taught = [read_documents(Path(path)) for path in arm.distill.text]
+            check_not_taught(texts, arm.name, taught, max_share=file.max_overlap)
     overlap = check_held_out(texts, held_out, max_share=file.max_overlap)
     clusters = read_clusters(file.tasks) | read_text_clusters(file.text, texts)
     told = outlooks(file, texts, tasks, clusters)
@@ -170,9 +178,11 @@ async def _measure(
             if replicate is None:
                 note_recorded(work, arm)
             continue
-        if arm.merge is not None or arm.choose:
+        if arm.merge is not None or arm.distill is not None or arm.choose:
             work.listener.stage(f"{arm.name}: building")
-        candidates[arm.name] = await build_candidates(plan, members, arm, say=work.listener.stage)
+        candidates[arm.name] = await build_candidates(
+            plan, members, arm, distiller=work.distiller, say=work.listener.stage
+        )
     prepared = await prepare(plan, replicate, candidates, held_out, work.records, work.listener)
     entries: dict[str, Entry] = {}
     chosen: dict[str, Candidate] = {}
@@ -199,8 +209,10 @@ def _baseline_first(plan: Plan) -> list[Arm]:
 
 def _note_failure(work: Work, name: str, replicate: str | None, candidate: Candidate, failure: Failure) -> None:
     record = work.records.get(name, replicate)
-    if candidate.variant is not None:
-        record.kind = "merge" if candidate.variant.merge is not None else "ensemble"
+    if (made := made_kind_of(candidate)) is not None:
+        record.kind = made
+    elif candidate.variant is not None:
+        record.kind = "ensemble"
     else:
         record.kind = kind_of(work.plan.config.models[name])
     record.model, record.failure = name, failure
@@ -231,6 +243,9 @@ def _files(file: PlanFile) -> dict[str, Path]:
     sources |= {f"fit {name}": source.path for name, source in file.fit.items()}
     sources |= {f"task {task.name}": task.data for task in file.tasks}
     sources |= {f"held-out rows of {task.name}": task.dev for task in file.tasks}
+    sources |= {
+        f"taught {arm.name} {Path(path).name}": path for arm in file.arms if arm.distill for path in arm.distill.text
+    }
     sources |= {f"answers {arm.name} {task}": one.path for arm in file.arms for task, one in arm.answers.items()}
     sources |= {f"merge {arm.name}": arm.merge for arm in file.arms if isinstance(arm.merge, str)}
     return {name: Path(path) for name, path in sources.items() if path is not None}

@@ -51,7 +51,12 @@ class Distillation(Block):
     batch_size: Annotated[Count, Unit("windows")] = Field(default=4, description="of one step")
     epochs: Count = Field(default=1, description="how often the texts are read, if time allows")
     steps: Count | None = Field(default=None, description="exactly so many steps, whatever the time; default: epochs")
-    minutes: float = Field(default=20, gt=0, allow_inf_nan=False, description="longest training; the cosine ends then")
+    minutes: float | None = Field(
+        default=20,
+        gt=0,
+        allow_inf_nan=False,
+        description="longest training, when the cosine ends; null, as in comparisons: steps and epochs alone decide",
+    )
     learning_rate: float | None = Field(
         default=None,
         gt=0,

@@ -129,6 +129,13 @@ def _settings(wanted: Distillation) -> dict[str, Any]:
     return settings | {"text": [Path(path).name for path in wanted.text]}
 
 
+def fingerprint(config: Config, wanted: Distillation) -> str:
+    """Of all that decides the student. Raises what reading the texts and the models' files raises."""
+    return digest(
+        _made_of(config, wanted, read_material([Path(path) for path in wanted.text], held_out=wanted.held_out))
+    )
+
+
 def _made_of(config: Config, wanted: Distillation, material: Material) -> dict[str, Any]:
     """All that decides the result, but the time that there is for it."""
     settings = {key: value for key, value in _settings(wanted).items() if key not in ("minutes", "text")}

@@ -78,7 +78,7 @@ def train(
         progress.step += 1
         progress.losses.append(StepLosses(progress.step, clm, kl))
         progress.seconds, last = progress.seconds + time.monotonic() - last, time.monotonic()
-        if wanted.steps is None:
+        if wanted.steps is None and wanted.minutes is not None:
             progress.num_steps = steps_in_time(
                 progress.step, progress.num_steps, seconds=progress.seconds, budget_s=60 * wanted.minutes
             )

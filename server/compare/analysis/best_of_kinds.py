@@ -34,14 +34,17 @@ from ensemble_server.server.compare.kept.results import ArmKind, BestOfKinds
 KINDS: Mapping[ArmKind, tuple[ArmKind, ...]] = {
     "ensemble": ("ensemble",),
     "merge": ("merge",),
+    "distilled": ("distilled",),
     "member": ("member", "remote"),
     "cost_matched": ("cost_matched",),
 }
 CONTRASTS: tuple[tuple[ArmKind, ArmKind], ...] = (
     ("ensemble", "merge"),
+    ("ensemble", "distilled"),
     ("ensemble", "member"),
     ("ensemble", "cost_matched"),
     ("merge", "member"),
+    ("distilled", "merge"),
 )
 
 

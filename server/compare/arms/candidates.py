@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ensemble_server.ensembles.errors import EnsembleError
+from ensemble_server.ensembles.errors import ConfigError, EnsembleError
 from ensemble_server.ensembles.method import MethodConfig
 from ensemble_server.server.compare.kept.records import Failure
 from ensemble_server.server.compare.kept.results import ArmKind
@@ -21,8 +21,11 @@ from ensemble_server.server.compare.merges.merging import build_merge
 from ensemble_server.server.compare.planning.blocks import Arm, Variant
 from ensemble_server.server.compare.planning.plan import Plan, is_fitted, without_fit
 from ensemble_server.server.config.blocks import Config, HostedModel, ModelEntry, RemoteModel
+from ensemble_server.server.config.distillation import Distillation
+from ensemble_server.server.weights.threads import in_own_thread
 
 Entry = Mapping[str, Any]  # a model entry as YAML
+Distiller = Callable[[Config, Distillation, Callable[[str], None]], Entry]
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,22 @@ class Candidate:
 
 
 async def build_candidates(
-    plan: Plan, config: Config, arm: Arm, *, say: Callable[[str], None] = lambda stage: None
+    plan: Plan,
+    config: Config,
+    arm: Arm,
+    *,
+    distiller: Distiller | None = None,
+    say: Callable[[str], None] = lambda stage: None,
 ) -> list[Candidate]:
-    """Every variant of an arm; a model of the config is its own single one. Builds merges, which may take minutes.
+    """Every variant of an arm; a model of the config is its own single one. Builds merges and teaches students, which
+    may take minutes.
 
-    `config`: the models that recipes may name.
+    `config`: the models that recipes may name. `distiller` teaches, and gives the student's entry; called in a thread.
     """
     if arm.is_of_config:
         return [Candidate(arm, 0, arm.name, arm.name, None)]
+    if arm.distill is not None:
+        return [await _taught(config, arm, arm.distill, distiller, say)]
     candidates = []
     for index, variant in enumerate(arm.variants):
         label = variant.label or (f"variant {index}" if arm.choose else arm.name)
@@ -90,6 +101,18 @@ async def build_candidates(
                 failure = Failure(stage="build", message=str(exc))
         candidates.append(Candidate(arm, index, label, model, entry, failure))
     return candidates
+
+
+async def _taught(
+    config: Config, arm: Arm, wanted: Distillation, distiller: Distiller | None, say: Callable[[str], None]
+) -> Candidate:
+    try:
+        if distiller is None:
+            raise ConfigError("nothing here can teach it: compare with `ensemble compare`, or give a `distiller`")
+        entry = await in_own_thread(distiller, config, wanted, lambda stage: say(f"{arm.name}: {stage}"))
+    except EnsembleError as exc:
+        return Candidate(arm, 0, arm.name, arm.name, None, Failure(stage="build", message=str(exc)))
+    return Candidate(arm, 0, arm.name, arm.name, entry)
 
 
 async def _merged(plan: Plan, config: Config, recipe: str | Mapping[str, Any], say: Callable[[str], None]) -> Path:
@@ -120,15 +143,21 @@ def _dtype(plan: Plan, config: Config) -> str:
 def as_arm_model(candidate: Candidate, config: Config, replicate: str | None) -> ArmModel:
     """The candidate as it stands in `config`, under its arm's name."""
     entry = config.models[candidate.model]
-    is_merge = candidate.variant is not None and candidate.variant.merge is not None
     return ArmModel(
         candidate.arm.name,
         replicate,
         candidate.model,
-        "merge" if is_merge else kind_of(entry),
+        made_kind_of(candidate) or kind_of(entry),
         tuple(entry.members) if isinstance(entry, MethodConfig) else (candidate.model,),
         candidate.arm.description or _described(candidate, entry),
     )
+
+
+def made_kind_of(candidate: Candidate) -> ArmKind | None:
+    """Of what is made for the comparison and whose entry does not show it. A control is an ordinary model."""
+    if candidate.arm.distill is not None:
+        return "distilled" if candidate.arm.distill.clm < 1 else "member"
+    return "merge" if candidate.variant is not None and candidate.variant.merge is not None else None
 
 
 def kind_of(entry: ModelEntry) -> ArmKind:
@@ -144,6 +173,8 @@ def _described(candidate: Candidate, entry: ModelEntry) -> str:
         settings = [*([pool] if pool else []), *([f"share {share}"] if share or pool == "posterior" else [])]
         settings += ["fitted"] if candidate.is_fitted else []
         return f"{entry.method} of {', '.join(entry.members)}" + (f" ({', '.join(settings)})" if settings else "")
+    if (wanted := candidate.arm.distill) is not None:
+        return f"{wanted.student} taught by {wanted.ensemble} ({wanted.target}, from {wanted.init})"
     if candidate.variant is not None and isinstance(recipe := candidate.variant.merge, dict):
         return f"merge: {recipe.get('merge_method', 'moe')}"
     if candidate.variant is not None and candidate.variant.merge is not None:

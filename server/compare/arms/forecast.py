@@ -88,7 +88,7 @@ def _forecast(arm: Arm, plan: Plan, of_texts: float, of_prompts: float, of_answe
         name = next((one for one, entry in config.models.items() if isinstance(entry, HostedModel)), None)
         kind: ArmKind = "merge"
     else:
-        kind = kind_of(config.models[name])
+        kind = kind_of(config.models[name]) if arm.distill is None else "distilled"
     if name is None:
         return Forecast(arm.name, kind, 0, 0, None, 0.0)
     singles = sorted(leaves(config, name))
@@ -115,6 +115,8 @@ def _config_of(arm: Arm, plan: Plan) -> tuple[Config, str | None]:
     """The config in which the arm is a model, and its name there; None for a merge. Of several variants the first."""
     if arm.is_of_config:
         return plan.config, arm.name
+    if arm.distill is not None:
+        return plan.config, arm.distill.student
     variant = arm.variants[0]
     if variant.ensemble is None:
         return plan.config, None

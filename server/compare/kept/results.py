@@ -18,7 +18,7 @@ from ensemble_server.ensembles.comparison.verdict import Verdict
 from ensemble_server.server.disk.whole_file import write_whole
 
 Interval = tuple[float, float]
-ArmKind = Literal["member", "remote", "ensemble", "merge", "cost_matched"]
+ArmKind = Literal["member", "remote", "ensemble", "merge", "distilled", "cost_matched"]
 
 
 class Part(BaseModel):

@@ -16,6 +16,7 @@ from ensemble_server.server.compare.measures.cost_settings import CostSettings
 from ensemble_server.server.compare.measures.task_measure import Metric
 from ensemble_server.server.compare.planning.held_out import MAX_SHARE
 from ensemble_server.server.config.blocks import Block
+from ensemble_server.server.config.distillation import Distillation
 from ensemble_server.server.config.values import Count, LocalPath, Tokens, Unit
 
 METRIC_ALIASES = {"numeric": "number"}
@@ -74,7 +75,7 @@ class Arm(Block):
 
     name: str = Field(
         min_length=1,
-        description="how the report calls it; without `merge`, `ensemble`, `choose` and `answers`: a model",
+        description="how the report calls it; without any of the keys below: a model",
     )
     description: str = Field(default="", description="a line for the report")
     merge: LocalPath | dict[str, Any] | None = Field(
@@ -82,6 +83,11 @@ class Arm(Block):
     )
     ensemble: dict[str, Any] | None = Field(
         default=None, description="a model entry; `weights: fitted` fits them on `fit`"
+    )
+    distill: Distillation | None = Field(
+        default=None,
+        description="a model of the config taught by an ensemble, beside its control NAME-control, which reads "
+        "the same text as often without a teacher",
     )
     choose: Choose = Field(
         default=(),
@@ -98,10 +104,15 @@ class Arm(Block):
     @model_validator(mode="after")
     def _is_one_thing_at_most(self) -> Arm:
         has_variants = isinstance(self.choose, tuple) and bool(self.choose)
-        if (self.merge is not None) + (self.ensemble is not None) + has_variants > 1:
+        made = (self.merge is not None) + (self.ensemble is not None)
+        if made + has_variants > 1:
             raise ValueError("takes one of `merge`, `ensemble` and `choose`")
-        if self.answers and not (self.merge is None and self.ensemble is None and not self.choose):
-            raise ValueError("its `answers` are there already; take `merge`, `ensemble` and `choose` out")
+        if self.distill is not None and (made or self.choose):
+            raise ValueError("it is taught by `distill`; take `merge`, `ensemble` and `choose` out")
+        if (wanted := self.distill) is not None and wanted.minutes and "minutes" in wanted.model_fields_set:
+            raise ValueError("distill.minutes: in a comparison `steps` or `epochs` decide, not time; take it out")
+        if self.answers and (made or self.choose or self.distill is not None):
+            raise ValueError("its `answers` are there already; take `merge`, `ensemble`, `distill` and `choose` out")
         if self.kind is not None and not self.answers:
             raise ValueError("`kind` belongs to `answers`; of all other arms it is known")
         if isinstance(self.choose, tuple):
@@ -113,7 +124,8 @@ class Arm(Block):
 
     @property
     def is_of_config(self) -> bool:
-        return self.merge is None and self.ensemble is None and not self.choose and not self.answers
+        made = self.merge is not None or self.ensemble is not None or self.distill is not None
+        return not made and not self.choose and not self.answers
 
     @property
     def is_recorded(self) -> bool:
@@ -121,10 +133,10 @@ class Arm(Block):
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        """What it can become; none if it is a model of the config, or its answers are there already."""
+        """What it can become; none if it is a model of the config or a distilled one, or its answers are there."""
         if self.choose and isinstance(self.choose, tuple):
             return self.choose
-        if self.is_of_config or self.is_recorded:
+        if self.is_of_config or self.is_recorded or self.distill is not None:
             return ()
         return (Variant(label=None, merge=self.merge, ensemble=self.ensemble),)
 

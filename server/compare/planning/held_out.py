@@ -10,7 +10,7 @@ their check of test data). Of tasks it is the share of questions whose prompt is
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from ensemble_server.ensembles.errors import ConfigError
 from ensemble_server.server.compare.measures.documents import Documents
@@ -40,10 +40,7 @@ def check_held_out(
     if not held_out or not texts:
         return None
     known = {sequence for documents in held_out.values() for sequence in _of_documents(documents)}
-    shares = {}
-    for name, documents in texts.items():
-        found = [sequence in known for sequence in _of_documents(documents)]
-        shares[name] = sum(found) / len(found) if found else 0.0
+    shares = {name: _share_of(documents, known) for name, documents in texts.items()}
     if refused := {name: share for name, share in shares.items() if share > max_share}:
         told = ", ".join(f"{share:.0%} of {name}" for name, share in refused.items())
         raise ConfigError(
@@ -55,6 +52,28 @@ def check_held_out(
         f"Fitted and chosen on {', '.join(held_out)}: of the sequences of {NUM_WORDS} words in the test texts, at most "
         f"{shares[most]:.1%} stand there, too ({most})."
     )
+
+
+def check_not_taught(
+    texts: Mapping[str, Documents], arm: str, taught: Iterable[Documents], *, max_share: float = MAX_SHARE
+) -> None:
+    """Raises `ConfigError` that names every test text of which too much stands in what the student `arm` learns from.
+
+    What that student holds out of these texts counts as well.
+    """
+    known = {sequence for documents in taught for sequence in _of_documents(documents)}
+    shares = {name: _share_of(documents, known) for name, documents in texts.items()}
+    if refused := {name: share for name, share in shares.items() if share > max_share}:
+        told = ", ".join(f"{share:.0%} of {name}" for name, share in refused.items())
+        raise ConfigError(
+            f"arms {arm}: of the sequences of {NUM_WORDS} words in the test texts, {told} stand in what its student "
+            f"learns from, too; at most {max_share:.0%} may (`max_overlap`). Teach with other text than is measured"
+        )
+
+
+def _share_of(documents: Documents, known: Collection[int]) -> float:
+    found = [sequence in known for sequence in _of_documents(documents)]
+    return sum(found) / len(found) if found else 0.0
 
 
 def check_held_out_rows(

@@ -8,6 +8,7 @@
       - {name: fitted, ensemble: {method: probability_average, members: [base, code], weights: fitted}}
       - {name: posterior, choose: [{ensemble: {...}}, {ensemble: {...}}]}      # whichever is best on `fit`
       - {name: tuned, merge: merges/ties.yml, choose: auto}      # the same, the variants written out (`variants.py`)
+      - {name: taught, distill: {ensemble: adaptive, student: base, text: [more.txt], epochs: 2}}   # and its control
       - {name: voted, answers: {sums: voted.jsonl}, kind: ensemble}            # answers that are there already
     text: {code: code_test.txt, mixed: {switching: [code, prose], piece_bytes: 380, bytes: 48000}}
     fit: {code: {path: code_train.txt, tail: 0.05}}              # for weights and choices; never a test text
@@ -88,6 +89,7 @@ def load_plan(path: Path) -> Plan:
             file = PlanFile.model_validate(_without_unknown_keys(data, exc), context=context)
         except ValidationError:
             raise ConfigError(_report(path, problems)) from exc
+    file = with_controls(file)
     problems += [*_file_problems(file), *_name_problems(file)]
     try:
         config = load_config(Path(file.config))
@@ -101,6 +103,22 @@ def load_plan(path: Path) -> Plan:
     if problems:
         raise ConfigError(_report(path, problems))
     return plan
+
+
+def with_controls(file: PlanFile) -> PlanFile:
+    """Every distilled arm trains as many steps as it says, whatever the time, and its control comes after it."""
+    arms: list[Arm] = []
+    for arm in file.arms:
+        if arm.distill is None:
+            arms.append(arm)
+            continue
+        wanted = arm.distill.model_copy(update={"minutes": None})
+        arms.append(arm.model_copy(update={"distill": wanted}))
+        if wanted.clm < 1:
+            control = wanted.model_copy(update={"clm": 1.0})
+            told = f"control of {arm.name}: the same steps on the same text, without a teacher"
+            arms.append(Arm(name=f"{arm.name}-control", description=told, distill=control))
+    return file.model_copy(update={"arms": tuple(arms)})
 
 
 def _written_out(file: PlanFile, folder: Path, config: Config) -> tuple[tuple[Arm, ...], list[str]]:
@@ -152,7 +170,9 @@ def _file_problems(file: PlanFile) -> Iterator[str]:
         paths += [(f"{key}.{name}", source.path) for name, source in texts.items()]
     for index, task in enumerate(file.tasks):
         paths += [(f"tasks.{index}.data", task.data), (f"tasks.{index}.dev", task.dev)]
-    for at, path in paths:
+    for index, arm in enumerate(file.arms):
+        paths += [(f"arms.{index}.distill.text", path) for path in (arm.distill.text if arm.distill else ())]
+    for at, path in dict.fromkeys(paths):
         if path is not None and not os.path.isfile(path):
             yield f"{at}: there is no file {path}"
     if file.lm_eval is not None and file.lm_eval.include_path and not os.path.isdir(file.lm_eval.include_path):
@@ -217,6 +237,10 @@ def _model_problems(plan: Plan) -> Iterator[str]:
         if arm.name in plan.config.models:
             yield f"{at}.name: {arm.name!r} is a model of the config, too; call the arm something else"
             continue
+        if arm.distill is not None:
+            for key, name in (("ensemble", arm.distill.ensemble), ("student", arm.distill.student)):
+                if name not in plan.config.models:
+                    yield f"{at}.distill.{key}: there is no model {name!r}{nearest(name, known)}"
         for number, variant in enumerate(arm.variants):
             where = f"{at}.choose.{number}" if arm.choose else at
             if variant.merge is not None:

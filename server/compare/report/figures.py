@@ -29,9 +29,10 @@ COLOURS = {  # Okabe and Ito's, which colour-blind readers can tell apart
     "remote": "#9a9a9a",
     "ensemble": "#d55e00",
     "merge": "#009e73",
+    "distilled": "#e69f00",
     "cost_matched": "#cc79a7",
 }
-MARKERS = {"member": "o", "remote": "X", "ensemble": "D", "merge": "s", "cost_matched": "^"}
+MARKERS = {"member": "o", "remote": "X", "ensemble": "D", "merge": "s", "distilled": "P", "cost_matched": "^"}
 VERDICT_COLOURS = {
     "better": "#009e73",
     "worse": "#d55e00",

@@ -10,6 +10,7 @@ from ensemble_server.server.compare.report import words
 BEST: dict[ArmKind, str] = {
     "ensemble": "best ensemble",
     "merge": "best merge",
+    "distilled": "best distilled model",
     "member": "best single model",
     "remote": "best remote model",
     "cost_matched": "best single model with samples for the same cost",

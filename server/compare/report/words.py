@@ -22,6 +22,7 @@ KINDS: dict[ArmKind, str] = {
     "remote": "remote model",
     "ensemble": "ensemble",
     "merge": "weight merge",
+    "distilled": "distilled",
     "cost_matched": "cost-matched",
 }
 NOTHING = "–"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ensemble_server.ensembles.errors import EnsembleError
-from ensemble_server.server.compare.arms.candidates import ArmModel
+from ensemble_server.server.compare.arms.candidates import ArmModel, Distiller
 from ensemble_server.server.compare.arms.identity import identity
 from ensemble_server.server.compare.kept.provenance import COMPUTING, versions
 from ensemble_server.server.compare.kept.records import ArmRecord, Failure, Records, inputs_hash
@@ -35,6 +35,7 @@ class Work:
     listener: Listener
     is_speed_measured: bool = True
     with_harness: bool = True
+    distiller: Distiller | None = None
     versions: Mapping[str, str | None] = field(default_factory=lambda: versions(COMPUTING))
 
     @property

@@ -64,7 +64,8 @@ class HostedModel(Block):
     )
     device: Device = Field(
         default="auto",
-        description="auto (the first accelerator, else cpu), cpu, cuda, cuda:1, mps, xpu, ...; with `path` only",
+        description="auto (the accelerator, else cpu; several share the members), cpu, cuda, cuda:1, mps, ...; "
+        "with `path` only",
     )
     system_prompt: str | None = Field(
         default=None, description="put before the messages of every chat, for this member alone"

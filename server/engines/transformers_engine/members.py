@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,8 @@ from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.server.engines.engine import Loading
 from ensemble_server.server.engines.transformers_engine.backbone import Backbone
 from ensemble_server.server.engines.transformers_engine.half_weights import WeightsRule
-from ensemble_server.server.weights.devices import resolve_device, warn_of_slow_bfloat16
+from ensemble_server.server.weights.devices import resolve_device, rooms, spread, warn_of_slow_bfloat16
+from ensemble_server.server.weights.footprint import read_weights
 from ensemble_server.server.weights.member_views import MemberFiles, MemberView
 from ensemble_server.server.weights.view import Surface
 
@@ -63,10 +64,7 @@ def load_members(
     """
     transformers_logging.disable_progress_bar()
     files.check()
-    keys = {
-        name: WeightsKey(folder, models[name].dtype, _device(name, models[name].device))
-        for name, folder in files.checkpoints.items()
-    }
+    keys = placed(models, files)
     backbones: dict[WeightsKey, Backbone] = {}
     for name, key in keys.items():
         if key in backbones:
@@ -105,11 +103,24 @@ class WeightsKey:
     device: str
 
 
-def _device(name: str, device: str) -> str:
-    try:
-        return resolve_device(device)
-    except ModelLoadError as exc:
-        raise ModelLoadError(f"model {name!r}: {exc}") from exc
+def placed(models: Mapping[str, HostedModel], files: MemberFiles) -> dict[str, WeightsKey]:
+    """The weights of every entry that has a folder. Where there are several accelerators, `device: auto` spreads."""
+    keys = {}
+    for name, folder in files.checkpoints.items():
+        try:
+            device = resolve_device(models[name].device)
+        except ModelLoadError as exc:
+            raise ModelLoadError(f"model {name!r}: {exc}") from exc
+        keys[name] = WeightsKey(folder, models[name].dtype, device)
+    free = rooms()
+    if not free:
+        return keys
+    anywhere = dict.fromkeys(key for name, key in keys.items() if models[name].device == "auto")
+    places = spread({key: read_weights(key.folder).bytes_as(key.dtype) for key in anywhere}, free)
+    return {
+        name: replace(key, device=f"{key.device}:{places[key]}") if models[name].device == "auto" else key
+        for name, key in keys.items()
+    }
 
 
 def _member(view: MemberView, model: HostedModel, backbone: Backbone) -> Member:

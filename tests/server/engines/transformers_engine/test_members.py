@@ -7,7 +7,9 @@ import pytest
 
 from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.server.config.blocks import HostedModel
+from ensemble_server.server.engines.transformers_engine import members
 from ensemble_server.server.engines.transformers_engine.members import Member, load_members
+from ensemble_server.server.weights.footprint import read_weights
 from ensemble_server.server.weights.member_views import read_member_files
 from ensemble_server.server.weights.vocabularies import family_of
 from tests.conftest import CHAT_TEMPLATE, make_model
@@ -157,3 +159,21 @@ def test_an_unsupported_architecture_is_refused_by_name(tmp_path: Path) -> None:
 def test_loading_is_quiet(tiny: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
     load(base=HostedModel(path=str(tiny["llama"])), red=HostedModel(base="base", adapter=str(tiny["red"])))
     assert capfd.readouterr() == ("", "")
+
+
+def test_auto_spreads_weights_over_accelerators_and_leaves_named_devices_alone(tiny, monkeypatch) -> None:
+    """The accelerators are pretended, since none is here: what is looked at is where weights would go."""
+    monkeypatch.setattr(members, "rooms", lambda: [10**9, 10**9 - 1])
+    monkeypatch.setattr(members, "resolve_device", lambda device: "cuda" if device == "auto" else device)
+    models = {
+        "one": HostedModel(path=str(tiny["llama"])),
+        "red": HostedModel(base="one", adapter=str(tiny["red"])),
+        "again": HostedModel(path=str(tiny["llama"])),
+        "two": HostedModel(path=str(tiny["deep"])),
+        "here": HostedModel(path=str(tiny["llama"]), device="cpu"),
+    }
+    files = read_member_files(models, relative_to=Path(), max_context=64)
+    keys = members.placed(models, files)
+    larger, smaller = sorted(("one", "two"), key=lambda name: -read_weights(files.checkpoints[name]).num_bytes)
+    assert (keys[larger].device, keys[smaller].device, keys["here"].device) == ("cuda:0", "cuda:1", "cpu")
+    assert keys["again"] == keys["one"], "equal weights are loaded once"

@@ -151,13 +151,13 @@ class Backbone:
         except Exception as exc:
             name = type(self.model).__name__
             raise ModelLoadError(f"{folder}: {name} does not run in the transformers engine ({exc})") from exc
-        self.kv_bytes_per_token = neighbour.num_bytes // neighbour.capacity
         num_layers = self.model.config.get_text_config().num_hidden_layers
         if cache.num_layers != num_layers:
             raise ModelLoadError(
                 f"{folder}: {type(self.model).__name__} has {num_layers} layers, of which {cache.num_layers} use the "
                 "attention that rows can be batched with; this architecture is not supported here"
             )
+        self.kv_bytes_per_token = neighbour.num_bytes // neighbour.capacity
         difference = float((torch.cat(pieces) - plain).abs().max())
         if not difference <= TOLERANCE_NATS.get(self.model.dtype, LOW_PRECISION_TOLERANCE_NATS):
             raise ModelLoadError(

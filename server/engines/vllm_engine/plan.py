@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server import SPINS
 from ensemble_server.server.config.blocks import Config, HostedModel, VllmEngineConfig
 from ensemble_server.server.engines.vllm_engine.arguments import check_options, engine_arguments, memory_shares
 from ensemble_server.server.engines.vllm_engine.directories import ModelFolder, model_folder
@@ -63,6 +64,8 @@ def import_vllm() -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to its makers
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # threads run here already, and must not be forked
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # nothing of the user's folder is imported in place of a package
+    if os.environ.get("GOMP_SPINCOUNT") == SPINS:
+        os.environ["GOMP_SPINCOUNT"] = "300000"  # as if it were not set: threads of vLLM have cores of their own
     try:
         import vllm  # noqa: F401
     except ImportError as exc:

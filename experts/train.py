@@ -81,6 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--alpha", type=int, default=16, help="the adapter is scaled by alpha / rank")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak, after the warm-up")
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--max-steps", type=int, default=None, help="end earlier; the decay ends there, too")
     parser.add_argument("--batch-size", type=int, default=4, help="sequences per step")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens")
     parser.add_argument("--threads", type=int, default=2)
@@ -109,6 +110,7 @@ def train(model, sequences: torch.Tensor, settings: argparse.Namespace) -> int:
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0)
     num_steps = settings.epochs * math.ceil(len(sequences) / settings.batch_size)
+    num_steps = min(num_steps, settings.max_steps or num_steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, num_steps))
     model.train()
     order = batches_of(len(sequences), settings.batch_size, seed=settings.seed)

@@ -14,9 +14,10 @@ from ensemble_server.ensembles.method import MethodConfig
 from ensemble_server.server.config.blocks import Config, EngineConfig, HostedModel, ModelEntry, RemoteModel
 from ensemble_server.server.config.credentials import without_credentials
 from ensemble_server.server.rehearsal import Rehearsal
+from ensemble_server.server.weights.delta_folder import bytes_in_memory, read_card
 from ensemble_server.server.weights.footprint import DTYPE_BYTES, Weights, read_shape, read_weights
 
-_SHOWN_ELSEWHERE = frozenset({"method", "members", "listed", "url", "path", "base", "adapter"})
+_SHOWN_ELSEWHERE = frozenset({"method", "members", "listed", "url", "path", "base", "adapter", "delta"})
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Item:
     """`made_of`: a path, an address, members. `settings`: the other keys that the config sets."""
 
     name: str
-    kind: str  # hosted, adapter, view, remote, or the ensemble's method
+    kind: str  # hosted, adapter, delta, view, remote, or the ensemble's method
     is_listed: bool
     made_of: str
     settings: dict[str, Any]
@@ -110,12 +111,16 @@ def _size(name: str, model: HostedModel, config: Config, rehearsal: Rehearsal) -
     own = base
     if model.base is not None:
         own = read_weights(Path(model.adapter)) if model.adapter is not None else Weights(0, 0)
-        storage += (model.adapter or "",)
+        if model.delta is not None:
+            card = read_card(Path(model.delta))
+            own = Weights(card.facts["num_weights"], bytes_in_memory(card))
+        storage += (model.adapter or model.delta or "",)
     context = rehearsal.files.views[name].max_model_len
     # Weights may be quantised; caches have 16 bits at least.
     bytes_per_number = DTYPE_BYTES.get(root.dtype) or max(2, round(base.num_bytes / base.num_parameters))
     kv_bytes = shape.kv_bytes(context, bytes_per_number)
-    return Size(storage, own.num_parameters, own.bytes_as(root.dtype), kv_bytes, context)
+    num_bytes = own.num_bytes if model.delta is not None else own.bytes_as(root.dtype)
+    return Size(storage, own.num_parameters, num_bytes, kv_bytes, context)
 
 
 def _described(model: ModelEntry) -> tuple[str, str]:
@@ -126,6 +131,8 @@ def _described(model: ModelEntry) -> tuple[str, str]:
         return model.method, _members(model)
     if model.path is not None:
         return "hosted", model.path
+    if model.delta is not None:
+        return "delta", f"{model.base} + {Path(model.delta).name}"
     if model.adapter is None:
         return "view", str(model.base)
     return "adapter", f"{model.base} + {Path(model.adapter).name}"

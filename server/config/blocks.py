@@ -47,8 +47,8 @@ class ThinkingMarkers(Block):
 class HostedModel(Block):
     """A member that this server runs: weights of its own (`path`), or those of another entry (`base`) seen differently.
 
-    An entry with `base` adds a LoRA adapter, a system prompt, a chat template, or several of them, to weights that are
-    loaded once.
+    An entry with `base` adds a LoRA adapter or a delta, a system prompt, a chat template, or several of them, to
+    weights that are loaded once.
     """
 
     path: CheckpointPath | None = Field(
@@ -59,6 +59,9 @@ class HostedModel(Block):
     )
     base: str | None = Field(default=None, description="name of a model with `path` whose weights this one shares")
     adapter: LocalPath | None = Field(default=None, description="folder of a LoRA adapter (PEFT) for `base`")
+    delta: LocalPath | None = Field(
+        default=None, description="folder of a full fine-tune of `base`, as `ensemble compress` writes it"
+    )
     dtype: Dtype = Field(
         default="auto", description="of the weights while they run (auto: as stored); with `path` only"
     )
@@ -92,8 +95,13 @@ class HostedModel(Block):
     def _is_one_of_path_and_base(self) -> HostedModel:
         if (self.path is None) == (self.base is None):
             raise ValueError("needs exactly one of `path` (its own weights) and `base` (those of another model)")
-        if self.path is not None and self.adapter is not None:
-            raise ValueError("`adapter` goes with `base`: give the weights an entry of their own and name it as `base`")
+        for key in ("adapter", "delta"):
+            if self.path is not None and getattr(self, key) is not None:
+                raise ValueError(
+                    f"`{key}` goes with `base`: give the weights an entry of their own and name it as `base`"
+                )
+        if self.adapter is not None and self.delta is not None:
+            raise ValueError("has an `adapter` and a `delta`; a member is one of them: give each an entry of its own")
         if self.base is not None and (own := {"dtype", "device", "revision"} & self.model_fields_set):
             raise ValueError(f"`{min(own)}` belongs to the entry with the weights, {self.base!r}")
         return self

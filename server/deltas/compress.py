@@ -55,6 +55,7 @@ class Compressed:
             "budget": str(self.plan.budget),
             "bytes": {"matrices": self.matrices_bytes, "kept": self.kept_bytes, "total": self.num_bytes},
             "bits_per_weight": 8 * self.matrices_bytes / self.num_weights,
+            "num_weights": self.num_weights,
             "num_matrices": len(self.matrices),
             "spread": self.spread,
             "loss": None if self.loss is None else asdict(self.loss),
@@ -84,8 +85,8 @@ def parse_budget(text: str) -> Fraction:
 
 def check_method(method: str, *, is_calibrated: bool) -> DeltaMethod:
     """Raises `ConfigError`."""
-    known = next((known for known in METHODS if known == method), None)
-    if known is None:
+    known_methods: dict[str, DeltaMethod] = {known: known for known in METHODS}
+    if (known := known_methods.get(method)) is None:
         raise ConfigError(f"there is no method {method!r} to compress by; known are {', '.join(METHODS)}")
     if known == "dare" and is_calibrated:
         raise ConfigError("dare drops weights at random: there is nothing to calibrate; leave out --calibrate")

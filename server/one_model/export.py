@@ -19,6 +19,7 @@ from ensemble_server.ensembles.errors import ConfigError, ModelLoadError
 from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
 from ensemble_server.server.config.averages import average_of
 from ensemble_server.server.config.blocks import Config, HostedModel
+from ensemble_server.server.weights.adapters import adapter_of
 from ensemble_server.server.weights.checkpoints import resolve_checkpoint
 
 REMOTE_CODE = "ensemble_directory.py"
@@ -55,7 +56,7 @@ def export(config: Config, name: str, folder: Path, *, copy: bool = False) -> No
     members = [
         {
             "name": member,
-            **_reference(config, entry, checkpoints[member], folder, copy=copy),
+            **_reference(config, member, entry, checkpoints[member], folder, copy=copy),
             "weight": ensemble.members[member],
         }
         for member, entry in entries.items()
@@ -95,10 +96,12 @@ def _view(config: Config, entry: HostedModel) -> str | None:
     return entry.chat_template or _weights_of(config, entry).chat_template
 
 
-def _reference(config: Config, entry: HostedModel, checkpoint: Path, folder: Path, *, copy: bool) -> dict[str, Any]:
+def _reference(
+    config: Config, name: str, entry: HostedModel, checkpoint: Path, folder: Path, *, copy: bool
+) -> dict[str, Any]:
     """Where the member's weights are, and their dtype, as `configuration.py` says."""
     path = _path_of(config, entry)
-    adapter = None if entry.adapter is None else Path(entry.adapter)
+    adapter = adapter_of(name, entry)
     if copy:
         path = _copied(checkpoint, folder / "weights")
         adapter = adapter and Path(_copied(adapter, folder / "adapters"))

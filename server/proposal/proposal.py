@@ -67,7 +67,7 @@ def propose(entries: Entries, *, source: Path, machine: Machine) -> Proposal:
             continue
     fitted = fit(loads, machine.free_bytes, prefers_float32=machine.prefers_float32)
     members = _members(entries, rehearsal, fitted)
-    notes = _family_notes(views)
+    notes = _family_notes(views) + _likeness_notes(files.checkpoints)
     ensembles = []
     for entry in _suitable(entries, views):
         models = {known.name: known.keys for known in (*members, *ensembles, entry)}
@@ -91,7 +91,8 @@ def _members(entries: Entries, rehearsal: Rehearsal, fitted: Fit) -> list[Entry]
         dtype = {} if fitted.dtype in (None, "auto") else {"dtype": fitted.dtype}
         found.append(Entry(name, {**keys, **dtype}, _described(rehearsal, name)))
     for name, keys in entries.adapters.items():
-        found.append(Entry(name, keys, f"a LoRA adapter, on the weights of {keys['base']}, which are loaded once"))
+        what = "delta" if "delta" in keys else "LoRA adapter"
+        found.append(Entry(name, keys, f"a {what}, on the weights of {keys['base']}, which are loaded once"))
     for name, keys in entries.remotes.items():
         found.append(Entry(name, keys, "answers over HTTP; its probabilities cannot be averaged"))
     return found
@@ -137,6 +138,24 @@ def _family_notes(views: Mapping[str, MemberView]) -> list[str]:
     if len(groups) > 1:
         notes.append(f"different vocabularies: {' | '.join(', '.join(group) for group in groups)}")
     return notes
+
+
+def _likeness_notes(checkpoints: Mapping[str, Path]) -> list[str]:
+    """Which models may be full fine-tunes of one base: those of one architecture, shape and size."""
+    alike: dict[tuple[object, ...], list[str]] = {}
+    for name, folder in checkpoints.items():
+        try:
+            weights, shape, config = read_weights(folder), read_shape(folder), read_config(folder)
+        except ModelLoadError:
+            continue
+        if "quantization_config" not in config:
+            alike.setdefault((config.get("model_type"), weights.num_parameters, shape), []).append(name)
+    return [
+        f"{', '.join(names)}: one architecture and size; if they are fine-tunes of one base, `ensemble compress` makes "
+        "small deltas of them that share its weights (docs/deltas.md)"
+        for names in alike.values()
+        if len(names) > 1
+    ]
 
 
 def families(views: Mapping[str, MemberView]) -> list[list[str]]:

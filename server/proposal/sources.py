@@ -1,4 +1,4 @@
-"""What an argument is: a model folder, a GGUF file, an adapter, a hub id, or the address of a server with models.
+"""What an argument is: a model folder, a GGUF file, an adapter or delta, a hub id, or a server's address.
 
 Each becomes one or more entries of `models:`, under a name made from its own.
 """
@@ -17,6 +17,7 @@ import httpx
 
 from ensemble_server.ensembles.errors import ConfigError, ModelLoadError
 from ensemble_server.server.config.credentials import without_credentials
+from ensemble_server.server.weights.delta_folder import CARD, read_card
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _GENERIC = re.compile(r"(model|models|final|best|output|adapter|lora|merged|checkpoint(-\d+)?|hf|v\d+)", re.IGNORECASE)
@@ -25,7 +26,7 @@ _NO_CHAT = re.compile(r"embed|rerank|whisper|tts|moderation", re.IGNORECASE)  # 
 
 @dataclass(frozen=True)
 class Entries:
-    """`hosted`, `adapters` and `remotes`: name -> the entry's keys, in the order in which they were given."""
+    """`hosted`, `adapters` (and deltas) and `remotes`: name -> the entry's keys, in the order in which they came."""
 
     hosted: Mapping[str, dict[str, Any]]
     adapters: Mapping[str, dict[str, Any]]
@@ -70,7 +71,8 @@ def entries_of(arguments: Iterable[str], *, folder: Path, api_key_env: str | Non
             owner = new_name(_own_name(Path(base)))
             local = _existing(base, path.parent, folder)
             hosted[owner] = {"path": base if local is None else _written(local, folder)}
-        placed[name] = {"base": owner, "adapter": _written(path, folder)}
+        key = "delta" if (path / CARD).is_file() else "adapter"
+        placed[name] = {"base": owner, key: _written(path, folder)}
     return Entries(hosted, placed, remotes)
 
 
@@ -148,7 +150,9 @@ def _existing(text: str, *folders: Path) -> Path | None:
 
 
 def _is_adapter(path: Path) -> bool:
-    return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
+    """Whether it stands on a base: an adapter, or a delta."""
+    is_one = (path / "adapter_config.json").is_file() or (path / CARD).is_file()
+    return is_one and not (path / "config.json").is_file()
 
 
 def _is_model(path: Path) -> bool:
@@ -164,6 +168,8 @@ def _is_causal(folder: Path) -> bool:
 
 
 def _base_of(adapter: Path) -> str:
+    if (adapter / CARD).is_file():
+        return str(read_card(adapter).facts["base"])
     file = adapter / "adapter_config.json"
     try:
         base = json.loads(file.read_bytes()).get("base_model_name_or_path")

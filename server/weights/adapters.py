@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.config.blocks import HostedModel
+from ensemble_server.server.weights.delta_folder import CARD, read_card
 
 # What a LoRA config can ask for beyond y = W x + B A x: other formulas, weights besides A and B, changed base layers.
 _BEYOND_PLAIN_LORA = (
@@ -51,6 +53,10 @@ def check_adapter(name: str, folder: Path) -> None:
     """Raises `ModelLoadError` for what can be told without its weights: no adapter there, or one that is refused."""
     from peft import PeftConfig
 
+    if (folder / CARD).is_file() and not read_card(folder).is_adapter:
+        raise ModelLoadError(
+            f"adapter {name!r} at {folder} is a delta that is more than an adapter; write `delta` in place of `adapter`"
+        )
     weights = ("adapter_model.safetensors", "adapter_model.bin")
     if not (folder / "adapter_config.json").is_file() or not any((folder / file).is_file() for file in weights):
         raise ModelLoadError(
@@ -64,3 +70,20 @@ def check_adapter(name: str, folder: Path) -> None:
             f"adapter {name!r} at {folder} cannot be loaded ({type(exc).__name__}: {exc}); save it again"
         ) from exc
     refuse_beyond_plain_lora(name, config)
+
+
+def adapter_of(name: str, entry: HostedModel) -> Path | None:
+    """The PEFT folder of member `name`, for what runs LoRA adapters only: its adapter, or a delta that is one.
+
+    Raises `ModelLoadError` for any other delta.
+    """
+    if entry.delta is None:
+        return None if entry.adapter is None else Path(entry.adapter)
+    card = read_card(Path(entry.delta))
+    if not card.is_adapter:
+        what = f"of method {card.method}" if card.method != "svd" else f"with {len(card.kept)} weights that it keeps"
+        raise ModelLoadError(
+            f"model {name!r}: a delta {what} runs in the transformers engine only; vLLM and exported ensembles take "
+            "those that are LoRA adapters (ensemble compress --method svd --vectors base --embeddings base)"
+        )
+    return Path(entry.delta)

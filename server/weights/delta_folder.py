@@ -62,5 +62,12 @@ def read_card(folder: Path) -> DeltaCard:
     return DeltaCard(method, kept, facts)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    return [folder / name for name in (ADAPTER[1], PACKED, KEPT) if (folder / name).is_file()]
+# In the engine, what a byte on disk becomes where weights run as float32: low rank is unpacked; codes of 2 and 3 bits,
+# and signs, take 4; a sparse value has a column of 4 bytes beside it.
+_IN_MEMORY = {"svd": 2.0, "delta-come": 1.8, "bitdelta": 4.0, "dare": 2.7}
+
+
+def bytes_in_memory(card: DeltaCard) -> int:
+    """About what a member with this delta takes beside its base, from the card alone."""
+    sizes = card.facts["bytes"]
+    return round(_IN_MEMORY[card.method] * sizes["matrices"] + 2 * sizes["kept"])

@@ -16,6 +16,7 @@ from ensemble_server.server.config.blocks import HostedModel
 from ensemble_server.server.weights.adapters import check_adapter
 from ensemble_server.server.weights.checkpoint_facts import id_set, max_positions
 from ensemble_server.server.weights.checkpoints import resolve_checkpoint
+from ensemble_server.server.weights.delta_folder import read_card
 from ensemble_server.server.weights.quantisation import quantisation_of
 from ensemble_server.server.weights.tokenizer import load_tokenizer
 from ensemble_server.server.weights.view import Surface, member_surface
@@ -115,13 +116,20 @@ class _Checkpoint:
 
 def _view(name: str, models: Mapping[str, HostedModel], checkpoint: _Checkpoint, max_context: int) -> MemberView:
     tokenizer = checkpoint.surface.tokenizer
-    adapter = models[name].adapter
+    adapter, delta = models[name].adapter, models[name].delta
     if adapter is not None:
         check_adapter(name, Path(adapter))
         if checkpoint.is_quantised:
             raise ModelLoadError(
                 f"adapter {name!r} stands on quantised weights, which cannot be shared by rows with and without it; "
                 "merge it into unquantised weights, or take those as its base"
+            )
+    if delta is not None:
+        read_card(Path(delta))
+        if checkpoint.is_quantised:
+            raise ModelLoadError(
+                f"delta {name!r} stands on quantised weights, which it was not made for; take those that they were "
+                "made from as its base"
             )
     eos_id: Any = tokenizer.eos_token_id
     return MemberView(

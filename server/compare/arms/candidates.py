@@ -181,4 +181,6 @@ def _described(candidate: Candidate, entry: ModelEntry) -> str:
         return f"merge: {Path(str(candidate.variant.merge)).name}"
     if isinstance(entry, HostedModel) and entry.adapter is not None:
         return f"LoRA adapter of {entry.base}"
+    if isinstance(entry, HostedModel) and entry.delta is not None:
+        return f"delta on {entry.base}"
     return ""

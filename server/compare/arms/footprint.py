@@ -12,6 +12,7 @@ from ensemble_server.server.compare.arms.candidates import ArmModel
 from ensemble_server.server.compare.arms.identity import weights_folder
 from ensemble_server.server.config.blocks import Config, HostedModel
 from ensemble_server.server.config.excerpt import closure
+from ensemble_server.server.weights.delta_folder import bytes_in_memory, read_card
 from ensemble_server.server.weights.footprint import read_shape, read_weights
 
 USABLE_MEMORY = 0.8  # of what is free: activations and the rest of the process take some
@@ -47,6 +48,8 @@ def footprint(config: Config, name: str) -> Footprint:
         weights[f"{folder} {root.dtype}"] = stored.bytes_as(root.dtype)
         if entry.adapter is not None:
             weights[entry.adapter] = sum(file.stat().st_size for file in Path(entry.adapter).glob("*.safetensors"))
+        if entry.delta is not None:
+            weights[entry.delta] = bytes_in_memory(read_card(Path(entry.delta)))
         if part in in_use:
             bytes_per_number = max(1, round(stored.bytes_as(root.dtype) / stored.num_parameters))
             kv_bytes += read_shape(folder).kv_bytes(1, bytes_per_number)

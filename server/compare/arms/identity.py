@@ -10,6 +10,7 @@ from ensemble_server.ensembles.method import MethodConfig
 from ensemble_server.server.compare.kept.content_cache import digest, folder_digest
 from ensemble_server.server.config.blocks import Config, HostedModel
 from ensemble_server.server.weights.checkpoints import checkpoint_of
+from ensemble_server.server.weights.delta_folder import read_card
 
 
 def identity(config: Config, name: str) -> str:
@@ -18,7 +19,7 @@ def identity(config: Config, name: str) -> str:
     Names of files do not count, their content does. Raises `ModelLoadError` if a file is not there.
     """
     entry = config.models[name]
-    settings = entry.model_dump(mode="json", exclude={"listed", "path", "base", "adapter"})
+    settings = entry.model_dump(mode="json", exclude={"listed", "path", "base", "adapter", "delta"})
     parts: dict[str, Any] = {}
     if isinstance(entry, MethodConfig):
         parts = {part: identity(config, part) for part in sorted(entry.references())}
@@ -29,6 +30,9 @@ def identity(config: Config, name: str) -> str:
             parts["root"] = root.model_dump(mode="json", exclude={"listed", "path"})
         if entry.adapter is not None:
             parts["adapter"] = _adapter_digest(name, Path(entry.adapter))
+        if entry.delta is not None:
+            read_card(Path(entry.delta))
+            parts["delta"] = folder_digest(Path(entry.delta))
     return digest({"settings": settings, "parts": parts})
 
 

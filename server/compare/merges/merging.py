@@ -187,6 +187,8 @@ def _resolved(reference: Reference, recipe: Recipe, config: Config | None) -> tu
             folder = config.source.absolute().parent
             base = resolve_checkpoint(root.path, relative_to=folder, revision=root.revision)
             adapter = None if hosted.adapter is None else Path(hosted.adapter)
+            if hosted.delta is not None:
+                raise ModelLoadError("a delta cannot be merged; name the fine-tune that it was made from")
     except ModelLoadError as exc:
         raise ModelLoadError(f"{recipe.source}: model {reference.written!r}: {exc}") from exc
     if lora is not None and adapter is not None:

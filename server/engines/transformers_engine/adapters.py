@@ -26,9 +26,16 @@ if TYPE_CHECKING:
 
 
 class AdapterRows:
-    """Which adapter each token of the running forward belongs to. Shared by all `StackedLora` layers of a backbone."""
+    """Which adapter or delta each token of the running forward belongs to. Shared by all layers of a backbone that are
+    wrapped for them.
+
+    `owners`: (T,) int64, 0 for the bare base, else one more than the place among `names`.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self.owners = torch.zeros(0, dtype=torch.long)
+        self._places: dict[str, torch.Tensor] = {}
         self._index = {name: index for index, name in enumerate(names)}
         self._one_hot = torch.zeros(0)
         self._expanded: dict[tuple[int, ...], torch.Tensor] = {}
@@ -42,6 +49,15 @@ class AdapterRows:
             self._one_hot[list(rows), list(columns)] = 1
         self._one_hot = self._one_hot.to(device)
         self._expanded = {}
+        self.owners = torch.tensor([0 if name is None else self._index[name] + 1 for name in adapters], device=device)
+        places: dict[str, list[int]] = {}
+        for row, name in tagged:
+            places.setdefault(self.names[name], []).append(row)
+        self._places = {name: torch.tensor(at, device=device) for name, at in places.items()}
+
+    def places(self, name: str) -> torch.Tensor | None:
+        """The tokens, rising, that belong to it; None if none does."""
+        return self._places.get(name)
 
     def mask(self, ranks: tuple[int, ...]) -> torch.Tensor:
         """(T, sum(ranks)): one where a column belongs to the token's own adapter. Layers of equal ranks share it."""
@@ -73,11 +89,12 @@ class StackedLora(nn.Module):
         return y
 
 
-def stack_adapters(model: PreTrainedModel, adapters: Mapping[str, Path]) -> AdapterRows:
+def stack_adapters(model: PreTrainedModel, adapters: Mapping[str, Path], others: Sequence[str] = ()) -> AdapterRows:
     """Replace, in place, every linear layer of `model` that an adapter touches by a `StackedLora`.
 
-    adapters: name -> PEFT folder. Raises `ModelLoadError` naming the adapter for anything but finite, plain LoRA on
-    linear layers of the blocks, and for files that do not hold exactly the layers that their config promises.
+    adapters: name -> PEFT folder; others: names that also own rows, of nothing here. Raises `ModelLoadError` naming the
+    adapter for anything but finite, plain LoRA on linear layers of the blocks, and for files that do not hold exactly
+    the layers that their config promises.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -85,7 +102,7 @@ def stack_adapters(model: PreTrainedModel, adapters: Mapping[str, Path]) -> Adap
     slots = {name: f"adapter_{index}" for index, name in enumerate(adapters)}  # PEFT's names cannot have dots
     for name, folder in adapters.items():
         wrapped = _load(name, folder, model if wrapped is None else wrapped, slots[name])
-    rows = AdapterRows(list(adapters))
+    rows = AdapterRows([*adapters, *others])
     head = model.get_output_embeddings()
     for path, layer in [(path, layer) for path, layer in model.named_modules() if isinstance(layer, LoraLayer)]:
         if layer is head or layer.lora_embedding_A:
@@ -149,4 +166,5 @@ def _stacked(path: str, layer: Any, slots: Mapping[str, str], rows: AdapterRows)
             raise ModelLoadError(
                 f"adapter {name!r}: weights of {path} are not finite; the file is damaged or training diverged"
             )
+    ranks += [0] * (len(rows.names) - len(ranks))
     return StackedLora(layer.get_base_layer(), a, b, tuple(ranks), rows)

@@ -1,6 +1,6 @@
 """One set of weights, loaded once: a transformers causal LM that forwards many rows at a time.
 
-Several members can stand on one backbone: the bare base, its LoRA adapters, and further views of either.
+Several members can stand on one backbone: the bare base, its LoRA adapters and deltas, and further views of these.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.server.engines.transformers_engine.adapters import AdapterRows, stack_adapters
 from ensemble_server.server.engines.transformers_engine.attention import IMPLEMENTATION, Rows, Span
+from ensemble_server.server.engines.transformers_engine.deltas import stack_deltas
 from ensemble_server.server.engines.transformers_engine.half_weights import (
     WeightsRule,
     halve_embeddings,
@@ -48,6 +49,7 @@ class Backbone:
         embeddings: Any = model.get_input_embeddings()  # "a module", say its types
         self.vocab_size: int = min(vocab_size, embeddings.weight.shape[0])
         self._adapters = adapters
+        self._at_head: AdapterRows | None = None  # of the tokens that logits are wanted of; with deltas
         self._weights: WeightsRule = weights
         self.kv_bytes_per_token = 0  # of one row, all layers; known once it has been tried
 
@@ -59,17 +61,23 @@ class Backbone:
         dtype: str,
         device: str,
         adapters: Mapping[str, Path],
+        deltas: Mapping[str, Path] | None = None,
         vocab_size: int,
         weights: WeightsRule = "exact",
     ) -> Backbone:
-        """Load a model folder and its adapters (name -> PEFT folder), and check that this engine computes it rightly.
+        """Load a model folder, its adapters (name -> PEFT folder) and deltas (name -> folder of `ensemble compress`),
+        and check that this engine computes it rightly.
 
         Raises `ModelLoadError` naming the rule that is broken; the caller knows the member's name.
         """
         torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
         model = load_causal_lm(folder, dtype=torch_dtype, device=device).eval()
-        rows = stack_adapters(model, adapters) if adapters else None
+        deltas = deltas or {}
+        rows = stack_adapters(model, adapters, list(deltas)) if adapters or deltas else None
         backbone = cls(model.requires_grad_(False), rows, vocab_size, weights)
+        if rows is not None and deltas:
+            backbone._at_head = AdapterRows(rows.names)
+            stack_deltas(model, deltas, rows, backbone._at_head)
         backbone._prepare(folder)
         return backbone
 
@@ -107,9 +115,7 @@ class Backbone:
         for span in spans:
             begin += len(span.token_ids)
             keep.extend(range(begin - span.num_keep, begin))
-        if self._adapters is not None:
-            owners = [span.adapter for span in spans for _ in span.token_ids]
-            self._adapters.assign(owners, self.model.dtype, self.device)
+        self._assign([span.adapter for span in spans for _ in span.token_ids], keep)
         logits = self.model(
             input_ids=ids,
             position_ids=positions,
@@ -129,8 +135,7 @@ class Backbone:
         That refuses, at load, architectures whose attention or cache works in ways that rows cannot carry.
         """
         text = torch.arange(1, CHECK_TOKENS + 1) * 7919 % self.vocab_size
-        if self._adapters is not None:
-            self._adapters.assign([None] * CHECK_TOKENS, self.model.dtype, self.device)
+        self._assign([None] * CHECK_TOKENS, range(CHECK_TOKENS))
         try:
             plain = self._plain(text)
             if self._weights == "half" and is_supported() and (rounding := round_to_half(self.model)) is not None:
@@ -166,6 +171,13 @@ class Backbone:
                 if difference == difference
                 else f"{folder}: the model's outputs are not finite; its weights are damaged or need another dtype"
             )
+
+    def _assign(self, owners: Sequence[str | None], keep: Sequence[int]) -> None:
+        """owners: an adapter or delta for each token of the next forward; keep: those that logits are wanted of."""
+        if self._adapters is not None:
+            self._adapters.assign(owners, self.model.dtype, self.device)
+        if self._at_head is not None:
+            self._at_head.assign([owners[place] for place in keep], self.model.dtype, self.device)
 
     def _plain(self, token_ids: torch.Tensor) -> torch.Tensor:
         """The model's own forward on one text. -> (T, vocab_size) log-probabilities"""

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """Weights and a view of the conversation. `adapter`: its name on the backbone, if there is one."""
+    """Weights and a view of the conversation. `adapter`: its name on the backbone, if it has an adapter or a delta."""
 
     name: str
     backbone: Backbone
@@ -77,12 +77,18 @@ def load_members(
             for entry, model in models.items()
             if model.adapter is not None and model.base is not None and keys[model.base] == key
         }
+        deltas = {
+            entry: Path(model.delta)
+            for entry, model in models.items()
+            if model.delta is not None and model.base is not None and keys[model.base] == key
+        }
         try:
             backbones[key] = Backbone.load(
                 key.folder,
                 dtype=key.dtype,
                 device=key.device,
                 adapters=adapters,
+                deltas=deltas,
                 vocab_size=files.views[name].vocab_size,
                 weights=weights,
             )
@@ -127,7 +133,7 @@ def _member(view: MemberView, model: HostedModel, backbone: Backbone) -> Member:
     return Member(
         name=view.name,
         backbone=backbone,
-        adapter=view.name if model.adapter is not None else None,
+        adapter=None if model.adapter is None and model.delta is None else view.name,
         surface=view.surface,
         eos_ids=view.eos_ids,
         max_model_len=view.max_model_len,

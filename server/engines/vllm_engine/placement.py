@@ -20,6 +20,7 @@ from ensemble_server.ensembles.method import MethodConfig
 from ensemble_server.ensembles.probability_averaging import AUTO, ProbabilityAverage, mixture_of
 from ensemble_server.server.config.blocks import HostedModel, ModelEntry
 from ensemble_server.server.config.values import Dtype
+from ensemble_server.server.weights.adapters import adapter_of
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,9 @@ class Groups:
 def _mere_bases(hosted: Mapping[str, HostedModel], models: Mapping[str, ModelEntry]) -> set[str]:
     """Models that only lend their weights to adapters."""
     named = {name for entry in models.values() if isinstance(entry, MethodConfig) for name in entry.references()}
-    bases = {entry.base for entry in hosted.values() if entry.adapter is not None and entry.base is not None}
+    bases = {
+        entry.base for name, entry in hosted.items() if adapter_of(name, entry) is not None and entry.base is not None
+    }
     return {name for name in bases - named if not hosted[name].listed}
 
 
@@ -109,7 +112,7 @@ def _weights(
     entry: HostedModel, name: str, hosted: Mapping[str, HostedModel], checkpoints: Mapping[str, Path]
 ) -> Weights:
     root = entry.base or name
-    adapter = None if entry.adapter is None else Path(entry.adapter)
+    adapter = adapter_of(name, entry)
     return Weights(checkpoints[root], hosted[root].dtype, adapter)
 
 

@@ -256,6 +256,8 @@ def test_an_unknown_key_comes_with_the_nearest_and_all_known(tmp_path: Path) -> 
         ("{method: [a]}", "`method` must be the name of a method, got list"),
         ("{path: org/name, base: ok}", "needs exactly one of `path`"),
         ("{path: org/name, adapter: a}", "`adapter` goes with `base`"),
+        ("{path: org/name, delta: a}", "`delta` goes with `base`"),
+        ("{base: x, adapter: a, delta: b}", "has an `adapter` and a `delta`"),
         ("{path: ''}", "models.x.path: must have at least 1 character"),
         ("{path: org/name, device: gpu}", "models.x.device: must be auto, cpu, cuda"),
         ("{base: ok, dtype: float32}", "`dtype` belongs to the entry with the weights, 'ok'"),

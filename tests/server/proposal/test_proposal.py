@@ -98,3 +98,13 @@ def test_what_cannot_be_loaded_is_named(shelf: Path, tmp_path: Path) -> None:
     (broken / "tokenizer.json").write_text("{")
     with pytest.raises(ModelLoadError, match=r"model 'broken': .*no tokenizer that loads"):
         proposed(shelf, str(broken), "base")
+
+
+def test_models_that_may_be_fine_tunes_of_one_base_are_told_of_deltas(tmp_path: Path) -> None:
+    for seed, name in enumerate(("base", "math", "law")):
+        make_model(tmp_path / name, seed=seed)
+    make_model(tmp_path / "deep", num_hidden_layers=3)
+    entries = entries_of(["./base", "./math", "./law", "./deep"], folder=tmp_path)
+    proposal = propose(entries, source=tmp_path / "ensemble.yaml", machine=MACHINE)
+    assert any(note.startswith("base, math, law: one architecture") for note in proposal.notes)
+    assert any("`ensemble compress`" in note for note in proposal.notes)

@@ -68,6 +68,19 @@ def test_an_adapter_finds_its_base_among_what_was_given(tmp_path: Path) -> None:
         assert entries.hosted == {"base": {"path": "./base"}}
 
 
+def test_a_delta_finds_its_base_as_an_adapter_does(tmp_path: Path) -> None:
+    model(tmp_path / "base")
+    for method, files in (("bitdelta", ["delta.safetensors"]), ("svd", ["adapter_model.safetensors"])):
+        folder = adapter(tmp_path / method, "./base") if method == "svd" else tmp_path / method
+        folder.mkdir(exist_ok=True)
+        card = {"format": 1, "method": method, "kept": [], "base": str(tmp_path / "base")}
+        (folder / "delta.json").write_text(json.dumps(card))
+        for file in files:
+            (folder / file).write_bytes(b"")
+        entries = entries_of(["./base", f"./{method}"], folder=tmp_path)
+        assert entries.adapters == {method: {"base": "base", "delta": f"./{method}"}}
+
+
 def test_an_adapter_of_a_hub_model_takes_the_folder_of_that_name_or_else_the_hub_id(tmp_path: Path) -> None:
     model(tmp_path / "SmolLM")
     adapter(tmp_path / "expert", "Some-Org/SmolLM")

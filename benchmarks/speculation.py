@@ -2,9 +2,10 @@
 
 Arms are engines over the same loaded members, so that only the drafts differ. All arms of a row run in every repeat, in
 a new order each time, and ratios are taken within a repeat, so that a busy machine slows both sides. They are given in
-time and in CPU seconds, which other work on the machine disturbs less. Prompts of three
-kinds: text to go on with (the prompt of `benchmarks.decode`), chats, and chats whose answer repeats what they were
-given. Answers are compared: they have to be the same, token for token, but for near-ties that rounding decides.
+time and in CPU seconds, which other work on the machine disturbs less. Members are the demo's base and experts, each
+merged into weights of its own; `one` is the first of them alone. Prompts are of three kinds: text to go on with (the
+prompt of `benchmarks.decode`), chats, and chats whose answer repeats what they were given. Answers are compared: they
+have to be the same, token for token, but for near-ties that rounding decides.
 
     python -m benchmarks.speculation [--repeats 5] [--tokens 64] [--members 1 3] [--streams 1 4] [--json FILE]
 """
@@ -28,14 +29,17 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.decode import BASE, PROMPT, separate_weights
-from ensemble_server.ensembles.base import Delta, GenerationRequest, Mixture, Sampling
+from benchmarks.decode import BASE, EXPERTS, PROMPT
+from ensemble_server.ensembles.base import Delta, GenerationRequest, Mixture, PoolName, Sampling
 from ensemble_server.server.config.blocks import HostedModel
 from ensemble_server.server.engines.engine import StepStats
-from ensemble_server.server.engines.transformers_engine.engine import TransformersEngine
+from ensemble_server.server.engines.transformers_engine.engine import Drafts, TransformersEngine
 from ensemble_server.server.engines.transformers_engine.members import Member, load_members
+from ensemble_server.server.weights.checkpoints import resolve_checkpoint
 from ensemble_server.server.weights.member_views import read_member_files
 from ensemble_server.server.weights.threads import in_own_thread
 
@@ -67,11 +71,31 @@ PROMPTS: dict[str, list[str | None]] = {
 }
 
 
+def separate_experts(root: Path, count: int) -> dict[str, HostedModel]:
+    """The demo's base and its first experts, each as a checkpoint of its own, stored as the base is."""
+    folder = resolve_checkpoint(BASE, relative_to=Path())
+    models = {"base": HostedModel(path=str(folder), dtype="float32")}
+    for name in EXPERT_NAMES[: count - 1]:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        merged = PeftModel.from_pretrained(model, str(EXPERTS / name)).merge_and_unload()
+        merged.save_pretrained(root / name)
+        for file in folder.iterdir():
+            if not (root / name / file.name).exists() and file.suffix != ".safetensors":
+                (root / name / file.name).symlink_to(file)
+        models[name] = HostedModel(path=str(root / name), dtype="float32")
+    return models
+
+
+ARMS = ["one", "off", "text", "member"]
+EXPERT_NAMES = ("code", "jargon", "shakespeare")
+
+
 @dataclass
 class Arm:
     """One engine, and what its steps say."""
 
     engine: TransformersEngine
+    mixture: Mixture
     drafted: Counter[str] = field(default_factory=Counter)
     accepted: Counter[str] = field(default_factory=Counter)
     num_steps: int = 0
@@ -83,11 +107,13 @@ class Arm:
 
 
 @contextmanager
-def arms_of(members: Mapping[str, Member], kinds: Sequence[str]) -> Iterator[dict[str, Arm]]:
+def arms_of(members: Mapping[str, Member], names: Sequence[str], pool: PoolName) -> Iterator[dict[str, Arm]]:
     arms: dict[str, Arm] = {}
-    for kind in kinds:
-        engine = TransformersEngine(members, drafts=kind, on_step=lambda stats, kind=kind: arms[kind].observe(stats))
-        arms[kind] = Arm(engine)
+    for name in names:
+        drafts: Drafts = "text" if name == "text" else "member" if name == "member" else "off"
+        engine = TransformersEngine(members, drafts=drafts, on_step=lambda stats, name=name: arms[name].observe(stats))
+        taking_part = list(members)[:1] if name == "one" else list(members)
+        arms[name] = Arm(engine, Mixture(dict.fromkeys(taking_part, 1.0), pool))
         engine.start()
     try:
         yield arms
@@ -108,14 +134,12 @@ def requests_of(kind: str, streams: int, sampling: Sampling, repeat: int) -> lis
     return requests
 
 
-def seconds_of(
-    arm: Arm, mixture: Mixture, requests: Sequence[GenerationRequest]
-) -> tuple[float, float, list[list[int]]]:
+def seconds_of(arm: Arm, requests: Sequence[GenerationRequest]) -> tuple[float, float, list[list[int]]]:
     """How long the answers took together, prompts included, in time and in CPU seconds, and their tokens."""
 
     async def one(request: GenerationRequest) -> list[int]:
         tokens: list[int] = []
-        async for event in arm.engine.generate(mixture, request, method="benchmark"):
+        async for event in arm.engine.generate(arm.mixture, request, method="benchmark"):
             if isinstance(event, Delta):
                 tokens += event.token_ids
         return tokens
@@ -129,7 +153,7 @@ def seconds_of(
 
 
 def measure(
-    arms: Mapping[str, Arm], mixture: Mixture, kind: str, streams: int, sampling: Sampling, repeats: int
+    arms: Mapping[str, Arm], kind: str, streams: int, sampling: Sampling, repeats: int
 ) -> dict[str, dict[str, float]]:
     """Per arm: tokens per second, its time against that without drafts, tokens per step of a stream, and what became of
     its drafts."""
@@ -146,7 +170,7 @@ def measure(
         requests = requests_of(kind, streams, sampling, repeat)
         answers = {}
         for name in order:
-            seconds, cpu_seconds, answers[name] = seconds_of(arms[name], mixture, requests)
+            seconds, cpu_seconds, answers[name] = seconds_of(arms[name], requests)
             num_tokens = sum(map(len, answers[name]))
             speeds[name].append(num_tokens / seconds)
             cpu[name].append(cpu_seconds / num_tokens)
@@ -179,7 +203,8 @@ def main() -> None:
     parser.add_argument("--members", type=int, nargs="*", default=[1, 3])
     parser.add_argument("--streams", type=int, nargs="*", default=[1, 4])
     parser.add_argument("--kinds", nargs="*", choices=list(PROMPTS), default=list(PROMPTS))
-    parser.add_argument("--arms", nargs="*", default=["off", "text"])
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=ARMS)
+    parser.add_argument("--pool", choices=["arithmetic", "geometric", "posterior"], default="arithmetic")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -192,16 +217,17 @@ def main() -> None:
     results = {}
     for count in options.members:
         with tempfile.TemporaryDirectory() as root:
-            models: dict[str, HostedModel] = separate_weights(Path(root), count)
+            models = separate_experts(Path(root), count)
             files = read_member_files(models, relative_to=Path(), max_context=1024)
             members = asyncio.run(in_own_thread(load_members, models, files))
-        mixture = Mixture(dict.fromkeys(models, 1.0))
-        with arms_of(members, options.arms) as arms:
+        with arms_of(
+            members, [arm for arm in options.arms if count > 1 or arm in ("off", "text")], options.pool
+        ) as arms:
             for arm in arms.values():
-                seconds_of(arm, mixture, requests_of("text", max(options.streams), Sampling(max_tokens=4), 0))
+                seconds_of(arm, requests_of("text", max(options.streams), Sampling(max_tokens=4), 0))
             for kind in options.kinds:
                 for streams in options.streams:
-                    rows = measure(arms, mixture, kind, streams, sampling, options.repeats)
+                    rows = measure(arms, kind, streams, sampling, options.repeats)
                     results[f"{count} members, {kind}, {streams} streams"] = rows
                     for name, row in rows.items():
                         print(

@@ -265,8 +265,9 @@ class EngineConfig(EngineBlock):
     )
     speculation: Speculation = Field(
         default="off",
-        description="what members read ahead of an answer: off, or text (what came after the same words before, in the "
-        "prompt or the answer); answers stay the same",
+        description="what members read ahead of an answer: off, text (what came after the same words before, in the "
+        "prompt or the answer), or member (that, or what the lightest member of an ensemble writes by itself); answers "
+        "stay the same",
     )
     weights: Literal["exact", "half", "full"] = Field(
         default="exact",

@@ -19,7 +19,7 @@ from ensemble_server.server.config.credentials import without_credentials
 from ensemble_server.server.config.problems import nearest
 
 ENGINE_KINDS = ("transformers", "vllm")
-SPECULATION = ("off", "text")
+SPECULATION = ("off", "text", "member")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -118,4 +118,4 @@ def _speculation(value: Any) -> Any:
 
 # YAML 1.1 reads a bare `off` as false.
 Reasoning = Annotated[Literal["auto", "off"], BeforeValidator(_off)]
-Speculation = Annotated[Literal["off", "text"], BeforeValidator(_speculation)]
+Speculation = Annotated[Literal["off", "text", "member"], BeforeValidator(_speculation)]

@@ -54,6 +54,9 @@ class GrammarMask:
         """Whether the text is complete and nothing may follow."""
         return self._matcher.is_stopped()
 
+    def copy(self) -> GrammarMask:
+        return GrammarMask(self._matcher.deep_copy(), self._kind, self._vocab_size)
+
     def allowed(self) -> torch.Tensor:
         """(vocab_size,) bool: the tokens that keep the text on a path to a match. Raises as `advance` does."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)

@@ -38,6 +38,7 @@ LOW_PRECISION_TOLERANCE_NATS = 0.5
 
 class Backbone:
     """`vocab_size`: how many ids count. The tokenizer's, since logits are often padded to a rounder width.
+    `num_parameters`: with all adapters, before any is packed.
 
     `weights`: which are kept as fp16, on a CPU, while they are computed with as float32.
     """
@@ -46,6 +47,7 @@ class Backbone:
         self, model: PreTrainedModel, adapters: AdapterRows | None, vocab_size: int, weights: WeightsRule
     ) -> None:
         self.model = model
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         embeddings: Any = model.get_input_embeddings()  # "a module", say its types
         self.vocab_size: int = min(vocab_size, embeddings.weight.shape[0])
         self._adapters = adapters

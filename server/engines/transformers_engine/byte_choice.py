@@ -30,7 +30,7 @@ from ensemble_server.ensembles.spelling.lattice import EPSILON, History
 from ensemble_server.server.engines.shared.choice_text import ChoiceText, joined
 from ensemble_server.server.engines.shared.grammar import GrammarMask, byte_row
 from ensemble_server.server.engines.transformers_engine.attention import Span
-from ensemble_server.server.engines.transformers_engine.choice import generator
+from ensemble_server.server.engines.transformers_engine.drawing import generator
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.speller import Speller

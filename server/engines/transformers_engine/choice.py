@@ -7,28 +7,50 @@ was drafted it has the next distribution already. So drafts change when tokens c
 
 from __future__ import annotations
 
-import secrets
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from ensemble_server.ensembles.base import Delta, FinishReason, GenerationRequest, Mixture, Sampling, TokenLogprob
-from ensemble_server.ensembles.pooling import following, sampling
+from ensemble_server.ensembles.pooling import following
 from ensemble_server.server.engines.shared.choice_text import ChoiceText, ends_of_text
 from ensemble_server.server.engines.shared.grammar import GrammarMask
 from ensemble_server.server.engines.shared.thoughts import thought_limit, thought_stream
 from ensemble_server.server.engines.transformers_engine.attention import Span
+from ensemble_server.server.engines.transformers_engine.drawing import Drawing, generator
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prompt import Prompt
 from ensemble_server.server.engines.transformers_engine.text_drafts import TextDrafts
 from ensemble_server.server.engines.transformers_engine.token_report import describe, explained
+from ensemble_server.server.engines.transformers_engine.trust import Trust
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What members read behind the last token of a choice.
+
+    If member `drafter` wrote it: `rows` (V,) are what it expected behind the last token, behind the first of the draft,
+    and so on, for as far as it has read, `num_read` tokens in all.
+    """
+
+    token_ids: Sequence[int] = ()
+    drafter: int | None = None
+    rows: Sequence[torch.Tensor] = ()
+    num_read: int = 0
+
+    @property
+    def unread(self) -> Sequence[int]:
+        """Of it, what the drafter has not read."""
+        return self.token_ids[max(0, len(self.rows) - 1) :]
+
+
+NOTHING = Draft()
 
 
 class LiveChoice:
-    """`text_drafts`: what is drafted from, if anything; of this choice alone."""
+    """`text_drafts`: what is drafted from, if anything; of this choice alone. `trust`: in what members write ahead."""
 
     def __init__(
         self,
@@ -51,12 +73,12 @@ class LiveChoice:
         self._state = prompt.state
         self.last_token: int | None = None
         self.text_drafts = text_drafts
+        self.trust = Trust()
         self._max_new_tokens = max_new_tokens
         self._prior = prompt.prior
         self._request = request
         self._sampling: Sampling = request.sampling
-        self._ends = sorted(ends_of_text(self._sampling, eos_ids) | set(self._sampling.stop_token_ids))
-        self._grammar = grammar
+        self.ends = ends_of_text(self._sampling, eos_ids) | set(self._sampling.stop_token_ids)
         self._surface = self.members[0].surface
         self._text = ChoiceText(
             index,
@@ -67,9 +89,9 @@ class LiveChoice:
             thoughts=thought_stream(request, self._surface, prompt.token_ids[0]),
             thought_limit=thought_limit(request, self._surface),
         )
-        self._prompt_ids = torch.tensor(prompt.token_ids[0], dtype=torch.long)
-        self._counts: Counter[int] = Counter()
-        self._generator = generator(self._sampling.seed, index)
+        self.drawing = Drawing(
+            self._sampling, prompt.token_ids[0], sorted(self.ends), grammar, generator(self._sampling.seed, index)
+        )
 
     @property
     def num_generated(self) -> int:
@@ -83,23 +105,46 @@ class LiveChoice:
     def finish_reason(self) -> FinishReason | None:
         return self._text.finish_reason
 
-    def next_spans(self, draft: Sequence[int] = ()) -> list[tuple[Member, Span]]:
-        """Its last token and what may come behind it, for every member to read."""
+    def next_spans(self, draft: Draft = NOTHING) -> list[tuple[Member, Span]]:
+        """Its last token and what may come behind it, for every member to read that has not done so."""
+        spans = []
+        for k, (member, cache) in enumerate(zip(self.members, self.caches, strict=True)):
+            last, drafted = (self.last_ids(member), draft.token_ids) if k != draft.drafter else ([], draft.unread)
+            if token_ids := [*last, *drafted]:
+                spans.append((member, Span(cache, token_ids, len(drafted) + bool(last), member.adapter)))
+        return spans
+
+    def last_ids(self, member: Member) -> list[int]:
+        """Its last token, as `member` reads it."""
         assert self.last_token is not None, "a choice begins with its first token"
-        last = (self.last_token,)
+        return member.surface.own_ids((self.last_token,))
+
+    def distributions(self, draft: Draft, read: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+        """Per member what it expects behind the last token, behind the first of the draft, ...: (V,) each.
+
+        read: what came of `next_spans(draft)`.
+        """
+        results = iter(read)
         return [
-            (member, Span(cache, (*member.surface.own_ids(last), *draft), 1 + len(draft), member.adapter))
-            for member, cache in zip(self.members, self.caches, strict=True)
+            [*draft.rows, *(next(results) if draft.unread else ())] if k == draft.drafter else [*next(results)]
+            for k in range(len(self.members))
         ]
 
-    def draft(self, max_tokens: int) -> list[int]:
-        """What the text leads one to expect behind the last token: tokens that all members have, and no more than can
-        come, less the one that is drawn behind them in any case."""
+    @property
+    def max_draft(self) -> int:
+        """How many tokens can come, less the one that is drawn behind a draft in any case."""
+        return self._max_new_tokens - self.num_generated - 1
+
+    def can_draft(self, token_id: int) -> bool:
+        """Whether all members have that token."""
+        return all(member.has(token_id) for member in self.members)
+
+    def from_text(self, max_tokens: int) -> list[int]:
+        """What the text leads one to expect behind the last token."""
         if self.text_drafts is None:
             return []
-        draft = self.text_drafts.draft(min(max_tokens, self._max_new_tokens - self.num_generated - 1))
-        strangers = (i for i, token_id in enumerate(draft) if not all(m.has(token_id) for m in self.members))
-        return draft[: next(strangers, None)]
+        draft = self.text_drafts.draft(min(max_tokens, self.max_draft))
+        return draft[: next((i for i, token_id in enumerate(draft) if not self.can_draft(token_id)), None)]
 
     def unread(self, num_tokens: int) -> None:
         """The last `num_tokens` that its members have read were drafted wrongly."""
@@ -112,39 +157,21 @@ class LiveChoice:
         member_logprobs: per member (V,), the distributions that were pooled.
         """
         forced = self._text.forced_token()
-        token_id = (
-            sampling.choose(self._controlled(pooled), self._sampling, self._generator) if forced is None else forced
-        )
+        token_id = self.drawing.draw(pooled) if forced is None else forced
         report = self._report(token_id, pooled, member_logprobs)
         if self.mixture.pool == "posterior" and len(self.members) > 1 and forced is None:
             evidence = [float(row[token_id]) for row in member_logprobs]
             self._state = following.update(self._state, evidence, self._prior, self.mixture.share)
             self.weights = following.member_weights(self._state, self.mixture.share)
-        if self._grammar is not None:
-            self._grammar.advance(token_id)
+        self.drawing.take(token_id)
         self.last_token = token_id
-        self._counts[token_id] += 1
         if self.text_drafts is not None:
             self.text_drafts.add(token_id)
-        return self._text.add(token_id, report, is_complete=self._grammar is not None and self._grammar.is_finished)
+        return self._text.add(token_id, report, is_complete=self.drawing.is_complete)
 
     def expire(self) -> Delta:
         """The request's deadline has passed: the choice ends with what it has."""
         return self._text.expire()
-
-    def _controlled(self, pooled: torch.Tensor) -> torch.Tensor:
-        logits = sampling.penalise(pooled, self._sampling, self._prompt_ids, self._counts)
-        forbidden = []
-        if self.num_generated < self._sampling.min_tokens:
-            forbidden = [token_id for token_id in self._ends if token_id < len(logits)]
-        if self._grammar is not None:
-            logits = logits.masked_fill(~self._grammar.allowed().to(logits.device), -torch.inf)
-        if forbidden:
-            others = logits.clone()
-            others[forbidden] = -torch.inf
-            if self._grammar is None or not others.isneginf().all():  # a text that is complete ends, however short
-                return others
-        return logits
 
     def _report(
         self, token_id: int, pooled: torch.Tensor, member_logprobs: Sequence[torch.Tensor]
@@ -160,10 +187,3 @@ class LiveChoice:
             for row in member_logprobs
         ]
         return explained(token, pooled, names, member_logprobs, self.weights, tops)
-
-
-def generator(seed: int | None, index: int) -> torch.Generator:
-    """Random numbers of choice `index`: equal for equal (seed, index), unrelated between choices."""
-    entropy = secrets.randbits(64) if seed is None else seed % 2**64
-    state = np.random.SeedSequence([entropy, index]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state))

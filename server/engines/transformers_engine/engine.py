@@ -36,7 +36,7 @@ from ensemble_server.server.weights.spelled_vocabulary import averaged_over
 
 logger = logging.getLogger(__name__)
 
-Drafts = Literal["off", "text"]
+Drafts = Literal["off", "text", "member"]
 
 
 class TransformersEngine:
@@ -80,7 +80,7 @@ class TransformersEngine:
             self._prefixes,
             devices,
             SpareTime(backbone.halving() for backbone in backbones),
-            speculation=None if drafts == "off" else Speculation(),
+            speculation=None if drafts == "off" else Speculation(members_write=drafts == "member"),
             num_threads=num_threads,
             on_step=on_step,
         )
@@ -119,9 +119,15 @@ class TransformersEngine:
         key = (tuple(mixture.weights), mixture.vocabulary)
         if key not in self._averaged_over:
             self._averaged_over[key] = averaged_over(mixture, [self._members[name] for name in mixture.weights])
-            if self._averaged_over[key] == "bytes" and self._drafts != "off":
-                logger.info("%s are averaged over text: nothing is drafted for them", ", ".join(mixture.weights))
+            self._say_what_is_not_drafted(mixture, self._averaged_over[key])
         return self._averaged_over[key]
+
+    def _say_what_is_not_drafted(self, mixture: Mixture, over: AveragedOver) -> None:
+        names = ", ".join(mixture.weights)
+        if over == "bytes" and self._drafts != "off":
+            logger.info("%s are averaged over text: nothing is drafted for them", names)
+        elif self._drafts == "member" and len({self._members[name].backbone for name in mixture.weights}) == 1:
+            logger.info("%s have the same weights: drafts come from their text, not from a member", names)
 
     def max_model_len(self, mixture: Mixture) -> int:
         return min(self._members[name].max_model_len for name in mixture.weights)

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 from ensemble_server.ensembles.errors import OverloadedError
 from ensemble_server.server.engines.transformers_engine.attention import Span
+from ensemble_server.server.engines.transformers_engine.choice import NOTHING, Draft
 from ensemble_server.server.engines.transformers_engine.generation import Choice, Generation
 from ensemble_server.server.engines.transformers_engine.job import Job
 from ensemble_server.server.engines.transformers_engine.kv_budget import KvBudget, growth
@@ -39,17 +40,17 @@ PATIENCE = 8  # steps
 
 @dataclass(frozen=True)
 class Work:
-    """What one step does for a choice, or for what a job reads (`choice` None): rows of its members. `draft`: what the
-    spans of a choice have behind its last token."""
+    """What one step does for a choice, or for what a job reads (`choice` None): rows of its members. `draft`: what
+    members of a choice read, or have read, behind its last token."""
 
     job: Job
     choice: Choice | None
     spans: Sequence[tuple[Member, Span]]
-    draft: Sequence[int] = ()
+    draft: Draft = NOTHING
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(span.token_ids) for _, span in self.spans)
+        return self.draft.num_read + sum(len(span.token_ids) for _, span in self.spans)
 
 
 class Lane:

@@ -1,57 +1,60 @@
-"""How far each choice reads ahead in a step: as far as that brings more tokens per second.
+"""What choices read ahead in a step: drafts from their texts, and what a member writes ahead.
 
-    as many drafted tokens, the likeliest first, as maximise    (choices + expected right ones) / seconds of the step
+Chances are those that each choice's own drafts had so far (`text_drafts`, `member_drafts`), seconds those of the
+forwards that were run (`step_costs`); `draft_lengths` weighs them. Both are estimates and concern speed alone: what is
+drawn is the same whatever is read ahead (`choice`). Where drafts are wrong chances fall, and nothing is drafted. The
+rule is that of Liu et al., "Optimizing Speculative Decoding for Serving Large Language Models Using Goodput", 2024.
 
-Expected from what each choice's own drafts were worth so far (`text_drafts`), seconds from the forwards that were run
-(`step_costs`). Both are estimates and concern speed alone: what is drawn is the same whatever is read ahead
-(`choice`). Where nothing repeats, chances fall and nothing is drafted; they are watched all the same, so that drafts
-come back by themselves. The rule is that of Liu et al., "Optimizing Speculative Decoding for Serving Large Language
-Models Using Goodput", 2024.
+A member that drafts writes within the step, for all choices side by side, before the others read. So between steps no
+member lags behind another, and nothing else need know of drafts.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-import numpy as np
+import torch
 
 from ensemble_server.server.engines.transformers_engine.backbone import Backbone
-from ensemble_server.server.engines.transformers_engine.choice import LiveChoice
+from ensemble_server.server.engines.transformers_engine.choice import Draft, LiveChoice
+from ensemble_server.server.engines.transformers_engine.draft_lengths import Outlook, TextDraft, Writer
+from ensemble_server.server.engines.transformers_engine.kv_budget import LOOKAHEAD
+from ensemble_server.server.engines.transformers_engine.member_drafts import Manuscript, drafter_of
 from ensemble_server.server.engines.transformers_engine.scheduler import Work
 from ensemble_server.server.engines.transformers_engine.step_costs import StepCosts
 
-MAX_DRAFT = 15  # tokens; with the last one they fill the 16 rows that linear layers are packed for
-TEXT = "text"  # where drafts come from
+MAX_FROM_TEXT = LOOKAHEAD - 1  # tokens; with the last one they fill the 16 rows that linear layers are packed for
+MAX_WRITTEN = 7  # by a member, each with a forward of its own
 
-
-@dataclass(frozen=True)
-class Draft:
-    """What may come behind the last token of `work[index]`; `chances`: that the first, the first two, ... are right."""
-
-    index: int
-    token_ids: Sequence[int]
-    chances: Sequence[float]
+Forward = Callable[[Sequence[Work]], Sequence[Sequence[torch.Tensor]]]  # -> per work and span: (num_keep, V)
 
 
 class Speculation:
-    """Belongs to the engine's thread, but for `observe`, which is called on that of the backbone's device."""
+    """`members_write`: whether members write ahead, too. Belongs to the engine's thread, but for `observe`, which is
+    called on that of the backbone's device."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, members_write: bool) -> None:
+        self._members_write = members_write
         self._costs: dict[Backbone, StepCosts] = {}
         self._num_drafted: Counter[str] = Counter()
         self._num_accepted: Counter[str] = Counter()
 
     def observe(self, backbone: Backbone, num_tokens: int, duration_s: float) -> None:
         """A forward took so long."""
-        self._costs.setdefault(backbone, StepCosts()).observe(num_tokens, duration_s)
+        self._costs_of(backbone).observe(num_tokens, duration_s)
 
-    def count(self, item: Work, num_accepted: int) -> None:
-        """Of what `item` has drafted, `num_accepted` tokens were right."""
-        if item.draft:
-            self._num_drafted[TEXT] += len(item.draft)
-            self._num_accepted[TEXT] += num_accepted
+    def count(self, choice: LiveChoice, draft: Draft, num_right: int) -> None:
+        """Of what `choice` has drafted, the first `num_right` tokens were right."""
+        if draft.drafter is None:
+            choice.trust.rest()
+        else:
+            choice.trust.observe(len(draft.token_ids), num_right)
+        if draft.token_ids:
+            source = "text" if draft.drafter is None else "member"
+            self._num_drafted[source] += len(draft.token_ids)
+            self._num_accepted[source] += num_right
 
     def drain_counts(self) -> tuple[Counter[str], Counter[str]]:
         """Tokens drafted and accepted since this was asked last."""
@@ -59,53 +62,39 @@ class Speculation:
         self._num_drafted, self._num_accepted = Counter(), Counter()
         return counts
 
-    def drafted(self, work: Sequence[Work], num_spare: float) -> Sequence[Work]:
+    def drafted(self, work: Sequence[Work], num_spare: float, forward: Forward) -> Sequence[Work]:
         """`work` with the drafts that are worth their time. `num_spare`: how many tokens (over all members) background
-        work may have more."""
-        drafts = []
-        for index, item in enumerate(work):
-            if isinstance(item.choice, LiveChoice) and (draft := item.choice.draft(MAX_DRAFT)):
-                assert item.choice.text_drafts is not None, "it has drafted from its text"
-                drafts.append(Draft(index, draft, item.choice.text_drafts.chances(len(draft))))
-        if not drafts:
+        work may have more. `forward`: runs the members that write."""
+        choices = {i: item.choice for i, item in enumerate(work) if isinstance(item.choice, LiveChoice)}
+        texts = [
+            TextDraft(i, draft, choice.text_drafts.chances(len(draft)))
+            for i, choice in choices.items()
+            if choice.text_drafts is not None and (draft := choice.from_text(MAX_FROM_TEXT))
+        ]
+        writers = [
+            Writer(i, drafter, choice.trust.chance, choice.max_draft)
+            for i, choice in choices.items()
+            if self._members_write
+            and choice.max_draft
+            and (drafter := drafter_of(choice.members, choice.weights)) is not None
+        ]
+        if not texts and not writers:
             return work
-        drafted = list(work)
-        for draft, length in zip(drafts, self._lengths(work, drafts, num_spare), strict=True):
-            if length:
-                item, tokens = work[draft.index], draft.token_ids[:length]
-                assert isinstance(item.choice, LiveChoice), "only these draft"
-                drafted[draft.index] = replace(item, spans=item.choice.next_spans(tokens), draft=tokens)
-        return drafted
+        plan = Outlook(work, self._costs_of, num_spare).best(texts, writers, MAX_WRITTEN)
+        drafts = {text.index: Draft(text.token_ids[:length]) for text, length in plan.texts if length}
+        manuscripts = {
+            writer.index: Manuscript(choices[writer.index], writer.drafter, writer.length(plan.length))
+            for writer in plan.writers
+        }
+        while writing := {i: manuscript for i, manuscript in manuscripts.items() if not manuscript.is_done}:
+            steps = [replace(work[i], spans=[manuscript.next_span()]) for i, manuscript in writing.items()]
+            for manuscript, (rows,) in zip(writing.values(), forward(steps), strict=True):
+                manuscript.take(rows[-1])
+        drafts |= {i: manuscript.draft for i, manuscript in manuscripts.items()}
+        return [
+            replace(item, spans=choices[i].next_spans(drafts[i]), draft=drafts[i]) if i in drafts else item
+            for i, item in enumerate(work)
+        ]
 
-    def _lengths(self, work: Sequence[Work], drafts: Sequence[Draft], num_spare: float) -> list[int]:
-        """How much of each draft is read. A prompt that is read in the same step delays it in any case: what drafts
-        cost is compared with a step of choices alone."""
-        backbones = list({member.backbone: None for item in work for member, _ in item.spans})
-        column = {backbone: b for b, backbone in enumerate(backbones)}
-        planned, of_choices = np.zeros(len(backbones)), np.zeros(len(backbones))
-        widths = np.zeros((len(work), len(backbones)))  # what one token more of a choice is to each backbone
-        for item, width in zip(work, widths, strict=True):
-            for member, span in item.spans:
-                planned[column[member.backbone]] += len(span.token_ids)
-                width[column[member.backbone]] += 1
-                if item.choice is not None:
-                    of_choices[column[member.backbone]] += len(span.token_ids)
-
-        chances = np.concatenate([draft.chances for draft in drafts])
-        owners = np.repeat(np.arange(len(drafts)), [len(draft.chances) for draft in drafts])
-        order = np.argsort(-chances, kind="stable")  # within a draft they fall, so that its beginning comes first
-        width = widths[[draft.index for draft in drafts]][owners[order]]
-        in_background = np.array([work[draft.index].job.priority > 0 for draft in drafts])[owners[order]]
-        fits = ~in_background | ((width.sum(1) * in_background).cumsum() <= num_spare)
-        order, width = order[fits], width[fits]
-
-        num_tokens = planned + np.concatenate([np.zeros((1, len(backbones))), width.cumsum(0)])
-        seconds = np.zeros(len(num_tokens))
-        for b, backbone in enumerate(backbones):
-            costs = self._costs.setdefault(backbone, StepCosts())
-            before = costs.seconds(np.array([planned[b], of_choices[b]]))
-            seconds += costs.seconds(num_tokens[:, b]) - before[0] + (before[1] if of_choices[b] else 0.0)
-        num_choices = sum(item.choice is not None for item in work)
-        expected = num_choices + np.concatenate([[0.0], chances[order].cumsum()])
-        best = int(np.argmax(expected / seconds))
-        return np.bincount(owners[order[:best]], minlength=len(drafts)).tolist()
+    def _costs_of(self, backbone: Backbone) -> StepCosts:
+        return self._costs.setdefault(backbone, StepCosts())

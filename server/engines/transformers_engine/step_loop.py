@@ -141,7 +141,7 @@ class StepLoop:
         if work:
             try:
                 if self._speculation is not None:
-                    work = self._speculation.drafted(work, self._scheduler.num_spare(work))
+                    work = self._speculation.drafted(work, self._scheduler.num_spare(work), self._forward)
                 results = self._forward(work)
             except Exception as exc:  # out of memory, mostly: the requests of this step fail, the engine lives
                 self._fail_step(work, exc)
@@ -213,7 +213,7 @@ class StepLoop:
                 self._spell(item.job, item.choice, logprobs)
                 continue
             if item.choice is not None:
-                ready.append((item, item.choice, logprobs))
+                ready.append((item, item.choice, item.choice.distributions(item.draft, logprobs)))
                 continue
             try:
                 item.job.take(logprobs)
@@ -225,13 +225,14 @@ class StepLoop:
             going_on = []
             for item, choice, logprobs in ready:
                 is_over = item.job.is_finished or choice.finish_reason is not None
-                if not is_over and place < len(item.draft) and choice.last_token == item.draft[place]:
+                draft = item.draft.token_ids
+                if not is_over and place < len(draft) and choice.last_token == draft[place]:
                     going_on.append((item, choice, logprobs))
                     continue
                 if self._speculation is not None:
-                    self._speculation.count(item, place)
+                    self._speculation.count(choice, item.draft, place)
                 if not is_over:
-                    choice.unread(len(item.draft) - place)
+                    choice.unread(len(draft) - place)
             if not (ready := going_on):
                 break
 
@@ -292,6 +293,10 @@ class StepLoop:
             for member, span in item.spans:
                 num_rows[member.name] += 1
                 num_tokens[member.name] += len(span.token_ids)
+            if item.choice is not None and item.draft.drafter is not None:
+                drafter = item.choice.members[item.draft.drafter].name
+                num_rows[drafter] += not item.draft.unread
+                num_tokens[drafter] += item.draft.num_read
         return StepStats(
             duration_s,
             num_running=len(self._scheduler.running),

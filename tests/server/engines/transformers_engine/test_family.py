@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ensemble_server.ensembles.base import Answer, GenerationRequest, Grammar, Mixture, Sampling, collect
 from ensemble_server.ensembles.errors import RequestError
 from ensemble_server.server.config.blocks import HostedModel
+from ensemble_server.server.engines.engine import StepStats
 from ensemble_server.server.engines.transformers_engine.engine import TransformersEngine
 from ensemble_server.server.engines.transformers_engine.members import load_members
+from ensemble_server.server.engines.transformers_engine.step_costs import StepCosts
 from ensemble_server.server.weights.member_views import read_member_files
 from tests.conftest import make_model
 from tests.reference import member_logprobs
@@ -184,6 +187,29 @@ async def test_a_text_to_be_scored_by_all_may_only_have_tokens_of_all(engine: Tr
     widths: list[int] = []
     await engine.visit_logprobs(["chat", "base"], [5, 7, 6], lambda rows, _: widths.append(rows.shape[-1]))
     assert set(widths) == {322}
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "arithmetic, the first has more", "geometric", "posterior"])
+async def test_a_draft_ends_before_a_token_that_not_all_have(
+    engine: TransformersEngine, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Of four tokens that are drawn two are added ones: they follow drafts, and drafts follow them."""
+    mixture = MIXTURES[name]
+    monkeypatch.setattr(StepCosts, "seconds", lambda self, num_tokens: np.ones(len(num_tokens)))
+    steps: list[StepStats] = []
+    drafting = TransformersEngine(engine._members, drafts="member", on_step=steps.append)
+    drafting.start()
+    request = ask("To be, or not to be", 40, logit_bias={60: 100.0, 61: 100.0, 320: 104.0, 321: 104.0}, temperature=3.0)
+    request = replace(request, sampling=replace(request.sampling, seed=3))
+    try:
+        ours, plain = [await collect(OnEngine(each, mixture), request) for each in (drafting, engine)]
+    finally:
+        drafting.stop()
+    assert ours.choices[0].token_ids == plain.choices[0].token_ids
+    assert {320, 321} & set(ours.choices[0].token_ids)
+    for token, other in zip(ours.choices[0].tokens, plain.choices[0].tokens, strict=True):
+        assert token.logprob == pytest.approx(other.logprob, abs=TOLERANCE_NATS)
+    assert sum(sum(step.num_accepted.values()) for step in steps) > 0
 
 
 def test_what_only_looks_alike_is_averaged_over_text(tmp_path: Path, folders: dict[str, Path]) -> None:

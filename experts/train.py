@@ -58,13 +58,14 @@ def main() -> None:
     sequences = cut_sequences(tokenizer, train_text, settings.sequence_length)
     num_steps = train(model, sequences, settings)
     minutes = (time.monotonic() - started) / 60
+    num_tokens = min(num_steps * settings.batch_size, len(sequences)) * sequences.shape[1]  # read at least once
 
     model.eval()
     out = settings.out or ROOT / "experts" / settings.domain
     num_bytes = save_whole(model, tokenizer, out) if settings.full else save_adapter(model, out, base=BASE)
     dev_bpb = score_windows(model, tokenizer, dev_text).bpb
     print(
-        f"{settings.domain}: {num_steps} steps on {sequences.numel()} tokens in {minutes:.1f} min; "
+        f"{settings.domain}: {num_steps} steps on {num_tokens} tokens in {minutes:.1f} min; "
         f"dev BPB {base_bpb:.4f} -> {dev_bpb:.4f}; {num_bytes / 1e6:.2f} MB in {out}"
     )
 

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.server.config.loading import load_config
+from ensemble_server.server.engines.vllm_engine.placement import placements
 from tests.conftest import SAMPLE
 from tests.server.cli.conftest import Run
 from tests.server.deltas.conftest import make_finetune
@@ -58,6 +61,28 @@ def test_a_delta_is_written_with_its_figures_as_json(
     assert facts["finetune"] == str(tuned)
     assert any(f"delta: {out}" in note for note in told["notes"])
     assert "decomposing" in run.err and "writing" in run.err
+
+
+def test_a_config_with_a_delta_tells_its_size_and_vllm_refuses_it_by_name(
+    tuned: Path, tiny: dict[str, Path], tmp_path: Path, ensemble: Ensemble
+) -> None:
+    out = tmp_path / "math"
+    run = ensemble("compress", tuned, "--base", tiny["llama"], "--method", "dare", "--out", out, "--json")
+    assert run.code == 0, run.err
+    config = tmp_path / "config.yaml"
+    models = f"models: {{base: {{path: {tiny['llama']}}}, math: {{base: base, delta: math}}}}"
+    config.write_text(models)
+    shown = json.loads(ensemble("models", config, "--json").out)
+    base, math = shown["models"]
+    assert (math["kind"], math["made_of"]) == ("delta", "base + math")
+    sizes = json.loads(run.out)["deltas"][0]["bytes"]
+    assert sizes["total"] < math["weights_bytes"] < 4 * sizes["total"]
+    assert shown["total"]["weights_bytes"] == base["weights_bytes"] + math["weights_bytes"]
+    loaded = load_config(config)
+    with pytest.raises(
+        ModelLoadError, match=r"model 'math': a delta of method dare runs in the transformers engine only"
+    ):
+        placements(loaded.models, {"base": tiny["llama"]})
 
 
 def test_another_chat_template_is_written_down_and_told(

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,9 @@ def cost_of(source: AnswersSource, num_items: int, *, is_one_sample: bool) -> Co
     return Cost(read, written, work)
 
 
-def table(results: Results, pairs: Pairs, task: str, costs: Mapping[str, Cost]) -> str:
-    """Against the plan's baseline, or where that has not done the task, against the first arm that has."""
+def table(results: Results, pairs: Pairs, task: str, arms: Sequence[str], costs: Mapping[str, Cost]) -> str:
+    """Of `arms`, which were to do the task: each against the plan's baseline, or against the first where that has not
+    done it."""
     having = [name for name, arm in results.arms.items() if task in arm.tasks]
     baseline = results.baseline if results.baseline in having else having[0]
     differences = pairs.of.get(baseline, {}).get(f"task {task}", {})
@@ -70,10 +72,10 @@ def table(results: Results, pairs: Pairs, task: str, costs: Mapping[str, Cost]) 
         f"| arm | what it is | right, 95% interval | against {baseline} | p (Holm) | verdict | read + written | work |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, arm in results.arms.items():
+    for name in arms:
+        arm = results.arms[name]
         if task not in arm.tasks:
-            if arm.error is not None:
-                lines.append(f"| {name} | {arm.description} | not run | | | | | |")
+            lines.append(f"| {name} | {arm.description} | not run | | | | | |")
             continue
         found, cost = arm.tasks[task], costs[name]
         difference = differences.get(name, found.against_baseline)
@@ -87,40 +89,46 @@ def table(results: Results, pairs: Pairs, task: str, costs: Mapping[str, Cost]) 
     return "\n".join(lines)
 
 
-def figure(arms: Mapping[str, ArmResult], task: str, costs: Mapping[str, Cost], file: Path) -> None:
-    """What was right, against the work, with the Pareto front."""
+def figure(arms: Mapping[str, ArmResult], costs: Mapping[str, Cost], file: Path) -> None:
+    """What was right, each arm on the first task that it did, against the work, with the Pareto front."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    points = {name: (costs[name].work, arm.tasks[task]) for name, arm in arms.items() if task in arm.tasks}
+    points = {name: (cost.work, next(iter(arms[name].tasks.values()))) for name, cost in costs.items()}
     front = pareto_front({name: (work, -found.score) for name, (work, found) in points.items()})
     with rc_context(STYLE):
         canvas = Figure(figsize=(8, 4.6), layout="constrained")
         axes = canvas.subplots()
-        axes.set_xscale("log")
         steps = [(points[name][0], points[name][1].score) for name in front]
         axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", color=INK, linewidth=1, linestyle=(0, (4, 3)))
-        above = 0
-        for name, (work, found) in sorted(points.items(), key=lambda point: (point[1][0], -point[1][1].score)):
+        for name, (work, found) in points.items():
             kind = arms[name].kind
             low, high = found.ci or (found.score, found.score)
             bars = [[found.score - low], [high - found.score]]
             axes.errorbar(
                 work, found.score, yerr=bars, marker=MARKERS[kind], color=COLOURS[kind], elinewidth=0.8, linestyle=""
             )
-            above = (above + 1) % 3
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        canvas.draw_without_rendering()
+        lowest: dict[bool, float] = {}  # of the labels to the left and to the right of their points
+        for name, (work, found) in sorted(points.items(), key=lambda point: -point[1][1].score):
+            is_left = any(work < other <= 1.3 * work and arms[name].kind == "member" for other, _ in points.values())
+            height = axes.transData.transform((work, found.score))[1] * 72 / canvas.dpi
+            placed = min(height, lowest.get(is_left, math.inf) - 12)
+            lowest[is_left] = placed
             axes.annotate(
                 name,
                 (work, found.score),
-                xytext=(7, 8 * (1 - above)),
+                xytext=(-7 if is_left else 7, placed - height),
                 textcoords="offset points",
+                ha="right" if is_left else "left",
+                va="center",
                 fontsize=9,
                 fontweight="bold" if name in front else "normal",
             )
         axes.set_xlabel("work for a question, in tokens of the 0.5B model (left is cheaper)")
         axes.set_ylabel("share of questions answered right")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "25" else "")
         canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None}, facecolor="white")
     file.write_text(re.sub(r"[ \t]+$", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE), encoding="utf-8")
 
@@ -129,20 +137,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("results", type=Path, help="folder of the comparison")
     parser.add_argument("--plan", type=Path, default=ROOT / "configs" / "compare-tasks.yaml")
-    parser.add_argument("--figure", type=Path, help="where the figure of the first task goes")
+    parser.add_argument("--figure", type=Path, help="where the figure goes")
     options = parser.parse_args()
     results = Results.model_validate_json((options.results / "results.json").read_bytes())
     pairs = Pairs.load(options.results) or Pairs(num_resamples=0)
     plan = load_plan(options.plan)
-    for place, task in enumerate(results.tasks):
+    of_first: dict[str, Cost] = {}
+    for task in results.tasks:
+        wanted = [name for name, arm in plan.arms.items() if task in arm.answers]
         costs = {}
-        for name, arm in results.arms.items():
+        for name in wanted:
+            arm, source = results.arms[name], plan.arms[name].answers[task]
             if task in arm.tasks:
-                source = plan.arms[name].answers[task]
-                costs[name] = cost_of(source, arm.tasks[task].num_items, is_one_sample=arm.kind == "member")
-        print(f"{task}:\n\n{table(results, pairs, task, costs)}\n")
-        if options.figure is not None and place == 0:
-            figure(results.arms, task, costs, options.figure)
+                num_items = arm.tasks[task].num_items
+                costs[name] = cost_of(source, num_items, is_one_sample=arm.kind == "member")
+        print(f"{task}:\n\n{table(results, pairs, task, wanted, costs)}\n")
+        of_first = {**costs, **of_first}
+    if options.figure is not None:
+        figure(results.arms, of_first, options.figure)
 
 
 if __name__ == "__main__":

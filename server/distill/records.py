@@ -2,8 +2,9 @@
 
     per position: the union of all members' top k tokens, what each member gives each of them, the rest as one bucket
 
-So every average of the members is known exactly on these tokens, and so is what it leaves to all others together. Log-
-probabilities are float16, those of the tokens that came float32. With 4 members and k = 64 a position takes 1 to 3 kB.
+So every average of the members is known exactly on these tokens, and so is what it leaves to all others together.
+Log-probabilities are float16, those of the tokens that came float32. With k = 64 the demo's four members take 1.3 kB
+per position.
 """
 
 from __future__ import annotations

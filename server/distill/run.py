@@ -165,9 +165,9 @@ def _work_folder(out: Path, made_of: Mapping[str, Any]) -> Iterator[Path]:
         yield work
         shutil.rmtree(work)
     finally:
-        lock.release()
         if not (work / CHECKPOINT_FILE).exists():
             shutil.rmtree(work, ignore_errors=True)
+        lock.release()
 
 
 def _claim(work: Path, made_of: Mapping[str, Any]) -> None:

@@ -266,6 +266,10 @@ def save_adapter(model: PeftModel, folder: Path, *, base: str) -> int:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
+    weights = {
+        name: weight.detach().to(torch.float16).contiguous().cpu()
+        for name, weight in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
     config: Any = model.peft_config[ADAPTER]
     config.base_model_name_or_path = base  # PEFT wrote the local folder that the base was loaded from
     config.inference_mode = True
@@ -274,10 +278,6 @@ def save_adapter(model: PeftModel, folder: Path, *, base: str) -> int:
     settings = json.loads(config_file.read_text(encoding="utf-8"))
     settings["target_modules"].sort()  # PEFT keeps a set: its order would differ from run to run
     config_file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    weights = {
-        name: weight.detach().to(torch.float16).contiguous().cpu()
-        for name, weight in get_peft_model_state_dict(model).items()
-    }
     weights_file = folder / "adapter_model.safetensors"
     save_file(weights, weights_file, metadata={"format": "pt"})
     return weights_file.stat().st_size

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ensemble_server.ensembles.errors import ConfigError
 from ensemble_server.server.config.distillation import Distillation
 from ensemble_server.server.disk.whole_file import whole_file
 from ensemble_server.server.distill.lessons import Lessons
@@ -57,7 +58,7 @@ def train(
 ) -> Progress:
     """Train the student in place, from the checkpoint in `folder` if there is one. `on_step` hears of every step.
 
-    Raises `StorageError` if a checkpoint cannot be written.
+    Raises `StorageError` if a checkpoint cannot be written, `ConfigError` if the loss is no number any more.
     """
     weights = student.trained
     optimizer = torch.optim.AdamW(weights.values(), lr=wanted.peak_learning_rate, weight_decay=0.0)
@@ -103,7 +104,12 @@ def _step(
     batch = lessons.batch(indices).to(student.device)
     logits = student.model(input_ids=batch.inputs, use_cache=False).logits[:, :-1, :vocab_size]
     clm, kl = token_losses(logits, batch)
-    loss_of(clm, kl, clm_share).backward()
+    loss = loss_of(clm, kl, clm_share)
+    if not loss.isfinite():
+        raise ConfigError(
+            f"the loss is {float(loss.detach())}: the student is lost; delete the run, and give a smaller learning rate"
+        )
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(student.trained.values(), max_norm=1.0)
     optimizer.step()
     optimizer.zero_grad()

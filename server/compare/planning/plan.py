@@ -36,6 +36,7 @@ from ensemble_server.server.compare.merges.recipes import read_recipe
 from ensemble_server.server.compare.planning.blocks import Arm, PlanFile
 from ensemble_server.server.compare.planning.variants import written_out
 from ensemble_server.server.config.blocks import Config
+from ensemble_server.server.config.distillation import Distillation
 from ensemble_server.server.config.loading import load_config, parse_config
 from ensemble_server.server.config.problems import findings, nearest
 from ensemble_server.server.config.strict_yaml import expand_variables, read_yaml
@@ -106,16 +107,20 @@ def load_plan(path: Path) -> Plan:
 
 
 def with_controls(file: PlanFile) -> PlanFile:
-    """Every distilled arm trains as many steps as it says, whatever the time, and its control comes after it."""
+    """Every distilled arm trains as many steps as it says, whatever the time, and its control comes after it: one for
+    all arms that differ in what the teacher says alone."""
     arms: list[Arm] = []
+    controls: list[Distillation] = []
     for arm in file.arms:
         if arm.distill is None:
             arms.append(arm)
             continue
         wanted = arm.distill.model_copy(update={"minutes": None})
         arms.append(arm.model_copy(update={"distill": wanted}))
-        if wanted.clm < 1:
-            control = wanted.model_copy(update={"clm": 1.0})
+        told_so = wanted.model_dump(exclude_unset=True, exclude={"target", "level", "clm"})
+        control = Distillation.model_validate({**told_so, "clm": 1.0})
+        if wanted.clm < 1 and control not in controls:
+            controls.append(control)
             told = f"control of {arm.name}: the same steps on the same text, without a teacher"
             arms.append(Arm(name=f"{arm.name}-control", description=told, distill=control))
     return file.model_copy(update={"arms": tuple(arms)})

@@ -71,6 +71,21 @@ def test_a_student_is_measured_beside_its_control_and_taught_once(plan: Path) ->
     assert again.arms["taught"].text == results.arms["taught"].text
 
 
+def test_arms_that_differ_in_what_the_teacher_says_share_a_control(plan: Path) -> None:
+    again = "  - name: other\n    distill: {target: min_ce, level: token, clm: 0.3, " + PLAN.partition("distill: {")[2]
+    more = "  - {name: more, distill: {ensemble: adaptive, student: llama, text: [learnt.txt]}}\n"
+    last = again.partition("text: {prose")[0] + more
+    plan.write_text(PLAN.replace("text: {prose", last + "text: {prose"))
+    assert [arm.name for arm in load_plan(plan).file.arms] == [
+        "adaptive",
+        "taught",
+        "taught-control",
+        "other",
+        "more",
+        "more-control",
+    ]
+
+
 def test_without_someone_who_teaches_the_arm_alone_fails(plan: Path) -> None:
     results, _ = run(plan, distiller=None)
     assert results.arms["adaptive"].error is None

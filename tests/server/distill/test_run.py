@@ -185,6 +185,12 @@ def test_another_run_does_not_take_the_place_of_what_is_there(config, wanted, tm
         distill(config, wanted(steps=2, target="avg_ce"), tmp_path / "more", Quiet())
 
 
+def test_a_loss_that_is_no_number_ends_the_run(config, wanted, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(training, "loss_of", lambda *losses: torch.tensor(float("nan")))
+    with pytest.raises(ConfigError, match="the loss is nan: the student is lost"):
+        distill(config, wanted(steps=2), tmp_path / "all", Quiet())
+
+
 def test_time_decides_how_many_steps_there_are(config, wanted, tmp_path) -> None:
     card = distill(config, wanted(epochs=1000, minutes=0.01), tmp_path / "all", Quiet())
     assert 0 < card.steps < 1000

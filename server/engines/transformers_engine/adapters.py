@@ -29,7 +29,7 @@ class AdapterRows:
     """Which adapter or delta each token of the running forward belongs to. Shared by all layers of a backbone that are
     wrapped for them.
 
-    `owners`: (T,) int64, 0 for the bare base, else one more than the place among `names`.
+    `owners`: (T,) int64, 0 for the bare base, else one more than the place among `names`. `is_bare`: all are 0.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -39,11 +39,13 @@ class AdapterRows:
         self._index = {name: index for index, name in enumerate(names)}
         self._one_hot = torch.zeros(0)
         self._expanded: dict[tuple[int, ...], torch.Tensor] = {}
+        self.is_bare = True
 
     def assign(self, adapters: Sequence[str | None], dtype: torch.dtype, device: torch.device) -> None:
         """adapters: one name per token, None for the bare base. Must be called before each forward."""
         self._one_hot = torch.zeros(len(adapters), len(self._index), dtype=dtype)
         tagged = [(row, self._index[name]) for row, name in enumerate(adapters) if name is not None]
+        self.is_bare = not tagged
         if tagged:
             rows, columns = zip(*tagged, strict=True)
             self._one_hot[list(rows), list(columns)] = 1
@@ -84,6 +86,8 @@ class StackedLora(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)  # (1, T, out)
+        if self.rows.is_bare:
+            return y
         low_rank = (x[0] @ self.a).mul_(self.rows.mask(self.ranks))
         y[0].addmm_(low_rank, self.b)
         return y

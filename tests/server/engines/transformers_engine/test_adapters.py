@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ensemble_server.ensembles.errors import ModelLoadError
-from ensemble_server.server.engines.transformers_engine.adapters import AdapterRows, stack_adapters
+from ensemble_server.server.engines.transformers_engine.adapters import AdapterRows, StackedLora, stack_adapters
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.backbone import Backbone
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
@@ -95,6 +95,19 @@ def test_the_base_is_read_once_for_all_adapters(
     monkeypatch.setattr(head, "forward", lambda x, forward=head.forward: calls.append(x.shape) or forward(x))
     backbone.forward([Span(RowCache(), TEXT, 1, owner) for owner in (None, "pattern", "rslora")])
     assert calls == [(1, 3, 32)]
+
+
+def test_adapters_are_not_computed_in_a_forward_where_no_row_has_one(
+    tiny: dict[str, Path], adapters_of: Callable[[str], dict[str, Path]]
+) -> None:
+    backbone = load(tiny["llama"], adapters_of("llama"))
+    expected = backbone.forward([Span(RowCache(), TEXT, 2), Span(RowCache(), TEXT, 2, "pattern")])[0]
+    for layer in backbone.model.modules():
+        if isinstance(layer, StackedLora):
+            layer.a.fill_(torch.nan)  # which zeros of a mask would not hide
+    (logprobs,) = backbone.forward([Span(RowCache(), TEXT, 2)])
+    torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=0)
+    assert backbone.forward([Span(RowCache(), TEXT, 2, "pattern")])[0].isnan().all()
 
 
 def test_a_mask_keeps_each_tokens_own_columns() -> None:

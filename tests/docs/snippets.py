@@ -6,8 +6,9 @@ A comment right above a snippet says who runs it, or why nobody does:
     <!-- run by tests/clients/test_openai.py -->
     <!-- a part: replicates of a plan -->          YAML that is no config, no entries of one, and no plan
 
-Without a comment, commands are held to the program (`test_commands.py`), Python is compiled and its imports are
-looked up (`test_snippets.py`), and YAML is read (`test_configs.py`).
+Without a comment, Python and commands are run on tiny models (`test_run_snippets.py`). Beside that commands are held to
+the program (`test_commands.py`), Python is compiled and its imports are looked up (`test_snippets.py`), and YAML is
+read (`test_configs.py`).
 """
 
 from __future__ import annotations

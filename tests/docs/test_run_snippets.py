@@ -7,9 +7,12 @@ requests go to its port. What a command prints is not compared: these models say
 from __future__ import annotations
 
 import io
+import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,10 +96,12 @@ def ensemble(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], int]:
 def test_the_commands_and_programs_of_a_page_run(
     page: Path, folder: Path, server: LiveServer, ensemble: Callable[[list[str]], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    to_run = [s for s in snippets(page) if s.mark is None and s.kind in ("python", "shell")]
+    if shutil.which("curl") is None and any(line.startswith("curl ") for s in to_run for line in s.commands):
+        pytest.skip("needs curl")
     monkeypatch.chdir(folder)
-    for snippet in snippets(page):
-        if snippet.mark is not None or snippet.kind not in ("python", "shell"):
-            continue
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    for snippet in to_run:
         if snippet.kind == "python":
             exec(compile(ADDRESS.sub(server.url, snippet.text), str(snippet), "exec"), {"__name__": "__main__"})
             continue

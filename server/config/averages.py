@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.ensembles.errors import ConfigError, UnknownModelError
 from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
-from ensemble_server.server.config.blocks import Config
+from ensemble_server.server.config.blocks import Config, ModelEntry
 from ensemble_server.server.config.problems import nearest
+
+
+def model_named(config: Config, name: str, *, param: str) -> ModelEntry:
+    """Raises `UnknownModelError` if `name` is no model of `config`; it says which probability average is nearest."""
+    entry = config.models.get(name)
+    if entry is None:
+        known = [one for one, model in config.models.items() if isinstance(model, ProbabilityAverage.Config)]
+        raise UnknownModelError(f"there is no model {name!r}{nearest(name, known)}", param=param)
+    return entry
 
 
 def average_of(config: Config, name: str) -> ProbabilityAverage.Config:

@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from ensemble_server.ensembles.base import Mixture
-from ensemble_server.ensembles.errors import ConfigError, ModelLoadError, UnknownModelError
+from ensemble_server.ensembles.errors import ConfigError, ModelLoadError
 from ensemble_server.ensembles.probability_averaging import ProbabilityAverage, mixture_of
 from ensemble_server.server.compare.arms.identity import identity
 from ensemble_server.server.compare.kept.content_cache import digest
 from ensemble_server.server.compare.kept.provenance import COMPUTING, versions
 from ensemble_server.server.compare.measures.windows import Window
+from ensemble_server.server.config.averages import model_named
 from ensemble_server.server.config.blocks import Config, EngineConfig, VllmEngineConfig
 from ensemble_server.server.config.distillation import Distillation
 from ensemble_server.server.config.excerpt import excerpt
-from ensemble_server.server.config.problems import nearest
 from ensemble_server.server.disk.whole_file import write_whole
 from ensemble_server.server.distill.card import CARD_FILE, Card, Figures
 from ensemble_server.server.distill.lessons import Lessons, lessons_of
@@ -110,10 +110,7 @@ def distill(
 
 def _teacher_of(config: Config, name: str) -> Mixture:
     """Raises `UnknownModelError` or `ConfigError` for what cannot teach."""
-    entry = config.models.get(name)
-    if entry is None:
-        known = [one for one, model in config.models.items() if isinstance(model, ProbabilityAverage.Config)]
-        raise UnknownModelError(f"there is no model {name!r}{nearest(name, known)}", param="ensemble")
+    entry = model_named(config, name, param="ensemble")
     if not isinstance(entry, ProbabilityAverage.Config):
         raise ConfigError(
             f"{name!r} gives text, not next-token distributions: only a probability_average can teach what it expects"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, Required, TypedDict, Unpack
 import numpy as np
 
 from ensemble_server.ensembles.base import Mixture, MixtureHost, PoolName
-from ensemble_server.ensembles.errors import ConfigError, UnknownModelError
+from ensemble_server.ensembles.errors import ConfigError
 from ensemble_server.ensembles.fitting.em import fit_arithmetic
 from ensemble_server.ensembles.fitting.share import fit_share
 from ensemble_server.ensembles.pooling import effective_weights
@@ -26,7 +26,7 @@ from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
 from ensemble_server.ensembles.spelling import ROW
 from ensemble_server.server.compare.measures.documents import Documents
 from ensemble_server.server.compare.measures.windows import TextWindow, Window, cut_text_windows, cut_windows
-from ensemble_server.server.config.problems import nearest
+from ensemble_server.server.config.averages import model_named
 from ensemble_server.server.weights.threads import in_own_thread
 
 if TYPE_CHECKING:
@@ -109,10 +109,7 @@ class _PositionSample:
 
 def check_fittable(config: Config, model_name: str) -> None:
     """Raise `UnknownModelError` or `ConfigError` that says why there is nothing to fit. Looks at the config only."""
-    entry = config.models.get(model_name)
-    if entry is None:
-        known = [name for name, one in config.models.items() if isinstance(one, ProbabilityAverage.Config)]
-        raise UnknownModelError(f"there is no model {model_name!r}{nearest(model_name, known)}", param="model")
+    entry = model_named(config, model_name, param="model")
     if not isinstance(entry, ProbabilityAverage.Config):
         raise ConfigError(
             f"model {model_name!r} has no weights that text could decide: only a probability_average pools next-token "

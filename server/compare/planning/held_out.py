@@ -39,10 +39,8 @@ def check_held_out(
     """
     if not held_out or not texts:
         return None
-    known = {sequence for documents in held_out.values() for sequence in _of_documents(documents)}
-    shares = {name: _share_of(documents, known) for name, documents in texts.items()}
-    if refused := {name: share for name, share in shares.items() if share > max_share}:
-        told = ", ".join(f"{share:.0%} of {name}" for name, share in refused.items())
+    shares = _shares(texts, held_out.values())
+    if told := _beyond(max_share, shares):
         raise ConfigError(
             f"fit: of the sequences of {NUM_WORDS} words in the test texts, {told} stand in the texts that are fitted "
             f"on, too; at most {max_share:.0%} may (`max_overlap`). Choose on other text than is measured"
@@ -61,14 +59,22 @@ def check_not_taught(
 
     What that student holds out of these texts counts as well.
     """
-    known = {sequence for documents in taught for sequence in _of_documents(documents)}
-    shares = {name: _share_of(documents, known) for name, documents in texts.items()}
-    if refused := {name: share for name, share in shares.items() if share > max_share}:
-        told = ", ".join(f"{share:.0%} of {name}" for name, share in refused.items())
+    if told := _beyond(max_share, _shares(texts, taught)):
         raise ConfigError(
             f"arms {arm}: of the sequences of {NUM_WORDS} words in the test texts, {told} stand in what its student "
             f"learns from, too; at most {max_share:.0%} may (`max_overlap`). Teach with other text than is measured"
         )
+
+
+def _shares(texts: Mapping[str, Documents], others: Iterable[Documents]) -> dict[str, float]:
+    """Of each text, the share of its sequences that stands in `others`."""
+    known = {sequence for documents in others for sequence in _of_documents(documents)}
+    return {name: _share_of(documents, known) for name, documents in texts.items()}
+
+
+def _beyond(max_share: float, shares: Mapping[str, float]) -> str:
+    """The texts with a larger share, as errors name them; "" if there are none."""
+    return ", ".join(f"{share:.0%} of {name}" for name, share in shares.items() if share > max_share)
 
 
 def _share_of(documents: Documents, known: Collection[int]) -> float:

@@ -93,6 +93,7 @@ class GenerationRequest:
     `tool_choice`: "auto" leaves it to the model whether it calls; "required" and the name of a function do not (where
     the model is hosted here, `sampling.grammar` forces the call). `parallel_tool_calls`: whether there may be several.
     `reasoning_effort`: how much a model that thinks should think, where its template knows levels; "none": not at all.
+    `thinks`: whether to think at all; None: as the effort says, or else the template.
     `max_reasoning_tokens`: of a thought, after which its end is forced; None: no limit.
     `deadline_s`: seconds from now after which the model answers with what it has, or raises `DeadlineError`.
     `priority`: lower values are scheduled first; 0 is interactive.
@@ -113,6 +114,7 @@ class GenerationRequest:
     parallel_tool_calls: bool = True
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     reasoning_effort: str | None = None
+    thinks: bool | None = None
     max_reasoning_tokens: int | None = None
     truncate_prompt_tokens: int | None = None
     deadline_s: float | None = None
@@ -126,12 +128,27 @@ class GenerationRequest:
     @property
     def told_template(self) -> Mapping[str, Any]:
         """What the chat template is told besides messages and tools."""
-        if self.reasoning_effort is None:
-            return self.template_kwargs
-        effort: dict[str, Any] = {"reasoning_effort": self.reasoning_effort}
-        if self.reasoning_effort == "none":  # templates that know no levels have a switch
-            effort["enable_thinking"] = False
-        return effort | dict(self.template_kwargs)
+        told: dict[str, Any] = {}
+        if self.reasoning_effort is not None:
+            told["reasoning_effort"] = self.reasoning_effort
+        if (thinks := self.wants_thoughts) is not None:  # templates that know no levels have a switch
+            told |= dict.fromkeys(THOUGHT_SWITCHES, thinks)
+        return told | dict(self.template_kwargs)
+
+    @property
+    def wants_thoughts(self) -> bool | None:
+        """Whether a model that can is to think before it answers; None leaves that to its template."""
+        return wants_thoughts(self.reasoning_effort, self.thinks)
+
+
+THOUGHT_SWITCHES = ("enable_thinking", "thinking")  # as templates call it: Qwen, GLM, SmolLM; DeepSeek, Granite, Kimi
+
+
+def wants_thoughts(effort: str | None, thinks: bool | None) -> bool | None:
+    """("low", None) -> True; ("minimal", None) -> False; ("low", False) -> False"""
+    if thinks is not None or effort is None:
+        return thinks
+    return effort not in ("none", "minimal")
 
 
 @dataclass(frozen=True)
@@ -325,6 +342,10 @@ class MixtureHost(Protocol):
         ...
 
     def max_model_len(self, mixture: Mixture) -> int: ...
+
+    def ends_thoughts(self, mixture: Mixture) -> bool:
+        """Whether `max_reasoning_tokens` can be honoured for members that think."""
+        ...
 
     def generate(self, mixture: Mixture, request: GenerationRequest, *, method: str) -> AsyncGenerator[Event]: ...
 

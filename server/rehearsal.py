@@ -126,6 +126,9 @@ class _Unloaded:
     def max_model_len(self, mixture: Mixture) -> int:
         return min(self._views[name].max_model_len for name in mixture.weights)
 
+    def ends_thoughts(self, mixture: Mixture) -> bool:
+        return not self._is_one_model and self.averages_over(mixture) == "tokens"
+
     def generate(self, mixture: Mixture, request: GenerationRequest, *, method: str) -> AsyncGenerator[Event]:
         raise AssertionError("a rehearsal has no weights to answer with")
 

@@ -30,7 +30,7 @@ from ensemble_server.server.requests.logprobs import chat_logprobs, prompt_logpr
 from ensemble_server.server.requests.messages import template_messages
 from ensemble_server.server.requests.models import requested_model
 from ensemble_server.server.requests.protocol import ChatBody
-from ensemble_server.server.requests.reasoning import reasoning_effort
+from ensemble_server.server.requests.reasoning import AskedThoughts, asked_thoughts
 from ensemble_server.server.requests.responses import ChatChoice, ChatCompletion, FunctionCallObject, ToolCallObject
 from ensemble_server.server.requests.structured_output import requested_grammar
 from ensemble_server.server.requests.terms import Terms
@@ -43,7 +43,13 @@ if TYPE_CHECKING:
 
 
 def chat_request(
-    body: ChatBody, hosting: Hosting, *, model_name: str, tools: AskedTools | None, terms: Terms
+    body: ChatBody,
+    hosting: Hosting,
+    *,
+    model_name: str,
+    tools: AskedTools | None,
+    thoughts: AskedThoughts,
+    terms: Terms,
 ) -> GenerationRequest:
     """The generation that a chat asks for. Raises `RequestError`."""
     check_stream_options(body)
@@ -70,8 +76,9 @@ def chat_request(
         tool_choice=tools.choice,
         parallel_tool_calls=tools.parallel,
         template_kwargs=body.chat_template_kwargs or {},
-        reasoning_effort=reasoning_effort(body, hosting, model_name),
-        max_reasoning_tokens=body.reasoning_limit,
+        reasoning_effort=thoughts.effort,
+        thinks=thoughts.thinks,
+        max_reasoning_tokens=thoughts.max_tokens,
         truncate_prompt_tokens=prompt_tokens_kept(body, hosting.models[model_name]),
         deadline_s=terms.deadline_s,
         priority=terms.priority,
@@ -84,20 +91,39 @@ def chat_request(
 
 @dataclass(frozen=True)
 class Chat:
-    """A chat's body once it is checked: what was asked, and how it is answered, whole or as a stream."""
+    """A chat's body once it is checked: what was asked, and how it is answered, whole or as a stream.
+
+    `unheard`: what it says about thoughts that no model which answers can be told.
+    """
 
     body: ChatBody
     asked: GenerationRequest
     tools: AskedTools | None
     generations: Generations
+    unheard: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, body: ChatBody, hosting: Hosting, terms: Terms, observer: Observer = NOBODY) -> Self:
-        """Nothing runs yet. Raises `RequestError` for all that can be told before."""
+    def of(
+        cls,
+        body: ChatBody,
+        hosting: Hosting,
+        terms: Terms,
+        observer: Observer = NOBODY,
+        *,
+        hints_thoughts: bool = False,
+    ) -> Self:
+        """Nothing runs yet. Raises `RequestError` for all that can be told before.
+
+        `hints_thoughts`: what the body says about thoughts is a hint, as agents send it to every model, and is
+        `unheard` where it would be refused.
+        """
         model = requested_model(hosting, body.model)
         tools = asked_tools(body, hosting, model.name)
-        asked = chat_request(body, hosting, model_name=model.name, tools=tools, terms=terms)
-        return cls(body, asked, tools, Generations(model, [asked], hosting, terms, observer))
+        thoughts = asked_thoughts(body, hosting, model.name)
+        if not hints_thoughts:
+            thoughts.check()
+        asked = chat_request(body, hosting, model_name=model.name, tools=tools, thoughts=thoughts, terms=terms)
+        return cls(body, asked, tools, Generations(model, [asked], hosting, terms, observer), thoughts.unheard)
 
     async def answer(self) -> ChatCompletion:
         """The whole answer. Runs the generation to its end."""

@@ -150,6 +150,16 @@ class Controls(Part):
     )
 
 
+ThoughtTokens = Annotated[int, Field(ge=0, le=MAX_INT), WHOLE]
+
+
+class Thinking(Part):
+    """As Anthropic, DeepSeek and Z.ai have it."""
+
+    type: str = Field(description="enabled, disabled, or another, which leaves it to the template")
+    budget_tokens: ThoughtTokens | None = Field(default=None, description="with enabled: as max_reasoning_tokens")
+
+
 class GenerationBody(Controls):
     """What chats and completions share."""
 
@@ -173,16 +183,17 @@ class ChatBody(GenerationBody):
     top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     tools: Tools | None = None
     chat_template_kwargs: dict[str, JsonValue] | None = None
+    thinking: Thinking | None = Field(
+        default=None, description="whether to think, where the chat template has a switch, and how long at most"
+    )
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
         default=None,
-        description="for models whose template knows levels; none: thoughts are switched off where they can",
+        description="for models whose template knows levels, or a switch, which none and minimal turn off",
     )
-    max_reasoning_tokens: Annotated[int, Field(ge=0, le=MAX_INT), WHOLE] | None = Field(
+    max_reasoning_tokens: ThoughtTokens | None = Field(
         default=None, description="of a thought, after which its end is forced"
     )
-    thinking_token_budget: Annotated[int, Field(ge=0, le=MAX_INT), WHOLE] | None = Field(
-        default=None, description="vLLM's name of max_reasoning_tokens"
-    )
+    thinking_token_budget: ThoughtTokens | None = Field(default=None, description="vLLM's name of max_reasoning_tokens")
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 

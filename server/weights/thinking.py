@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+from ensemble_server.ensembles.base import THOUGHT_SWITCHES
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,17 @@ KNOWN = tuple(
         ("<reasoning>", "</reasoning>"),
     )
 )
+
+
+_STATEMENT = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+_SETTING = re.compile(rf"(?<![\w.])({'|'.join(('reasoning_effort', *THOUGHT_SWITCHES))})\b")
+
+
+def settings_in(template: str | None) -> frozenset[str]:
+    """What a chat template asks about how much to think: "{% if enable_thinking %}" -> {"enable_thinking"}"""
+    code = " ".join(_QUOTED.sub("", statement) for statement in _STATEMENT.findall(template or ""))
+    return frozenset(_SETTING.findall(code))
 
 
 def markers_in(template: str | None) -> Markers | None:

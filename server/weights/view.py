@@ -19,7 +19,7 @@ from ensemble_server.ensembles.base import Message, ToolCall
 from ensemble_server.ensembles.errors import ModelLoadError, RequestError, UnsupportedError
 from ensemble_server.server.config.blocks import HostedModel
 from ensemble_server.server.tool_formats.formats import FORMATS, ToolFormat, ToolFormatName, format_in
-from ensemble_server.server.weights.thinking import Markers, markers_in
+from ensemble_server.server.weights.thinking import Markers, markers_in, settings_in
 from ensemble_server.server.weights.tokenizer import Vocabulary
 
 if TYPE_CHECKING:
@@ -108,6 +108,11 @@ class Surface(Vocabulary):
     @property
     def has_chat_template(self) -> bool:
         return self.chat_template is not None
+
+    @cached_property
+    def thought_settings(self) -> frozenset[str]:
+        """What the template asks about how much to think: a level, a switch."""
+        return settings_in(self.chat_template)
 
     @property
     def supports_tools(self) -> bool:

@@ -24,6 +24,7 @@ from ensemble_server.server.requests.completions import completion_requests
 from ensemble_server.server.requests.errors import error_object
 from ensemble_server.server.requests.models import requested_model
 from ensemble_server.server.requests.protocol import ChatBody, CompletionBody
+from ensemble_server.server.requests.reasoning import asked_thoughts
 from ensemble_server.server.requests.terms import Terms
 from ensemble_server.server.requests.tool_use import asked_tools
 
@@ -68,7 +69,9 @@ def num_prompt_tokens(row: Row, hosting: Hosting) -> int | None:
             chat = row_body(ChatBody, row)
             model = requested_model(hosting, chat.model)
             tools = asked_tools(chat, hosting, model.name)
-            requests = [chat_request(chat, hosting, model_name=model.name, tools=tools, terms=terms)]
+            thoughts = asked_thoughts(chat, hosting, model.name)
+            thoughts.check()
+            requests = [chat_request(chat, hosting, model_name=model.name, tools=tools, thoughts=thoughts, terms=terms)]
         case "/v1/completions":
             completion = row_body(CompletionBody, row)
             model = requested_model(hosting, completion.model)

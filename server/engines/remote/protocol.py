@@ -74,7 +74,9 @@ def request_body(
         body["messages"] = [dict(message) for message in request.messages]
         if request.template_kwargs:
             body["chat_template_kwargs"] = dict(request.template_kwargs)
-        if request.reasoning_effort is not None:
+        if request.thinks is False:
+            body["reasoning_effort"] = "none"
+        elif request.reasoning_effort is not None:
             body["reasoning_effort"] = request.reasoning_effort
         if request.max_reasoning_tokens is not None:
             body["thinking_token_budget"] = request.max_reasoning_tokens  # vLLM's name; OpenAI has none

@@ -86,10 +86,11 @@ class ThoughtLimit:
 
 
 def thought_limit(request: GenerationRequest, surface: Surface) -> ThoughtLimit | None:
-    if request.max_reasoning_tokens is None or surface.thinking is None:
+    """None where thoughts may be as long as they like. What is not wanted at all is closed before it begins."""
+    limit = 0 if request.wants_thoughts is False else request.max_reasoning_tokens
+    if limit is None or surface.thinking is None:
         return None
-    end = surface.encode(surface.thinking.end, add_special_tokens=False)
-    return ThoughtLimit(request.max_reasoning_tokens, end)
+    return ThoughtLimit(limit, surface.encode(surface.thinking.end, add_special_tokens=False))
 
 
 def thought_stream(request: GenerationRequest, surface: Surface, prompt: Sequence[int]) -> ThoughtStream | None:

@@ -129,6 +129,9 @@ class TransformersEngine:
         elif self._drafts == "member" and len({self._members[name].backbone for name in mixture.weights}) == 1:
             logger.info("%s have the same weights: drafts come from their text, not from a member", names)
 
+    def ends_thoughts(self, mixture: Mixture) -> bool:
+        return self.averages_over(mixture) == "tokens"
+
     def max_model_len(self, mixture: Mixture) -> int:
         return min(self._members[name].max_model_len for name in mixture.weights)
 

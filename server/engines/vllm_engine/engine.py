@@ -112,6 +112,10 @@ class VllmEngine:
         self.check(mixture)
         return "tokens"
 
+    def ends_thoughts(self, mixture: Mixture) -> bool:
+        """vLLM draws tokens in its own process."""
+        return False
+
     def max_model_len(self, mixture: Mixture) -> int:
         return min(self.views[name].max_model_len for name in mixture.weights)
 

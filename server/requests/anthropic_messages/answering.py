@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from ensemble_server.ensembles.errors import UnsupportedError
-from ensemble_server.server.requests.anthropic_messages.body import CountTokensBody, MessagesBody, PromptPart
+from ensemble_server.server.requests.anthropic_messages.body import CountTokensBody, MessagesBody
 from ensemble_server.server.requests.anthropic_messages.conversation import NAMES, chat_body, skipped_tools
 from ensemble_server.server.requests.anthropic_messages.errors import message_error
 from ensemble_server.server.requests.anthropic_messages.events import Event, MessageWriter
@@ -16,8 +16,6 @@ from ensemble_server.server.requests.anthropic_messages.shapes import MessageObj
 from ensemble_server.server.requests.chat import Chat
 from ensemble_server.server.requests.errors import ErrorObject
 from ensemble_server.server.requests.generation import NOBODY, Observer
-from ensemble_server.server.requests.models import requested_model
-from ensemble_server.server.requests.reasoning import TemplateKwargs, effort_kwargs
 from ensemble_server.server.requests.terms import Terms
 from ensemble_server.server.requests.turns import renamed
 
@@ -36,9 +34,9 @@ class ModelMessage:
     @classmethod
     def of(cls, body: MessagesBody, hosting: Hosting, terms: Terms, observer: Observer = NOBODY) -> Self:
         """Nothing runs yet. Raises `RequestError` for all that can be told before."""
-        template_kwargs, skipped = _template_kwargs(body, body.model, hosting)
         with renamed(NAMES):
-            chat = Chat.of(chat_body(body, body.model, template_kwargs), hosting, terms, observer)
+            chat = Chat.of(chat_body(body, body.model), hosting, terms, observer, hints_thoughts=True)
+        skipped = [*skipped_tools(body), *(NAMES.get(name, name) for name in chat.unheard)]
         return cls(chat, MessageWriter(chat.generations.model.name, terms.new_id), skipped)
 
     async def answer(self) -> MessageObject:
@@ -65,27 +63,12 @@ class ModelMessage:
 
 def counted(body: CountTokensBody, hosting: Hosting, terms: Terms) -> TokenCount:
     """How many tokens the model reads of what a message would ask. Raises `RequestError`. Blocks while it renders."""
-    template_kwargs, _ = _template_kwargs(body, body.model, hosting)
     with renamed(NAMES):
-        chat = Chat.of(chat_body(body, body.model, template_kwargs), hosting, terms)
+        chat = Chat.of(chat_body(body, body.model), hosting, terms, hints_thoughts=True)
     name = chat.generations.model.name
     surface = hosting.surface(name)
     if surface is None:
         raise UnsupportedError(f"model {name!r} is not hosted here, so its tokens cannot be counted", param="model")
     asked = chat.asked
-    token_ids = surface.render(asked.messages or (), tools=asked.tools, template_kwargs=asked.template_kwargs)
+    token_ids = surface.render(asked.messages or (), tools=asked.tools, template_kwargs=asked.told_template)
     return {"input_tokens": len(token_ids)}
-
-
-def _template_kwargs(body: PromptPart, model: str | None, hosting: Hosting) -> tuple[TemplateKwargs | None, list[str]]:
-    """What the chat template is told, and what of the body was not read."""
-    skipped = skipped_tools(body)
-    effort = body.output_config.effort if body.output_config else None
-    kind = body.thinking.type if body.thinking else None
-    thinks = {"enabled": True, "disabled": False}.get(kind or "")
-    told = effort_kwargs(hosting.surface(requested_model(hosting, model).name), effort, thinks=thinks)
-    if told is None:
-        skipped += [name for name, is_asked in (("thinking", thinks), ("output_config.effort", effort)) if is_asked]
-    if body.chat_template_kwargs:
-        told = {**(told or {}), **body.chat_template_kwargs}
-    return told, skipped

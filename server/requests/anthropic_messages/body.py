@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag
 from pydantic_core import PydanticCustomError
 
-from ensemble_server.server.requests.messages import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, WHOLE, Part
-from ensemble_server.server.requests.protocol import Controls, NewTokens
+from ensemble_server.server.requests.messages import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, Part
+from ensemble_server.server.requests.protocol import Controls, NewTokens, Thinking, ThoughtTokens
 
 # --- content blocks -----------------------------------------------------------------------------------------------
 
@@ -150,18 +150,13 @@ class MessageToolChoice(Part):
 # --- the bodies ---------------------------------------------------------------------------------------------------
 
 
-class Thinking(Part):
-    type: str = Field(description="enabled, disabled, or another, which leaves it to the template")
-    budget_tokens: Annotated[int, WHOLE] | None = None
-
-
 class OutputFormat(Part):
     type: Literal["json_schema"]
     schema_: dict[str, JsonValue] = Field(alias="schema")
 
 
 class OutputConfig(Part):
-    effort: str | None = Field(default=None, description="told to the chat template")
+    effort: str | None = Field(default=None, description="told to chat templates that know levels, or a switch")
     format: OutputFormat | None = None
 
 
@@ -173,8 +168,9 @@ class PromptPart(Part):
     tools: Annotated[list[MessageTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: MessageToolChoice | None = None
     thinking: Thinking | None = Field(
-        default=None, description="told to the chat template, where that has such a setting"
+        default=None, description="whether to think, where the chat template has a switch, and how long at most"
     )
+    max_reasoning_tokens: ThoughtTokens | None = None
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = Field(default=None, description="an older place for output_config.format")
     chat_template_kwargs: dict[str, JsonValue] | None = None

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pydantic import JsonValue
-
 from ensemble_server.ensembles.errors import RequestError, UnsupportedError
 from ensemble_server.server.requests.anthropic_messages.body import (
     CustomTool,
@@ -30,15 +28,23 @@ from ensemble_server.server.requests.protocol import (
 from ensemble_server.server.requests.turns import Turns
 
 # a chat's parameters -> what they are called here
-NAMES = {"response_format": "output_config.format", "max_completion_tokens": "max_tokens", "stop": "stop_sequences"}
+NAMES = {
+    "response_format": "output_config.format",
+    "max_completion_tokens": "max_tokens",
+    "stop": "stop_sequences",
+    "reasoning_effort": "output_config.effort",
+}
 
 
-def chat_body(body: PromptPart, model: str | None, template_kwargs: dict[str, JsonValue] | None) -> ChatBody:
+def chat_body(body: PromptPart, model: str | None) -> ChatBody:
     """What `body` asks of a chat. Raises `RequestError`."""
     asked: dict[str, Any] = {
         "model": model,
         "messages": turns_of(body).messages,
-        "chat_template_kwargs": template_kwargs,
+        "chat_template_kwargs": body.chat_template_kwargs,
+        "thinking": body.thinking,
+        "reasoning_effort": body.output_config.effort if body.output_config else None,
+        "max_reasoning_tokens": body.max_reasoning_tokens,
     }
     asked |= _tools(body)
     if isinstance(body, MessagesBody):

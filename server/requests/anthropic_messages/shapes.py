@@ -20,7 +20,7 @@ class TextBlockObject(TypedDict):
 
 
 class ThinkingBlockObject(TypedDict):
-    """`signature` is always empty: thoughts are nobody's secret here."""
+    """`signature`: a digest of the thought, empty until it has ended."""
 
     type: Literal["thinking"]
     thinking: str

@@ -16,7 +16,6 @@ from ensemble_server.server.requests.chat import Chat
 from ensemble_server.server.requests.errors import ErrorObject
 from ensemble_server.server.requests.generation import NOBODY, Observer
 from ensemble_server.server.requests.messages import ChatMessage, NamedTool
-from ensemble_server.server.requests.models import requested_model
 from ensemble_server.server.requests.openai_responses.body import FunctionTool, Item, ResponsesBody
 from ensemble_server.server.requests.openai_responses.conversation import (
     NAMES,
@@ -29,7 +28,6 @@ from ensemble_server.server.requests.openai_responses.conversation import (
 from ensemble_server.server.requests.openai_responses.events import Event, ResponseWriter
 from ensemble_server.server.requests.openai_responses.shapes import ResponseObject
 from ensemble_server.server.requests.openai_responses.stored import StoredResponses
-from ensemble_server.server.requests.reasoning import effort_kwargs
 from ensemble_server.server.requests.terms import Terms
 from ensemble_server.server.requests.turns import Turns, renamed
 
@@ -76,17 +74,12 @@ class ModelResponse:
             earlier = stored.get(owner, body.previous_response_id, param="previous_response_id").messages
         conversation = conversation_of(body, tuple(earlier), lambda item_id: stored.item(owner, item_id))
         skipped = [*conversation.skipped, *skipped_tools(body)]
-        surface = hosting.surface(requested_model(hosting, body.model).name)
-        effort = body.reasoning.effort if body.reasoning else None
-        template_kwargs = effort_kwargs(surface, effort)
-        if effort is not None and template_kwargs is None:
-            skipped.append("reasoning.effort")
+        with renamed(NAMES):
+            asked = chat_body(body, conversation.messages)
+            chat = Chat.of(asked, hosting, terms, observer, hints_thoughts=True)
+        skipped += [NAMES.get(name, name) for name in chat.unheard]
         if body.text is not None and body.text.verbosity not in (None, "medium"):
             skipped.append("text.verbosity")
-        if body.chat_template_kwargs:
-            template_kwargs = {**(template_kwargs or {}), **body.chat_template_kwargs}
-        with renamed(NAMES):
-            chat = Chat.of(chat_body(body, conversation.messages, template_kwargs), hosting, terms, observer)
         stores = body.store is not False and not stored.is_off
         writer = ResponseWriter(
             _begun(body, chat, stores=stores),

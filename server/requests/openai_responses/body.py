@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag
 from pydantic_core import PydanticCustomError
 
 from ensemble_server.server.requests.messages import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, WHOLE, Part
-from ensemble_server.server.requests.protocol import Controls, Count
+from ensemble_server.server.requests.protocol import Controls, Count, ThoughtTokens
 
 # --- items of the input -------------------------------------------------------------------------------------------
 
@@ -182,7 +182,9 @@ class TextSettings(Part):
 
 
 class ReasoningSettings(Part):
-    effort: str | None = Field(default=None, description='told to the chat template; "none" switches thinking off')
+    effort: str | None = Field(
+        default=None, description='told to chat templates that know levels, or a switch; "none" turns thoughts off'
+    )
     summary: str | None = Field(
         default=None, description="any value: thoughts come as the item's summary, in full, and not as its content"
     )
@@ -210,6 +212,7 @@ class ResponsesBody(Controls):
     )
     metadata: Annotated[dict[str, str], Field(max_length=64)] | None = None
     chat_template_kwargs: dict[str, JsonValue] | None = None
+    max_reasoning_tokens: ThoughtTokens | None = None
     stream_options: dict[str, JsonValue] | None = None
     max_tool_calls: Annotated[int, WHOLE] | None = Field(
         default=None, description="of OpenAI's own tools; there are none"

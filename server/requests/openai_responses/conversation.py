@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import JsonValue
-
 from ensemble_server.ensembles.errors import RequestError, UnsupportedError
 from ensemble_server.server.requests.messages import (
     ChatMessage,
@@ -51,6 +49,7 @@ NAMES = {
     "max_completion_tokens": "max_output_tokens",
     "max_tokens": "max_output_tokens",
     "truncate_prompt_tokens": "truncation",
+    "reasoning_effort": "reasoning.effort",
 }
 
 _NOT_SERVED = {
@@ -116,9 +115,7 @@ def _text(content: str | list[TextPart | RefusalPart]) -> str:
     return "\n".join(part.refusal if isinstance(part, RefusalPart) else part.text for part in content)
 
 
-def chat_body(
-    body: ResponsesBody, messages: Sequence[ChatMessage], template_kwargs: dict[str, JsonValue] | None
-) -> ChatBody:
+def chat_body(body: ResponsesBody, messages: Sequence[ChatMessage]) -> ChatBody:
     """What `body` asks of a chat with these messages, its instructions before them. Not checked again."""
     turns = Turns()
     if body.instructions:
@@ -137,7 +134,9 @@ def chat_body(
         tools=[_tool(tool) for tool in tools] or None,
         tool_choice=tool_choice,
         parallel_tool_calls=body.parallel_tool_calls,
-        chat_template_kwargs=template_kwargs,
+        chat_template_kwargs=body.chat_template_kwargs,
+        reasoning_effort=body.reasoning.effort if body.reasoning else None,
+        max_reasoning_tokens=body.max_reasoning_tokens,
         truncate_prompt_tokens=-1 if body.truncation == "auto" else None,
         stream_options=StreamOptions(include_usage=True, continuous_usage_stats=True),
     )

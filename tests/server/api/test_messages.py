@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from base64 import b64decode
+from hashlib import sha256
 
 import pytest
 from anthropic.types import Message, RawMessageStreamEvent
@@ -168,9 +170,11 @@ async def test_explained_tokens_are_with_the_text(host):
 async def test_thoughts_are_a_block_of_their_own(host):
     thought, text = (await message(host(m=Composed("m", *THOUGHTFUL)))).content
     assert (thought.type, thought.thinking, text.text) == ("thinking", "Nine times two.", "18")
+    assert b64decode(thought.signature) == sha256(b"Nine times two.").digest()
     read = await events(host(m=Composed("m", *THOUGHTFUL)))
     deltas = [event.delta for event in read if event.type == "content_block_delta"]
     assert [delta.type for delta in deltas] == [*["thinking_delta"] * 2, "signature_delta", "text_delta"]
+    assert deltas[2].signature == thought.signature
     assert read[-2].usage.output_tokens_details.thinking_tokens == 3
     assert read[-2].ensemble["trace"] == {"rounds": [1]}
 
@@ -179,12 +183,13 @@ async def test_thinking_is_told_to_templates_that_know_it(host, surface):
     knows = Surface(surface.tokenizer, chat_template=CHAT_TEMPLATE + "{{ enable_thinking }}")
     hosting = host(m=HELLO, surface=knows)
     for thinking, told in (
-        ({"type": "enabled", "budget_tokens": 2000}, {"enable_thinking": True}),
-        ({"type": "disabled"}, {"enable_thinking": False}),
+        ({"type": "enabled", "budget_tokens": 2000}, {"enable_thinking": True, "thinking": True}),
+        ({"type": "disabled"}, {"enable_thinking": False, "thinking": False}),
         ({"type": "adaptive"}, {}),
     ):
         await message(hosting, thinking=thinking)
-        assert asked(hosting, "m").template_kwargs == told
+        assert asked(hosting, "m").told_template == told
+        assert asked(hosting, "m").max_reasoning_tokens == thinking.get("budget_tokens")
     response = await post(host(), thinking={"type": "enabled", "budget_tokens": 2000}, output_config={"effort": "low"})
     assert response.headers["x-ignored-parameters"] == "thinking, output_config.effort"
 

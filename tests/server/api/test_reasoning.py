@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import httpx
 import pytest
 import pytest_asyncio
 
@@ -31,6 +32,7 @@ async def house(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
         "quiet": {"base": "plain", "chat_template": THINKING, "chat_template_kwargs": {"enable_thinking": False}},
         "adaptive": {"method": "probability_average", "members": ["thinker", "plain"], "pool": "posterior"},
         "spelt": {"method": "probability_average", "members": ["thinker", "plain"], "vocabulary": "bytes"},
+        "wordy": {"base": "plain", "chat_template": CHAT_TEMPLATE + "<think>\n"},  # as R1's: it has no switch
         "vote": {"method": "majority", "members": ["thinker"], "samples": 2},
     }
     async with open_house("transformers", models, tmp_path_factory.mktemp("thoughts"), body=ASK) as house:
@@ -113,9 +115,100 @@ async def test_a_level_of_effort_reaches_a_template_that_knows_levels(house: Hou
 
 
 async def test_every_sample_of_a_vote_has_its_own_limit(house: House) -> None:
-    answer = await house.chat("vote", max_reasoning_tokens=4, temperature=1, seed=1)
+    answer = await house.chat(
+        "vote", max_reasoning_tokens=4, temperature=1, seed=1, ensemble={"early_stop": False}
+    )  # the first sample decides a vote of two
     end = len(house.hosting.surface("thinker").encode("</think>", add_special_tokens=False))
     assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] == 2 * (4 + end)
+
+
+async def post(house: House, path: str, **body: object) -> httpx.Response:
+    """The question of `ASK`, as the protocol at `path` asks it."""
+    asked = dict(ASK)
+    if path == "/v1/responses":
+        asked |= {"input": asked.pop("messages"), "max_output_tokens": asked.pop("max_tokens")}
+    return await house.client.post(path, json=asked | body)
+
+
+THOUGHTS = {
+    "/v1/chat/completions": {
+        "low": {"reasoning_effort": "low"},
+        "none": {"reasoning_effort": "none"},
+        "off": {"thinking": {"type": "disabled"}},
+        "limit": {"thinking": {"type": "enabled", "budget_tokens": 5}},
+    },
+    "/v1/responses": {
+        "low": {"reasoning": {"effort": "low"}},
+        "none": {"reasoning": {"effort": "none"}},
+        "limit": {"max_reasoning_tokens": 5},
+    },
+    "/v1/messages": {
+        "low": {"output_config": {"effort": "low"}},
+        "none": {"output_config": {"effort": "none"}},
+        "off": {"thinking": {"type": "disabled"}},
+        "limit": {"thinking": {"type": "enabled", "budget_tokens": 5}},
+    },
+}
+
+
+def thought_and_answer(path: str, answer: dict) -> tuple[str, str]:
+    match path.rpartition("/")[2]:
+        case "completions":
+            message = answer["choices"][0]["message"]
+            return message.get("reasoning_content") or "", message["content"]
+        case "responses":
+            *thoughts, said = answer["output"]
+            return "".join(part["text"] for item in thoughts for part in item["content"]), said["content"][0]["text"]
+    *thoughts, said = answer["content"]
+    return "".join(block["thinking"] for block in thoughts), said["text"]
+
+
+@pytest.mark.parametrize("path", THOUGHTS)
+async def test_all_protocols_say_the_same_about_thoughts(house: House, path: str) -> None:
+    """The answers are those of a chat that says it in the words of this server."""
+    same = {
+        "low": {"chat_template_kwargs": {"reasoning_effort": "low"}, "max_reasoning_tokens": 5},
+        "none": {"chat_template_kwargs": {"enable_thinking": False, "reasoning_effort": "none"}},
+        "off": {"chat_template_kwargs": {"enable_thinking": False}},
+        "limit": {"max_reasoning_tokens": 5},
+    }
+    for wish, said in THOUGHTS[path].items():
+        bounded = said | ({"max_reasoning_tokens": 5} if wish == "low" else {})
+        response = await post(house, path, model="thinker", **bounded)
+        assert response.status_code == 200, response.text
+        assert "x-ignored-parameters" not in response.headers
+        thought, text = thought_and_answer(path, response.json())
+        wanted = (await house.chat("thinker", **same[wish]))["choices"][0]["message"]
+        assert (thought, text) == (wanted.get("reasoning_content", ""), wanted["content"])
+
+
+@pytest.mark.parametrize("path", THOUGHTS)
+async def test_thoughts_without_a_switch_are_closed_at_once(house: House, path: str) -> None:
+    for wish in THOUGHTS[path].keys() & {"none", "off"}:
+        response = await post(house, path, model="wordy", **THOUGHTS[path][wish])
+        assert response.status_code == 200, response.text
+        thought, text = thought_and_answer(path, response.json())
+        assert not thought and text.strip()
+
+
+async def test_what_nobody_can_be_told_is_refused_in_chats_and_named_where_agents_say_it_to_all(house: House) -> None:
+    for said, param in (
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"thinking": {"type": "enabled"}}, "thinking"),
+    ):
+        response = await post(house, "/v1/chat/completions", model="plain", **said)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    enabled = {"thinking": {"type": "enabled", "budget_tokens": 5}}
+    response = await post(house, "/v1/messages", model="plain", **enabled)
+    assert (response.status_code, response.headers["x-ignored-parameters"]) == (200, "thinking")
+    response = await post(house, "/v1/messages", model="spelt", **enabled)  # its thoughts cannot be ended
+    assert (response.status_code, response.headers["x-ignored-parameters"]) == (200, "thinking.budget_tokens")
+    response = await post(house, "/v1/responses", model="plain", reasoning={"effort": "low"})
+    assert (response.status_code, response.headers["x-ignored-parameters"]) == (200, "reasoning.effort")
+    response = await post(house, "/v1/messages", model="plain", thinking={"type": "disabled"})
+    assert response.status_code == 200 and "x-ignored-parameters" not in response.headers
+    response = await post(house, "/v1/messages", thinking={"type": "enabled", "budget_tokens": -1})
+    assert (response.status_code, response.json()["error"]["details"]["param"]) == (400, "thinking.budget_tokens")
 
 
 async def test_averages_over_text_refuse_a_limit_by_name(house: House) -> None:

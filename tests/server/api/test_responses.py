@@ -209,9 +209,10 @@ async def test_effort_is_told_to_templates_that_know_it(host, surface):
     knows = Surface(surface.tokenizer, chat_template=CHAT_TEMPLATE + "{{ reasoning_effort }}{{ enable_thinking }}")
     hosting = host(m=HELLO, surface=knows)
     await respond(hosting, reasoning={"effort": "high"})
-    assert asked(hosting, "m").template_kwargs == {"enable_thinking": True, "reasoning_effort": "high"}
+    on = {"enable_thinking": True, "thinking": True}
+    assert asked(hosting, "m").told_template == {"reasoning_effort": "high", **on}
     await respond(hosting, reasoning={"effort": "none"}, chat_template_kwargs={"reasoning_effort": "x"})
-    assert asked(hosting, "m").template_kwargs == {"enable_thinking": False, "reasoning_effort": "x"}
+    assert asked(hosting, "m").told_template == {"reasoning_effort": "x", **dict.fromkeys(on, False)}
     response = await post(host(), reasoning={"effort": "high"}, text={"verbosity": "low"})
     assert response.headers["x-ignored-parameters"] == "reasoning.effort, text.verbosity"
 

@@ -194,7 +194,9 @@ async def test_effort_and_the_bound_of_thoughts_reach_the_remote_end(remote_of: 
     model, server = await remote_of(saying("18"))
     await collect(model, ask(reasoning_effort="low", max_reasoning_tokens=64))
     await collect(model, ASK)
-    told, untold = (connection.body for connection in server.connections)
+    await collect(model, ask(reasoning_effort="low", thinks=False))
+    told, untold, off = (connection.body for connection in server.connections)
+    assert off["reasoning_effort"] == "none"
     assert (told["reasoning_effort"], told["thinking_token_budget"]) == ("low", 64)
     assert not {"reasoning_effort", "thinking_token_budget"} & untold.keys()
 

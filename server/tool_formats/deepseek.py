@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from ensemble_server.ensembles.base import ToolCall
-from ensemble_server.server.tool_formats.reader import MarkedReader, NotACall, Reads
+from ensemble_server.server.tool_formats.reader import Ending, MarkedReader, NotACall, Reads
 
 _CALLS, _END_OF_CALLS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _CALL, _END_OF_CALL = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
@@ -14,7 +14,8 @@ _SEPARATOR = "<｜tool▁sep｜>"
 _MARK = "｜DSML｜"
 _BLOCKS = (f"<{_MARK}tool_calls>", f"<{_MARK}function_calls>")
 _ENDS_OF_BLOCKS = (f"</{_MARK}tool_calls>", f"</{_MARK}function_calls>")
-_PARAMETER, _END_OF_PARAMETER = f'<{_MARK}parameter name="', f"</{_MARK}parameter>"
+_PARAMETER, _END_OF_INVOKE = f'<{_MARK}parameter name="', f"</{_MARK}invoke>"
+_END_OF_PARAMETER = Ending(f"</{_MARK}parameter>", (_PARAMETER, _END_OF_INVOKE, *_ENDS_OF_BLOCKS))
 
 
 class DeepSeekReader(MarkedReader):
@@ -84,7 +85,7 @@ class DeepSeekReader(MarkedReader):
                     yield from self._written_value("", key, _END_OF_PARAMETER)
                 else:
                     yield from self._text_value(_END_OF_PARAMETER)
-            yield from self._accept(f"</{_MARK}invoke>")
+            yield from self._accept(_END_OF_INVOKE)
             self._end_arguments()
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ensemble_server.ensembles.base import ToolCall
-from ensemble_server.server.tool_formats.reader import MarkedReader, NotACall, Reads, typed, types_of
+from ensemble_server.server.tool_formats.reader import Ending, MarkedReader, NotACall, Reads
+from ensemble_server.server.tool_formats.values import typed, types_of
 
 _QUOTES = ("<escape>", '<|"|>')
 _MAX_DEPTH = 32
@@ -21,29 +22,56 @@ class GemmaReader(MarkedReader):
 
     def _section(self, marker: str) -> Reads[None]:
         yield from self._skip()
+        yield from self._accept(":")  # which models write there, too
         yield from self._expect("call:")
         name = yield from self._name()
         yield from self._skip()
         yield from self._expect("{")
         self._begin(name)
+        try:
+            yield from self._arguments(name)
+        except NotACall:
+            if not self._is_over:
+                raise
+            if not self._num_arguments:
+                self._argue("{")
+            self._at = len(self._text)  # a key or a value that was cut off
+            self._settle()
+            return
+        self._end_arguments()
+        if not self._is_cut_off:
+            yield from self._close("<tool_call|>", "<end_function_call>")
+
+    def _arguments(self, name: str) -> Reads[None]:
         while True:
             yield from self._skip(" \t\r\n,")
             if not (yield from self._peek()) or (yield from self._accept("}")):
-                break
+                return
             key = yield from self._key()
             schema = self._schema_of(name, key)
+            types = types_of(schema)
+            yield from self._skip()
+            if (not types or "string" in types) and (quote := (yield from self._accept(*_QUOTES))):
+                self._argument(key)
+                yield from self._text_value(Ending(quote))
+                continue
             value = yield from self._value(0)
-            if isinstance(value, str) and types_of(schema) and "string" not in types_of(schema):
+            if isinstance(value, str) and types and "string" not in types:
                 value = typed(value, schema)
+            elif types == {"string"} and not isinstance(value, str):
+                value = json.dumps(value, ensure_ascii=False)
             self._argument(key)
             self._argue(json.dumps(value, ensure_ascii=False))
             self._settle()
-        self._end_arguments()
-        yield from self._close("<tool_call|>", "<end_function_call>")
 
     def _key(self) -> Reads[str]:
         if quote := (yield from self._accept(*_QUOTES)):
             key, _ = yield from self._until(quote)
+            yield from self._skip()
+            yield from self._expect(":")
+            return key
+        if (yield from self._peek()) == '"':
+            key = yield from self._json_string()
             yield from self._skip()
             yield from self._expect(":")
             return key

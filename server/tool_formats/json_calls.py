@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 from ensemble_server.ensembles.base import ToolCall
-from ensemble_server.server.tool_formats.reader import CallReader, MarkedReader, NotACall, Reads
+from ensemble_server.server.tool_formats.reader import SPACE, CallReader, MarkedReader, NotACall, Reads
 
 
 class HermesReader(MarkedReader):
@@ -17,9 +16,7 @@ class HermesReader(MarkedReader):
     opens = ("<tool_call>",)
 
     def _section(self, marker: str) -> Reads[None]:
-        yield from self._skip()
-        yield from self._json_calls()
-        yield from self._close("</tool_call>")
+        yield from self._fenced_calls("</tool_call>")
 
 
 class PhiReader(MarkedReader):
@@ -28,9 +25,7 @@ class PhiReader(MarkedReader):
     opens = ("<|tool_call|>", "functools[")
 
     def _section(self, marker: str) -> Reads[None]:
-        yield from self._skip()
-        yield from self._json_calls()
-        yield from self._close("<|/tool_call|>", "]")
+        yield from self._fenced_calls("<|/tool_call|>", "]")
 
 
 class MistralReader(MarkedReader):
@@ -56,22 +51,24 @@ class MistralReader(MarkedReader):
 
 
 class BareReader(MarkedReader):
-    """{"name": ..., "parameters": {...}}, several with ";" between them: from the first character on, or behind
-    <|python_tag|> (Llama 3). JSON may be an answer as well, so only functions that there are count."""
+    """{"name": ..., "parameters": {...}}, several with ";" between them, also behind <|python_tag|> (Llama 3). JSON may
+    be an answer as well, so only functions that there are count, behind other text only with arguments, and not what
+    is a part of other JSON."""
 
-    opens = ("<|python_tag|>",)
+    opens = ("<|python_tag|>", "{", "[")
     only_known = True
 
-    def _read(self) -> Reads[None]:
-        yield from self._skip()
-        with suppress(NotACall):
-            yield from self._json_calls()
-        self._at, self._is_after_call = 0, self.has_called
-        yield from super()._read()
-
     def _section(self, marker: str) -> Reads[None]:
-        yield from self._skip()
-        yield from self._json_calls()
+        is_first = not self._said
+        if marker.startswith("<"):
+            yield from self._skip()
+            yield from self._json_calls()
+        elif self._said.rstrip().endswith(('":', ",", "[")):
+            return
+        else:
+            yield from self._json_calls(marker, needs_arguments=not is_first)
+        yield from self._skip(SPACE + ";")
+        self._settle()
 
 
 class NamedReader(CallReader):

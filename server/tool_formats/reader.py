@@ -13,9 +13,11 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from ensemble_server.ensembles.base import ToolCallDelta
+from ensemble_server.server.tool_formats.values import StringRepair, arguments_object, typed, types_of
 
 Piece = str | ToolCallDelta
 T = TypeVar("T")
@@ -27,8 +29,21 @@ _MAX_NAME_CHARS = 128
 _IN_JSON = re.compile(r"[\w\s{}\[\]\",:.+-]")  # what may stand between the strings of JSON
 
 
+_CALL_KEYS = frozenset({"name", "function", "arguments", "parameters", "type", "id"})
+
+
 class NotACall(Exception):
     """What was taken for a call is none."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """`text` ends a value if one of `then` comes next, white space apart, or nothing at all: what stands in a value
+    looks like its end sometimes. Without `then` it always does. With `is_next` it belongs to what follows."""
+
+    text: str
+    then: tuple[str, ...] = ()
+    is_next: bool = False
 
 
 class CallReader(ABC):
@@ -46,7 +61,9 @@ class CallReader(ABC):
         self._text = ""  # what has come and is not settled: it may have to be given back
         self._at = 0  # up to where it has been taken
         self._space_before = ""  # a marker
+        self._gap = ""  # white space between what was said and the calls behind it
         self._is_after_call = False  # and nothing was said since
+        self._said = ""  # the end of what was said
         self._is_over = False
         self._has_ended = False
         self._out: list[Piece] = []
@@ -81,6 +98,7 @@ class CallReader(ABC):
     def _say(self, text: str) -> None:
         if text:
             self._out.append(text)
+            self._said = (self._said + text)[-16:]
 
     def _begin(self, name: str) -> None:
         """A call of `name`. Raises `NotACall` if that is no function."""
@@ -119,16 +137,15 @@ class CallReader(ABC):
             self._argue("}" if self._num_arguments else "{}")
         self._settle()
 
-    def _text_value(self, *ends: str) -> Reads[None]:
-        """Text up to one of `ends` as a JSON string, handed out as it comes. Cut off, it stays open."""
+    def _text_value(self, *endings: Ending) -> Reads[None]:
+        """Text up to one of `endings` as a JSON string, handed out as it comes. Cut off, it stays open."""
         self._settle()
         self._argue('"')
         while True:
-            place, end = _first(self._text, ends)
-            settled = place if end or self._is_over else len(self._text) - _begun(self._text, ends)
-            self._argue(json.dumps(self._text[:settled], ensure_ascii=False)[1:-1])
-            self._text = self._text[settled + len(end) :]
-            if end:
+            place, end = self._ending(endings)
+            self._argue(json.dumps(self._text[:place], ensure_ascii=False)[1:-1])
+            self._text = self._text[place + _taken(end) :]
+            if end is not None:
                 self._argue('"')
                 return
             if self._is_over:
@@ -137,19 +154,45 @@ class CallReader(ABC):
             yield
 
     def _schema_of(self, function: str, key: str) -> Any:
-        properties = (self._functions or {}).get(function, {}).get("properties")
-        return properties.get(key) if isinstance(properties, dict) else None
+        return self._keys_of(function).get(key)
 
-    def _written_value(self, function: str, key: str, *ends: str) -> Reads[None]:
-        """A value that is written without quotes, up to one of `ends`: what the schema says it is."""
+    def _keys_of(self, function: str) -> Mapping[str, Any]:
+        """The arguments that a function is said to have, and their schemas."""
+        properties = (self._functions or {}).get(function, {}).get("properties")
+        return properties if isinstance(properties, dict) else {}
+
+    def _written_value(self, function: str, key: str, *endings: Ending) -> Reads[None]:
+        """A value that is written without quotes, up to one of `endings`: what the schema says it is."""
         schema = self._schema_of(function, key)
         if types_of(schema) == {"string"}:
-            yield from self._text_value(*ends)
+            yield from self._text_value(*endings)
             return
-        text, end = yield from self._until(*ends)
-        self._argue(json.dumps(typed(text, schema), ensure_ascii=False) if end else text.strip())
-        self._is_cut_off = not end
         self._settle()
+        while True:
+            place, end = self._ending(endings)
+            if end is not None or self._is_over:
+                break
+            yield
+        text = self._text[:place]
+        self._argue(json.dumps(typed(text, schema), ensure_ascii=False) if end is not None else text.strip())
+        self._is_cut_off = end is None
+        self._text = self._text[place + _taken(end) :]
+
+    def _ending(self, endings: Sequence[Ending]) -> tuple[int, Ending | None]:
+        """Where the first of `endings` stands, and which it is; None while there is none: where it may begin."""
+        ends = {ending.text: ending for ending in endings}
+        start = 0
+        while True:
+            place, text = _first(self._text, list(ends), start)
+            if not text:
+                return len(self._text) - (0 if self._is_over else _begun(self._text, list(ends))), None
+            rest = self._text[place + len(text) :].lstrip(SPACE)
+            then = ends[text].then
+            if not then or rest.startswith(then) or (self._is_over and not rest):
+                return place, ends[text]
+            if not self._is_over and any(one.startswith(rest) for one in then):
+                return place, None
+            start = place + 1
 
     # --- what is taken ----------------------------------------------------------------------------------------------
 
@@ -215,6 +258,7 @@ class CallReader(ABC):
             end, marker = _first(self._text, markers)
             before = self._text[:end]
             begin = len(before) - len(before.lstrip()) if self._is_after_call else 0
+            gap = (before[:begin] or self._gap) if self._is_after_call and self._said else ""
             if marker:
                 shown = len(before.rstrip())
             elif self._is_over or not markers:
@@ -223,13 +267,13 @@ class CallReader(ABC):
                 begun = _begun(before, markers)
                 shown = len(before[: end - begun].rstrip())
             if shown > begin:
-                self._say(before[begin:shown])
+                self._say(gap + before[begin:shown])
                 self._is_after_call = False
             if marker or self._is_over:
                 self._space_before = before[max(begin, shown) :]
                 self._text = self._text[end + len(marker) :]
                 return marker
-            self._text = self._text[max(begin, shown) :]
+            self._text = self._text[shown if shown > begin else 0 :]
             yield
 
     # --- JSON -------------------------------------------------------------------------------------------------------
@@ -246,7 +290,8 @@ class CallReader(ABC):
 
     def _json_value(self, *, is_arguments: bool = False) -> Reads[str]:
         """The next value as it is written: what stands between brackets or quotes that fit. With `is_arguments` it is
-        handed out as it comes, and cut off it stays open."""
+        handed out as it comes, its strings mended, and cut off it stays open."""
+        repair = StringRepair()
         if is_arguments:
             self._settle()
         text, depth, is_string, is_escaped = "", 0, False, False
@@ -272,28 +317,33 @@ class CallReader(ABC):
                     break
                 self._at += 1
             piece = self._text[begin : self._at]
+            is_broken = not is_complete and (self._at < len(self._text) or self._is_over)  # or broken off
             if is_arguments:
-                self._argue(piece)
+                self._argue(repair.feed(piece, is_last=is_complete or is_broken))
                 self._settle()
             else:
                 text += piece
             if is_complete:
                 return text
-            if self._at < len(self._text) or self._is_over:  # it is broken, or broken off
+            if is_broken:
                 if is_arguments:
                     return text
                 raise NotACall
             yield
 
-    def _json_call(self) -> Reads[None]:
-        """{"name": ..., "arguments": {...}} in any order, with other names for them, and inside {"function": {...}}."""
-        yield from self._expect("{")
-        name, arguments, has_called = None, "{}", False
+    def _json_call(self, *, is_open: bool = False, needs_arguments: bool = False) -> Reads[None]:
+        """{"name": ..., "arguments": {...}} in any order, with other names for them, and inside {"function": {...}}.
+        `is_open`: the first bracket has been taken."""
+        if not is_open:
+            yield from self._expect("{")
+        name, arguments, has_called = None, None, False
         while True:
             yield from self._skip()
             if (yield from self._accept("}")):
                 break
             key = yield from self._json_string()
+            if self.only_known and key not in _CALL_KEYS:
+                raise NotACall
             yield from self._skip()
             yield from self._expect(":")
             yield from self._skip()
@@ -305,7 +355,7 @@ class CallReader(ABC):
                 yield from self._json_value(is_arguments=True)
                 has_called = True
             elif key == "function" and first == "{" and not has_called:
-                yield from self._json_call()
+                yield from self._json_call(needs_arguments=needs_arguments)
                 has_called = True
             else:
                 value = yield from self._json_value()
@@ -318,19 +368,23 @@ class CallReader(ABC):
                     return
                 raise NotACall
         if not has_called:
-            if name is None:
+            if name is None or (needs_arguments and arguments is None):
                 raise NotACall
-            self._call(name, _object(arguments))
+            if (checked := arguments_object(arguments or "{}")) is None:
+                raise NotACall
+            self._call(name, checked)
         self._settle()
 
-    def _json_calls(self) -> Reads[None]:
-        """One call or several: in an array, or one behind the other."""
-        is_array = yield from self._accept("[")
+    def _json_calls(self, opened: str = "", *, needs_arguments: bool = False) -> Reads[None]:
+        """One call or several: in an array, or one behind the other. `opened`: the bracket that has been taken."""
+        is_array = opened == "[" or (not opened and bool((yield from self._accept("["))))
         has_any = False
         while True:
-            yield from self._skip(SPACE + ",;")
+            if opened != "{" or has_any:
+                yield from self._skip(SPACE + ",;")
             if not has_any or (yield from self._peek()) == "{":
-                yield from self._json_call()
+                is_open = opened == "{" and not has_any
+                yield from self._json_call(is_open=is_open, needs_arguments=needs_arguments)
                 has_any = True
                 continue
             if is_array and (yield from self._accept("]")):
@@ -351,14 +405,27 @@ class MarkedReader(CallReader):
                 yield from self._section(marker)
             self._at = 0
             if self._num_calls == num_before:
-                self._say(self._space_before + marker)
+                gap = self._gap if self._is_after_call else ""
+                self._say(gap + self._space_before + marker)
                 self._is_after_call = False
             else:
+                if not self._is_after_call:
+                    self._gap = self._space_before if self._said else ""
                 self._is_after_call = True
 
     @abstractmethod
     def _section(self, marker: str) -> Reads[None]:
         """What follows `marker`, up to the end of its calls. What it takes and does not settle is text."""
+
+    def _fenced_calls(self, *ends: str) -> Reads[None]:
+        """Calls in JSON up to one of `ends`, also in a block of code, or with a bracket too many."""
+        yield from self._skip()
+        if (yield from self._accept("```")):
+            yield from self._accept("json")
+        yield from self._skip()
+        yield from self._json_calls()
+        yield from self._skip(SPACE + "`}")
+        yield from self._close(*ends)
 
     def _close(self, *ends: str) -> Reads[None]:
         """The end of a section, which models leave out at the end of their answer."""
@@ -368,73 +435,8 @@ class MarkedReader(CallReader):
         self._at = 0
 
 
-def types_of(schema: Any) -> set[str]:
-    """The JSON types that a schema names for a value; empty where it leaves that open."""
-    if not isinstance(schema, Mapping):
-        return set()
-    kind = schema.get("type")
-    if isinstance(kind, str):
-        return {kind}
-    if isinstance(kind, list):
-        return {one for one in kind if isinstance(one, str)}
-    if isinstance(values := schema.get("enum"), list) and values:
-        return {_type(value) for value in values}
-    found: set[str] = set()
-    for key in ("anyOf", "oneOf"):
-        for part in schema.get(key) or ():
-            if not (inner := types_of(part)):
-                return set()
-            found |= inner
-    return found
-
-
-def typed(text: str, schema: Any) -> Any:
-    """A value that was written without quotes: ("3", {"type": "integer"}) -> 3; ("3", {"type": "string"}) -> "3" """
-    types = types_of(schema)
-    try:
-        value = json.loads({"True": "true", "False": "false", "None": "null"}.get(text.strip(), text))
-    except (ValueError, RecursionError):
-        return text
-    kind = _type(value)
-    if not types or kind in types or (kind == "integer" and "number" in types) or "string" not in types:
-        return value
-    return text
-
-
-def _type(value: Any) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "boolean"
-        case int():
-            return "integer"
-        case float():
-            return "number"
-        case str():
-            return "string"
-        case list():
-            return "array"
-    return "object"
-
-
-def _object(text: str) -> str:
-    """`text` if it is a JSON object, also one that was written as JSON inside JSON. Raises `NotACall`."""
-    try:
-        value = json.loads(text, parse_constant=_no_constant)
-        if isinstance(value, str):
-            text, value = value, json.loads(value, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        raise NotACall from None
-    if value is None:
-        return "{}"
-    if not isinstance(value, dict):
-        raise NotACall
-    return text.strip()
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+def _taken(end: Ending | None) -> int:
+    return 0 if end is None or end.is_next else len(end.text)
 
 
 def _first(text: str, markers: Sequence[str], start: int = 0) -> tuple[int, str]:

@@ -10,12 +10,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from ensemble_server.ensembles.base import ToolCall
-from ensemble_server.server.tool_formats.reader import MarkedReader, NotACall, Reads
+from ensemble_server.server.tool_formats.reader import Ending, MarkedReader, NotACall, Reads
+
+_AFTER_PARAMETER = ("<parameter=", "</function>", "</tool_call>", "<tool_call>")
+_ENDS_OF_PARAMETER = (
+    Ending("\n</parameter>", _AFTER_PARAMETER),
+    Ending("</parameter>", _AFTER_PARAMETER),
+    Ending("\n</function>", ("</tool_call>",), is_next=True),  # where the end of the parameter was forgotten
+)
+_END_OF_VALUE = Ending("</arg_value>", ("<arg_key>", "</tool_call>"))
 
 
 class Qwen3CoderReader(MarkedReader):
     """<tool_call><function=name><parameter=key>\\nvalue\\n</parameter></function></tool_call>; the outer tag is
-    sometimes left out."""
+    sometimes left out, and so is the end of a parameter."""
 
     opens = ("<tool_call>", "<function=")
 
@@ -26,6 +34,8 @@ class Qwen3CoderReader(MarkedReader):
         name = yield from self._name()
         yield from self._expect(">")
         self._begin(name)
+        keys = tuple(f"{key}>" for key in self._keys_of(name))
+        endings = (*_ENDS_OF_PARAMETER, *([Ending("\n<parameter=", keys, is_next=True)] if keys else ()))
         while True:
             yield from self._skip()
             if not (yield from self._accept("<parameter=")):
@@ -33,7 +43,7 @@ class Qwen3CoderReader(MarkedReader):
             key, _ = yield from self._until(">")
             yield from self._accept("\r\n", "\n")
             self._argument(key)
-            yield from self._written_value(name, key, "\n</parameter>", "</parameter>")
+            yield from self._written_value(name, key, *endings)
         yield from self._accept("</function>")
         self._end_arguments()
         yield from self._close("</tool_call>")
@@ -56,7 +66,7 @@ class GlmReader(MarkedReader):
             if not (yield from self._accept("<arg_value>")):
                 raise NotACall
             self._argument(key.strip())
-            yield from self._written_value(name, key.strip(), "</arg_value>")
+            yield from self._written_value(name, key.strip(), _END_OF_VALUE)
             yield from self._skip()
             tag = yield from self._accept("<arg_key>", "</tool_call>")
         self._end_arguments()

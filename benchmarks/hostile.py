@@ -35,11 +35,11 @@ MB = 10**6
 
 
 def chat(rest: bytes) -> bytes:
-    return b'{"messages":[{"role":"user","content":"x"}],' + rest + b"}"
+    return b'{"max_tokens":1,"messages":[{"role":"user","content":"x"}],' + rest + b"}"
 
 
 def messages(number: int, message: bytes) -> bytes:
-    return b'{"messages":[' + b",".join([message] * number) + b"]}"
+    return b'{"messages":[' + b",".join([message] * number) + b'],"max_tokens":1}'
 
 
 BODIES: dict[str, Callable[[], bytes]] = {
@@ -53,7 +53,7 @@ BODIES: dict[str, Callable[[], bytes]] = {
     "a text of 15 MB": lambda: messages(1, b'{"role":"user","content":"' + b"x" * 15 * MB + b'"}'),
     "a text of 7 million quotes": lambda: b'{"messages":"' + b'\\"' * 7 * MB + b'"}',
     "7 million brackets": lambda: b'{"messages":' + b"[" * 7 * MB,
-    "400,000 token ids": lambda: b'{"prompt":[' + b",".join([b"7"] * 400_000) + b"]}",
+    "400,000 token ids": lambda: b'{"prompt":[' + b",".join([b"7"] * 400_000) + b'],"max_tokens":1}',
 }
 
 

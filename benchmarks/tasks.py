@@ -56,6 +56,8 @@ RUNS = {
     "sampled": Run(("half",), SAMPLED, votes=("majority", "by-probability", "crowd", "likeliest")),
     "pair": Run(("big", "average")),
     "pools": Run(("posterior", "contrast")),
+    "alone": Run(("corrected",)),
+    "talk": Run(("talk",)),
     "small": Run(("smol",)),
 }
 VOTES = {

@@ -87,6 +87,23 @@ class Surface(Vocabulary):
         return _MARK in text
 
     @cached_property
+    def has_late_system_role(self) -> bool:
+        """Whether the template shows system messages that come after others. Coding agents send such."""
+        return self._shows_after_question("system")
+
+    @cached_property
+    def takes_users_in_a_row(self) -> bool:
+        """Whether the template shows a user's message behind another one. Some families want answers between."""
+        return self._shows_after_question("user")
+
+    def _shows_after_question(self, role: str) -> bool:
+        try:
+            text = self._text_of([{"role": "user", "content": "?"}, {"role": role, "content": _MARK}])
+        except Exception:  # as above
+            return False
+        return _MARK in text
+
+    @cached_property
     def call_id_length(self) -> int | None:
         """How many letters and digits the template wants in the id of a tool call (Mistral's wants 9); None for any."""
         for length in (None, 9):
@@ -182,8 +199,12 @@ class Surface(Vocabulary):
             conversation[0]["tools"] = json.dumps(tools, ensure_ascii=False)
         if any("tool_calls" in message for message in conversation) and (length := self.call_id_length):
             _shorten_call_ids(conversation, length)
+        if any(message["role"] == "system" for message in conversation[1:]) and not self.has_late_system_role:
+            conversation = _without_late_system_role(conversation)
         if any(message["role"] == "system" for message in conversation) and not self.has_system_role:
             conversation = _without_system_role(conversation)
+        if not self.takes_users_in_a_row:
+            conversation = _one_user_at_a_time(conversation)
         try:
             return self._apply_template(conversation, **options)
         except Exception as exc:  # as above
@@ -304,8 +325,35 @@ def _short_id(call_id: str, length: int) -> str:
     return hashlib.sha256(call_id.encode()).hexdigest()[:length]
 
 
+def _without_late_system_role(conversation: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the system says after the beginning joins the user's message before it, or becomes one:
+    [system a, user b, system c, assistant d] -> [system a, user "b\n\nc", assistant d]"""
+    merged = list(conversation[:1])
+    for message in conversation[1:]:
+        if message["role"] == "system":
+            message = {"role": "user", "content": message["content"]}
+            if merged[-1]["role"] == "user":
+                message = _joined(merged.pop(), message)
+        merged.append(message)
+    return merged
+
+
+def _one_user_at_a_time(conversation: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """[user a, user b, assistant c] -> [user "a\n\nb", assistant c]"""
+    merged: list[dict[str, Any]] = []
+    for message in conversation:
+        if merged and merged[-1]["role"] == message["role"] == "user":
+            message = _joined(merged.pop(), message)
+        merged.append(message)
+    return merged
+
+
+def _joined(message: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "content": f"{message['content'] or ''}\n\n{more['content'] or ''}"}
+
+
 def _without_system_role(conversation: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """[system a, user b, assistant c] -> [user "a\\n\\nb", assistant c]; what no user message follows becomes one."""
+    """[system a, user b, assistant c] -> [user "a\n\nb", assistant c]; what no user message follows becomes one."""
     merged: list[dict[str, Any]] = []
     waiting: list[str] = []
     for message in conversation:

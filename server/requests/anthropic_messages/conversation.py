@@ -36,6 +36,9 @@ NAMES = {
 }
 
 
+_BILLING = "x-anthropic-billing-header:"  # Claude Code's first words, others each time: no prompt would be known again
+
+
 def chat_body(body: PromptPart, model: str | None) -> ChatBody:
     """What `body` asks of a chat. Raises `RequestError`."""
     asked: dict[str, Any] = {
@@ -73,7 +76,9 @@ def turns_of(body: PromptPart) -> Turns:
         )
     turns = Turns()
     if body.system:
-        turns.system(body.system if isinstance(body.system, str) else "\n\n".join(block.text for block in body.system))
+        texts = [body.system] if isinstance(body.system, str) else [block.text for block in body.system]
+        if said := [text for text in texts if not text.startswith(_BILLING)]:
+            turns.system("\n\n".join(said))
     for place, message in enumerate(body.messages):
         _add_message(turns, message, f"messages[{place}]")
     return turns

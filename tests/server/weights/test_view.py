@@ -416,3 +416,18 @@ def test_a_template_that_wants_tools_in_a_message_gets_them_there(byte_level: Pr
     assert surface.tool_format == "phi"
     text = surface.decode(surface.render(LOOP[:1], tools=[WEATHER]))
     assert text.startswith('<|tool|>[{"type": "function"') and text.endswith("<|/tool|>Umbrella?")
+
+
+def test_templates_that_are_strict_about_turns_read_what_agents_send(byte_level: PreTrainedTokenizerFast) -> None:
+    strict = (
+        "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('no') }}{% endif %}"
+        "{% if m.role == 'user' and not loop.first and loop.previtem.role == 'user' %}{{ raise_exception('no') }}"
+        "{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    )
+    surface = Surface(byte_level, chat_template=strict)
+    said = [("system", "a"), ("user", "b"), ("system", "c"), ("user", "d"), ("assistant", "e"), ("system", "f")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    assert surface.render_text(messages) == "[system]a[user]b\n\nc\n\nd[assistant]e[user]f"
+    lenient = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    surface = Surface(byte_level, chat_template=lenient)
+    assert surface.render_text(messages) == "[system]a[user]b[system]c[user]d[assistant]e[system]f"

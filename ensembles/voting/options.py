@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ensemble_server.ensembles.voting.option_words import (
     ADVERBS,
@@ -95,6 +96,10 @@ _MARKS_OF_LIST_END = frozenset(".;!?)\n")
 _NO_CLAUSE_BEFORE = ("\n", ".", ",", ";", ":")
 
 
+_LETTERS = frozenset(LETTERS)
+_NOT_BEFORE = frozenset("BCDEFGHJ")
+
+
 class NoChoice:
     """The type of NO_CHOICE."""
 
@@ -102,14 +107,10 @@ class NoChoice:
 NO_CHOICE = NoChoice()  # the text names options, and does not choose one of them
 
 
-@dataclass(frozen=True)
-class _Token:
+class _Token(NamedTuple):
     text: str
+    word: str  # in lower case
     start: int
-
-    @property
-    def word(self) -> str:
-        return self.text.lower()
 
     def is_before(self, other: _Token) -> bool:
         """Whether nothing stands between them."""
@@ -160,7 +161,7 @@ def _tokens(text: str) -> list[_Token]:
     """Words, numbers, marks and line ends. Quoted and emphasised letters stand in brackets, other emphasis is gone."""
     bracketed = _QUOTED.sub(lambda match: f"({match.group('letter')})".center(len(match.group())), text)
     plain = _EMPHASIS.sub(lambda match: " " * len(match.group()), bracketed)
-    return [_Token(match.group(), match.start()) for match in _TOKEN.finditer(plain)]
+    return [_Token(word := match.group(), word.lower(), match.start()) for match in _TOKEN.finditer(plain)]
 
 
 def _without_option_list(text: str) -> tuple[str, str | None]:
@@ -197,8 +198,8 @@ def _mentions(tokens: Sequence[_Token], text: str) -> list[_Mention]:
 def _is_option(tokens: Sequence[_Token], place: int, is_roman: bool) -> bool:
     """Whether the letter at `place` is the name of an option."""
     token = tokens[place]
-    before = tokens[place - 1] if place else _Token("\n", -2)
-    after = tokens[place + 1] if place + 1 < len(tokens) else _Token("\n", token.start + 2)
+    before = tokens[place - 1] if place else _Token("\n", "\n", -2)
+    after = tokens[place + 1] if place + 1 < len(tokens) else _Token("\n", "\n", token.start + 2)
     is_i = token.word == "i"
     if before.text in "([" and after.text in ")]":
         return not (is_roman and token.text == "i")
@@ -222,7 +223,7 @@ def _is_option(tokens: Sequence[_Token], place: int, is_roman: bool) -> bool:
 def _is_part_of_a_name(tokens: Sequence[_Token], place: int, before: _Token, after: _Token) -> bool:
     """ "vitamin C", "C++", "e.g.", "A-level", "5 C", "R&D" """
     token = tokens[place]
-    if before.word in ENTITIES or before.text[0].isdecimal() or before.text in tuple("BCDEFGHJ"):
+    if before.word in ENTITIES or before.text[0].isdecimal() or before.text in _NOT_BEFORE:
         return True
     if token.is_before(after):
         if after.text in "'’+#&°^_%" or after.text[0].isdecimal():
@@ -230,13 +231,13 @@ def _is_part_of_a_name(tokens: Sequence[_Token], place: int, before: _Token, aft
         beyond = tokens[place + 2] if place + 2 < len(tokens) else None
         if beyond is not None and after.is_before(beyond):
             if after.text in "-–":
-                return beyond.text not in tuple(LETTERS)
+                return beyond.text not in _LETTERS
             if after.text == "." and len(beyond.text) == 1 and beyond.text.isalpha():
                 return place + 3 < len(tokens) and tokens[place + 3].text == "."
     if before.is_before(token):
         previous = tokens[place - 2].text if place > 1 else ""
         if before.text in "/-–":
-            return previous.upper() not in tuple(LETTERS)
+            return previous.upper() not in _LETTERS
         return before.text in "'’#&$+^_°" or (before.text == "." and len(previous) == 1 and previous.isalpha())
     return False
 
@@ -256,7 +257,7 @@ def _ends_in_brackets(tokens: Sequence[_Token], place: int) -> bool:
 def _goes_after(tokens: Sequence[_Token], place: int) -> bool:
     """Whether the word at `place` goes with an option's name before it, and would not with an article."""
     token = tokens[place]
-    beyond = tokens[place + 1] if place + 1 < len(tokens) else _Token("\n", token.start + 50)
+    beyond = tokens[place + 1] if place + 1 < len(tokens) else _Token("\n", "\n", token.start + 50)
     if beyond.text == "-" and token.is_before(beyond):  # by-product, so-called
         return False
     if token.word in PAIRS_AFTER:

@@ -5,6 +5,8 @@ RequestLog (id, log line, metrics, last resort) → CORS → RequireKey → Keep
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -65,15 +67,7 @@ def create_app(hosting: Hosting, *, metrics: Metrics) -> FastAPI:
     `app.state.admission` opens and closes its door; batches run while `app.state.batches.running()` is entered.
     """
     config = hosting.config.server
-    app = FastAPI(
-        title="ensemble-server",
-        version=version(PACKAGE),
-        summary="Several language models behind one OpenAI-compatible API",
-        docs_url=None,  # our own, which works without internet
-        redoc_url=None,
-        redirect_slashes=False,
-    )
-    app.router.routes.extend(ROUTES)  # subtle: not included, which would build each of them anew
+    app = _routed()
     accounts = Accounts(config, metrics)
     context = Context(
         hosting,
@@ -106,6 +100,25 @@ def create_app(hosting: Hosting, *, metrics: Metrics) -> FastAPI:
     return app
 
 
+def _routed() -> FastAPI:
+    app = FastAPI(
+        title="ensemble-server",
+        version=version(PACKAGE),
+        summary="Several language models behind one OpenAI-compatible API",
+        docs_url=None,  # our own, which works without internet
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.router.routes.extend(ROUTES)  # subtle: not included, which would build each of them anew
+    return app
+
+
+@cache
+def _document() -> dict[str, Any]:
+    """What FastAPI writes of the routes. It takes a second, and is the same for all applications of a process."""
+    return _routed().openapi()
+
+
 def _error_schemas() -> dict[str, Any]:
     schemas: dict[str, Any] = {}
     for shape in (ErrorResponse, MessagesErrorResponse):
@@ -119,12 +132,10 @@ _ERROR_SCHEMAS = _error_schemas()  # what `errors.documented` refers to
 
 def _describe(app: FastAPI, *, has_keys: bool, has_one_model: bool) -> None:
     """Make the OpenAPI document true: no 422, which we never answer; keys and models where they are asked for."""
-    describe = app.openapi
 
+    @cache
     def openapi() -> dict[str, Any]:
-        if app.openapi_schema is not None:
-            return app.openapi_schema
-        document = describe()
+        document = copy.deepcopy(_document())
         for path, operations in document["paths"].items():
             for method, operation in operations.items():
                 responses = operation["responses"]

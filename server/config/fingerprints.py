@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as read_version
 
 from ensemble_server.ensembles.method import MethodConfig
 from ensemble_server.server.config.blocks import Config, HostedModel, RemoteModel
@@ -28,6 +30,9 @@ def fingerprint(name: str, config: Config) -> str:
         versions["weights"] = "half"
     digest = hashlib.sha256(json.dumps([name, entries, embedding, versions], sort_keys=True).encode())
     return f"fp_{digest.hexdigest()[:12]}"
+
+
+version = cache(read_version)  # a file is parsed for it, and a config may have many models
 
 
 def _vllm_version() -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytest_asyncio
 from pydantic import TypeAdapter
 
 from ensemble_server.ensembles.errors import DeadlineError, RequestError, UnknownModelError, UnsupportedError
@@ -27,7 +28,10 @@ LABELS = ["good", "bad", "a question"]
 CHAT = [{"role": "user", "content": "Is the fox quick?"}]
 
 
-@pytest.fixture
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def hosting(tiny: dict[str, Path]) -> AsyncIterator[Hosting]:
     models = {
         "base": {"path": str(tiny["llama"])},

@@ -175,6 +175,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where matplotlib is not installed: it takes half a second for a report or card, and few tests look at it."""
+    for module in ("compare.report.figures", "distill.card"):
+        monkeypatch.setattr(f"ensemble_server.server.{module}.find_spec", lambda name: None)
+
+
 @pytest.fixture(scope="session", params=["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
 def engine(request: pytest.FixtureRequest) -> str:
     """What uses this runs twice: with the embedded engine, and where vLLM is installed (`make test-vllm`) with vLLM."""

@@ -1,11 +1,12 @@
-"""A job to be killed: one process that runs it, or one that runs it again and again in children and kills them.
+"""A job to be killed: by whoever starts this process, in children that are forked on demand, or by itself.
 
 python -m tests.server.batch.killed_job CONFIG ROWS OUTPUT                     runs the job to its end
+python -m tests.server.batch.killed_job CONFIG ROWS --forks                    in children, as it is told
 python -m tests.server.batch.killed_job CONFIG ROWS OUTPUT --kills 5 --rows 9  kills it five times on the way
 
-The first prints a line when rows begin to run, the second one for each kill. The second loads the libraries once and
-forks, so that a kill costs no start-up. It kills after a number of rows, not of seconds: the job of a fast machine is
-then still running, too.
+Whoever runs the job prints a line when rows begin to run; the last prints a line for each kill. The last two load the
+libraries once and fork, so that a kill costs no start-up. The last kills after a number of rows, not of seconds: the
+job of a fast machine is then still running, too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,13 @@ from ensemble_server.server.batch import run_batch
 from ensemble_server.server.batch.running.runner import Progress
 
 GROUP_S = 0.05  # within which answers are recorded together: kills fall before, into and after such a moment
+
+
+def load_libraries() -> None:
+    """So that no child has to: all that a job imports."""
+    import ensemble_server.server.engines.transformers_engine.engine
+    import ensemble_server.server.engines.transformers_engine.members
+    import ensemble_server.server.hosting  # noqa: F401
 
 
 def run_job(config: Path, rows: Path, output: Path, *, on_progress: Callable[[Progress], None]) -> None:
@@ -49,8 +58,7 @@ def run_and_kill(config: Path, rows: Path, output: Path, *, num_kills: int, num_
     """Children that begin or continue the job, each killed when it answered a random number of rows up to `num_rows`;
     then a run to the end. The first child is killed while it starts.
     """
-    import ensemble_server.server.hosting  # noqa: F401  so that no child has to
-
+    load_libraries()
     moments = random.Random(5)
     for number in range(num_kills):
         child, answered = run_in_child(config, rows, output)
@@ -78,13 +86,36 @@ def run_aloud(config: Path, rows: Path, output: Path) -> None:
     print("finished", flush=True)
 
 
+def run_in_forks(config: Path, rows: Path) -> None:
+    """Prints "ready", then does what standard input says, by lines: "begin OUTPUT" forks a child that does what
+    `run_aloud` does, "kill" and "wait" end with it and print "ended" and its exit code, negative if a signal ended it.
+    """
+    load_libraries()
+    print("ready", flush=True)
+    child = 0
+    for line in sys.stdin:
+        verb, _, output = line.strip().partition(" ")
+        if verb == "begin":
+            child = os.fork()
+            if not child:
+                return run_aloud(config, rows, Path(output))
+            continue
+        if verb == "kill":  # here, where a child that is over still has its process id
+            os.kill(child, signal.SIGKILL)
+        print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    return None
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("paths", type=Path, nargs=3)
+    parser.add_argument("paths", type=Path, nargs="+")
+    parser.add_argument("--forks", action="store_true")
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--rows", type=int, default=9)
     options = parser.parse_args()
-    if options.kills:
+    if options.forks:
+        run_in_forks(*options.paths)
+    elif options.kills:
         run_and_kill(*options.paths, num_kills=options.kills, num_rows=options.rows)
     else:
         run_aloud(*options.paths)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import sqlite3
@@ -88,27 +87,71 @@ def process(*arguments: object) -> Iterator[subprocess.Popen[str]]:
             running.kill()
 
 
+class Forks:
+    """Processes that run the job, one after the other; each is killed or ends before the next begins."""
+
+    def __init__(self, parent: subprocess.Popen[str]) -> None:
+        self._parent = parent
+
+    def begin(self, output: Path) -> None:
+        self._tell(f"begin {output}")
+
+    def wait_until_rows_run(self) -> None:
+        assert self._parent.stdout.readline() == "running\n"
+
+    def kill(self) -> int:
+        """-> the exit code, which is that of one that ended by itself if it did before."""
+        self._tell("kill")
+        return self._exit_code()
+
+    def wait(self) -> int:
+        self._tell("wait")
+        return self._exit_code()
+
+    def _tell(self, line: str) -> None:
+        self._parent.stdin.write(f"{line}\n")
+        self._parent.stdin.flush()
+
+    def _exit_code(self) -> int:
+        *_, code = next(line for line in self._parent.stdout if line.startswith("ended")).split()
+        return int(code)
+
+
+@contextmanager
+def forks(*arguments: object) -> Iterator[Forks]:
+    line = command(*arguments, "--forks")
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        try:
+            assert parent.stdout.readline() == "ready\n"
+            yield Forks(parent)
+        finally:
+            parent.kill()
+
+
 @pytest.mark.slow
 def test_twenty_processes_killed_at_random_moments_lose_nothing(job: tuple[Path, Path], tmp_path: Path) -> None:
-    began = time.monotonic()
-    run_batch(*job, whole := tmp_path / "whole.jsonl", seed=3)
-    duration_s = time.monotonic() - began
     moments = random.Random(7)
     num_kills = num_jobs = 0
-    while num_kills < 20:
-        num_jobs += 1
-        output = tmp_path / f"killed-{num_jobs}.jsonl"
-        while not output.exists():
-            with process(*job, output) as running:
+    with forks(*job) as jobs:
+        began = time.monotonic()
+        jobs.begin(whole := tmp_path / "whole.jsonl")
+        jobs.wait_until_rows_run()
+        loading_s = time.monotonic() - began
+        assert jobs.wait() == 0
+        duration_s = time.monotonic() - began
+        while num_kills < 20:
+            num_jobs += 1
+            output = tmp_path / f"killed-{num_jobs}.jsonl"
+            while not output.exists():
+                jobs.begin(output)
                 if num_kills % 5:  # every fifth is killed while it loads or takes its rows in
-                    assert running.stdout.readline() == "running\n"
+                    jobs.wait_until_rows_run()
                     time.sleep(moments.uniform(0, duration_s / 4))
                 else:
-                    time.sleep(moments.uniform(0, 4))
-                os.kill(running.pid, signal.SIGKILL)
-                num_kills += running.wait() == -signal.SIGKILL
-        assert output.read_bytes() == whole.read_bytes()
-        assert spent(output) == spent(whole)
+                    time.sleep(moments.uniform(0, loading_s))
+                num_kills += jobs.kill() == -signal.SIGKILL
+            assert output.read_bytes() == whole.read_bytes()
+            assert spent(output) == spent(whole)
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 PLAN = """
 config: config.yaml
 baseline: base

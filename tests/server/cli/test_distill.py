@@ -16,6 +16,8 @@ from ensemble_server.server.cli.app import app
 from ensemble_server.server.distill.card import CARD_FILE
 from tests.conftest import SAMPLE
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 CONFIG = """\
 models:
   llama: {{path: {llama}, dtype: float32}}

@@ -20,6 +20,8 @@ from ensemble_server.server.compare.planning.plan import load_plan
 from ensemble_server.server.compare.run import claimed, report_again, run_comparison
 from ensemble_server.server.hosting import Hosting
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 ROOT = Path(__file__).parents[3]
 PLAN = """
 config: config.yaml
@@ -210,7 +212,7 @@ def test_a_changed_text_is_measured_again_and_nothing_else(folder, tiny, done, t
     assert heard.measured and all(stage.startswith(("text code", "text mixed")) for stage in heard.measured)
 
 
-def test_another_baseline_is_a_matter_of_subtraction(tmp_path, tiny):
+def test_another_baseline_is_a_matter_of_subtraction(in_this_process, tmp_path, tiny):
     plan = write_files(
         tmp_path,
         tiny,

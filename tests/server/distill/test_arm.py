@@ -13,6 +13,8 @@ from ensemble_server.server.compare.planning.plan import load_plan
 from ensemble_server.server.compare.run import run_comparison
 from ensemble_server.server.distill.arm import distilled_entry
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 PLAN = """\
 config: config.yaml
 baseline: taught-control

@@ -20,6 +20,8 @@ from ensemble_server.server.distill.run import distill
 from tests.conftest import SAMPLE, make_model
 from tests.server.distill.conftest import Quiet
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 Wanted = Callable[..., Distillation]
 
 

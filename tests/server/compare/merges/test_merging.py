@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from ensemble_server.ensembles.base import GenerationRequest, Sampling, collect
 from ensemble_server.ensembles.errors import ConfigError, ModelLoadError
-from ensemble_server.server.compare.merges import merge_process, merging, recipes
+from ensemble_server.server.compare.merges import merging, recipes
 from ensemble_server.server.compare.merges.merging import build_merge, check_recipe
 from ensemble_server.server.config.blocks import Config
 from ensemble_server.server.config.loading import parse_config
@@ -42,12 +42,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Config:
         models[name] = {"base": "base", "adapter": str(make_adapter(root / name, base, seed=seed))}
     models["mix"] = {"method": "probability_average", "members": ["base", "code"]}
     return parse_config({"models": models}, source=root / "config.yaml")
-
-
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new process imports for seconds; what it does is the same."""
-    monkeypatch.setattr(merging, "_run_in_own_process", merge_process.run)
 
 
 @pytest.fixture(scope="session")

@@ -44,12 +44,16 @@ class Rehearsal:
             raise ModelLoadError("\n  - ".join([f"{config.source}: {len(self.problems)} problems", *self.problems]))
 
 
-def rehearse(config: Config, *, may_download: bool = True) -> Rehearsal:
-    """Blocks: checkpoints may have to be converted or (if they may) downloaded, and tokenizers are loaded."""
-    hosted = {name: model for name, model in config.models.items() if isinstance(model, HostedModel)}
-    files = read_member_files(
-        hosted, relative_to=config.source.parent, max_context=config.engine.max_context, may_download=may_download
-    )
+def rehearse(config: Config, *, may_download: bool = True, files: MemberFiles | None = None) -> Rehearsal:
+    """Blocks: checkpoints may have to be converted or (if they may) downloaded, and tokenizers are loaded.
+
+    `files`: what has been read of the same hosted models before, which takes most of the time.
+    """
+    if files is None:
+        hosted = {name: model for name, model in config.models.items() if isinstance(model, HostedModel)}
+        files = read_member_files(
+            hosted, relative_to=config.source.parent, max_context=config.engine.max_context, may_download=may_download
+        )
     failures: dict[str, ConfigError] = dict(files.failures)
     runs_on_vllm = isinstance(config.engine, VllmEngineConfig)  # which places weights itself
     host = _Unloaded(files.views, is_one_model=runs_on_vllm)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
 import typer
 
+from ensemble_server.server.cli.completion import model_names
+
 if TYPE_CHECKING:
     from ensemble_server.ensembles.base import DistributionModel
     from ensemble_server.ensembles.label_probabilities import LabelPool
@@ -83,7 +85,10 @@ def vote(
         typer.Option("--likeliest", help="Take the text that its writer found likeliest per token (logprobs)."),
     ] = False,
     judge: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="A model of --config compares the candidates in pairs.")
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="A model of --config compares the candidates in pairs.", autocompletion=model_names
+        ),
     ] = None,
     config: Annotated[
         Path | None, typer.Option("--config", "-c", exists=True, dir_okay=False, help="Where the judge is.")

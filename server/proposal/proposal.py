@@ -73,7 +73,7 @@ def propose(entries: Entries, *, source: Path, machine: Machine) -> Proposal:
         models = {known.name: known.keys for known in (*members, *ensembles, entry)}
         try:
             trial = parse_config({"models": models}, source=source)
-            rehearse(trial).check(trial)
+            rehearse(trial, files=files).check(trial)
         except ConfigError as exc:
             notes.append(f"no {entry.name}: {exc}")
         else:

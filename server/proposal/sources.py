@@ -51,10 +51,11 @@ def entries_of(arguments: Iterable[str], *, folder: Path, api_key_env: str | Non
 
     for argument in arguments:
         if argument.startswith(("http://", "https://")):
-            url, names = _served(argument, api_key_env)
-            for name in names:
+            url, served = _served(argument, api_key_env)
+            for name, max_model_len in served.items():
                 key = {} if api_key_env is None else {"api_key_env": api_key_env}
-                remotes[new_name(name)] = {"url": url, "model": name, **key}
+                context = {} if max_model_len is None else {"max_model_len": max_model_len}
+                remotes[new_name(name)] = {"url": url, "model": name, **key, **context}
             continue
         for path in _models_at(argument, folder):
             if isinstance(path, Path) and _is_adapter(path):
@@ -195,8 +196,9 @@ def _owner(base: str, adapter: Path, hosted: Mapping[str, dict[str, Any]], folde
 # --- servers -----------------------------------------------------------------------------------------------------
 
 
-def _served(address: str, api_key_env: str | None) -> tuple[str, list[str]]:
-    """The base URL, with /v1, and the models that can chat. Raises `ConfigError` if nothing answers there."""
+def _served(address: str, api_key_env: str | None) -> tuple[str, dict[str, int | None]]:
+    """The base URL, with /v1, and the models that can chat, with their context where the server tells it, as vLLM does.
+    Raises `ConfigError` if nothing answers there."""
     url = address.rstrip("/")
     url = url if url.endswith("/v1") else f"{url}/v1"
     shown = without_credentials(url)
@@ -208,7 +210,8 @@ def _served(address: str, api_key_env: str | None) -> tuple[str, list[str]]:
     try:
         response = httpx.get(f"{url}/models", headers=headers, timeout=10, follow_redirects=True)
         response.raise_for_status()
-        names = [str(model["id"]) for model in response.json()["data"] if model.get("kind") != "embedding"]
+        listed = [model for model in response.json()["data"] if model.get("kind") != "embedding"]
+        served = {str(model["id"]): _context(model.get("max_model_len")) for model in listed}
     except httpx.HTTPStatusError as exc:
         hint = "; give --api-key-env" if exc.response.status_code in {401, 403} else ""
         raise ConfigError(f"{shown}/models answered {exc.response.status_code}{hint}") from exc
@@ -217,10 +220,14 @@ def _served(address: str, api_key_env: str | None) -> tuple[str, list[str]]:
         raise ConfigError(f"no server answers at {shown} ({reason})") from exc
     except (AttributeError, ValueError, KeyError, TypeError) as exc:
         raise ConfigError(f"{shown}/models is no list of models; is it an OpenAI-compatible server?") from exc
-    names = [name for name in names if not _NO_CHAT.search(name)]
-    if not names:
+    served = {name: context for name, context in served.items() if not _NO_CHAT.search(name)}
+    if not served:
         raise ConfigError(f"{shown} serves no model that can chat")
-    return url, names
+    return url, served
+
+
+def _context(tokens: object) -> int | None:
+    return tokens if isinstance(tokens, int) and tokens > 0 else None
 
 
 # --- names -------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ def complete(ensemble: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> C
 def test_names_of_models_come_from_the_config_on_the_line(complete: Complete) -> None:
     assert complete(f"ensemble chat {DEMO} --model a") == ["adaptive"]
     assert set(complete(f"ensemble chat {DEMO} -m ")) >= {"base", "code", "mix", "crowd"}
+    assert complete(f"ensemble vote in.jsonl -c {DEMO} --judge sh") == ["shakespeare"]
     assert complete(f"ensemble batch in.csv -c {DEMO} --model base,sh") == ["base,shakespeare"]
 
 

@@ -90,7 +90,8 @@ def codex(*more: dict[str, Any]) -> dict[str, Any]:
 
 
 def calls_then_tells(request: GenerationRequest, index: int) -> Script:
-    last = (request.messages or ())[-1]
+    assert request.messages, "a chat"
+    last = request.messages[-1]
     if last["role"] == "tool":
         return Script(("It says ", last["content"]))
     name = request.tools[-1]["function"]["name"]

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
-from pydantic import Field, GetPydanticSchema
+from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, model_validator
 from pydantic_core import core_schema
 
 if TYPE_CHECKING:
@@ -151,6 +151,21 @@ def wants_thoughts(effort: str | None, thinks: bool | None) -> bool | None:
     return effort not in ("none", "minimal")
 
 
+class When(BaseModel):
+    """Where a mixture is not left to its main member: exactly one threshold (`ensembles.pooling.selective`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    entropy: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    disagree: float | None = Field(default=None, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _is_one_rule(self) -> When:
+        if (self.entropy is None) == (self.disagree is None):
+            raise ValueError("must be {entropy: nats} or {disagree: a number from 0 to 1}: one of the two")
+        return self
+
+
 @dataclass(frozen=True)
 class Mixture:
     """Which members run, with which weights, and how their distributions are pooled. Weights of zero are left out.
@@ -159,6 +174,7 @@ class Mixture:
     "auto" a share that is learnt (`ensembles.pooling.learned_share`).
     `vocabulary`: "auto" pools over tokens where all members have the same, else over bytes; "bytes" always does that.
     `heals`: whether members that are pooled over bytes begin before the last word of a raw prompt.
+    `when`: where members have a say besides the main one; None: everywhere.
     """
 
     weights: Mapping[str, float]
@@ -166,6 +182,12 @@ class Mixture:
     share: float | Literal["auto"] = 0.0
     vocabulary: Literal["auto", "bytes"] = "auto"
     heals: bool = True
+    when: When | None = None
+
+    @property
+    def main(self) -> str:
+        """The member that weighs most, the first of equals: with `when` the one that writes."""
+        return max(self.weights, key=lambda name: self.weights[name])
 
 
 # --- what is yielded ---------------------------------------------------------------------------------------------

@@ -5,8 +5,10 @@
 When it helps: members that know different things (fine-tunes of one base, models of different families). Cost: one
 forward of each member per token; members that are adapters of one base share theirs. Needs: members on one host.
 Members of different vocabularies are averaged over text, byte by byte: p(byte) in place of p(token), each member's own
-tokens summed out (`ensembles.spelling`). The pools and their formulas are in `ensembles.pooling`. A request may
-override `weights`, `pool` and `share`, and with `heal: false` that such members begin before a raw prompt's last word.
+tokens summed out (`ensembles.spelling`). The pools and their formulas are in `ensembles.pooling`. With `when` the
+member that weighs most writes, and the others have a say only where the rule says (`ensembles.pooling.selective`). A
+request may override `weights`, `pool`, `share` and `when`, and with `heal: false` that members of different
+vocabularies begin before a raw prompt's last word.
 
 Reference: Stone, "The opinion pool", 1961 (arithmetic); Hinton, "Products of experts", 1999 (geometric);
 Herbster & Warmuth, "Tracking the best expert", 1998 (posterior with fixed share).
@@ -18,14 +20,22 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, model_validator
 
-from ensemble_server.ensembles.base import DistributionModel, Event, GenerationRequest, Mixture, Model, PoolName
-from ensemble_server.ensembles.errors import ModelLoadError, RequestError
+from ensemble_server.ensembles.base import (
+    DistributionModel,
+    Event,
+    GenerationRequest,
+    Mixture,
+    Model,
+    PoolName,
+    When,
+)
+from ensemble_server.ensembles.errors import ModelLoadError, RequestError, UnsupportedError
 from ensemble_server.ensembles.method import Method, MethodConfig, Services
-from ensemble_server.ensembles.overrides import check_overrides
+from ensemble_server.ensembles.overrides import check_keys, check_overrides
 
-OVERRIDABLE = ("weights", "pool", "share")
+OVERRIDABLE = ("weights", "pool", "share", "when")
 POOLS = ("arithmetic", "geometric", "posterior")
 AUTO = "auto"
 MAX_WEIGHT = 1e6  # in size; a log-probability times a weight must fit into float32 with digits to spare
@@ -62,9 +72,17 @@ class ProbabilityAverage(Method):
             description="what is averaged: auto (tokens if all members have the same, else bytes) | bytes",
         )
 
+        when: When | None = Field(
+            default=None,
+            description="where members have a say besides the one that weighs most, which writes: {entropy: nats} or "
+            "{disagree: 0 to 1}; default: everywhere",
+        )
+
         @model_validator(mode="after")
         def _weights_fit_the_pool(self) -> ProbabilityAverage.Config:
             mixture_of(self.members, self.pool, self.share)
+            if self.when is not None and self.vocabulary == "bytes":
+                raise ValueError("when: is for members that are averaged over tokens; leave out `vocabulary: bytes`")
             return self
 
     config: Config
@@ -88,8 +106,10 @@ class ProbabilityAverage(Method):
         if len(hosts) != 1:
             raise ModelLoadError(f"model {name!r}: its members are not on one host")
         self.host = hosts.pop()
-        self.mixture = replace(mixture_of(config.members, config.pool, config.share), vocabulary=config.vocabulary)
-        everyone = Mixture(dict.fromkeys(self.members, 1.0), vocabulary=config.vocabulary)
+        self.mixture = replace(
+            mixture_of(config.members, config.pool, config.share), vocabulary=config.vocabulary, when=config.when
+        )
+        everyone = Mixture(dict.fromkeys(self.members, 1.0), vocabulary=config.vocabulary, when=config.when)
         self.host.check(everyone)  # a request may call in members of weight zero
         self.max_model_len = self.host.max_model_len(self.mixture)
 
@@ -99,6 +119,11 @@ class ProbabilityAverage(Method):
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
         mixture = overridden(self.mixture, self.members, request.overrides)
+        if mixture.when is not None and self.mixture.when is None:
+            try:
+                self.host.check(mixture)
+            except ModelLoadError as exc:
+                raise UnsupportedError(f"ensemble.when: {exc}", param="ensemble.when") from exc
         return self.host.generate(mixture, request, method=self.config.method)
 
 
@@ -122,9 +147,9 @@ def mixture_of(weights: Mapping[str, float], pool: PoolName, share: float | Lite
 
 
 def overridden(mixture: Mixture, members: Sequence[str], overrides: Mapping[str, Any]) -> Mixture:
-    """`mixture` with the request's weights, pool and share in place of its own. Members left out of `weights` rest.
+    """`mixture` with the request's weights, pool, share and `when` in place of its own.
 
-    `members`: all that may be named. Raises `RequestError` naming the field.
+    Members left out of `weights` rest. `members`: all that may be named. Raises `RequestError` naming the field.
     """
     check_overrides(overrides, (*OVERRIDABLE, "heal"), members)
     weights = overrides.get("weights", mixture.weights)
@@ -146,4 +171,20 @@ def overridden(mixture: Mixture, members: Sequence[str], overrides: Mapping[str,
     heals = overrides.get("heal", mixture.heals)
     if not isinstance(heals, bool):
         raise RequestError(f"ensemble.heal must be true or false, got {heals!r}", param="ensemble.heal")
-    return replace(wanted, vocabulary=mixture.vocabulary, heals=heals)
+    when = _checked_when(overrides["when"]) if "when" in overrides else mixture.when
+    return replace(wanted, vocabulary=mixture.vocabulary, heals=heals, when=when)
+
+
+def _checked_when(value: Any) -> When | None:
+    """A request's own rule; null: all members everywhere."""
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        check_keys(value, tuple(When.model_fields), "ensemble.when")
+    try:
+        return When.model_validate(value)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        path = ".".join(["ensemble.when", *map(str, first["loc"])])
+        rule = first.get("ctx", {}).get("error") or first["msg"].replace("Input should", "must")
+        raise RequestError(f"{path} {rule}, got {first['input']!r:.60}", param="ensemble.when") from exc

@@ -211,6 +211,8 @@ class Routing(Method):
             if not isinstance(model, DistributionModel):
                 return f"{name!r} gives text, not next-token distributions"
             parts = model.mixture.weights
+            if len(parts) > 1 and model.mixture.when is not None:
+                return f"{name!r} is a selective average (`when`), which cannot be part of another"
             if len(parts) > 1 and not model.mixture.pool == config.pool == "arithmetic":
                 return f"{name!r} is a mixture, and only arithmetic ones can be part of another"
             for part, share in parts.items():

@@ -1,4 +1,4 @@
-"""How sure the pool is, and how far its members are apart. Both in nats."""
+"""How sure a distribution is (nats), and how far several are apart."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ import torch
 def entropy(logprobs: torch.Tensor) -> torch.Tensor:
     """Shannon entropy over the last axis. logprobs: (..., V), normalised. -> (...)"""
     return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+
+
+def total_variation(logprobs: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Σ |p - q| / 2 over the last axis, from 0 (the same) to 1: of so much probability the two dispose differently.
+
+    Both (..., V), normalised. -> (...)
+    """
+    return (logprobs.exp() - others.exp()).abs().sum(-1) / 2
 
 
 def jensen_shannon(logprobs: torch.Tensor, weights: torch.Tensor) -> float:

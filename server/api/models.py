@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from fastapi import APIRouter, Depends
 from starlette.requests import Request
 
-from ensemble_server.ensembles.base import Model
+from ensemble_server.ensembles.base import Model, When
 from ensemble_server.ensembles.method import Method
 from ensemble_server.server.api.context import check_ready, context_of
 from ensemble_server.server.api.errors import documented
@@ -96,4 +96,6 @@ def _ensemble(model: Method) -> ModelEnsemble:
     }
     if (pool := getattr(model.config, "pool", None)) is not None:
         shown["pool"], shown["share"] = pool, getattr(model.config, "share", 0.0)
+    if isinstance(when := getattr(model.config, "when", None), When):
+        shown["when"] = when.model_dump(exclude_none=True)
     return shown

@@ -117,6 +117,11 @@ def _teacher_of(config: Config, name: str) -> Mixture:
         )
     if isinstance(config.engine, VllmEngineConfig):
         raise ConfigError("engine.kind: vllm shows no distributions of a text; distill with `kind: transformers`")
+    if entry.when is not None:
+        raise ConfigError(
+            f"{name!r} has `when`: what is taught is the average itself; name one without it (its cost is that of "
+            "reading each text once)"
+        )
     return mixture_of(entry.members, entry.pool, entry.share)
 
 

@@ -39,6 +39,11 @@ def export(config: Config, name: str, folder: Path, *, copy: bool = False) -> No
     `ModelLoadError` if a member's files cannot be read or the vocabularies differ.
     """
     ensemble = average_of(config, name)
+    if ensemble.when is not None:
+        raise ConfigError(
+            f"model {name!r}: when: an exported model runs all of its members at every token; leave it out to export "
+            "the average itself"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not an empty folder; choose another, or remove it first")
     entries = {member: _hosted(config, name, member) for member in ensemble.members}

@@ -172,6 +172,7 @@ class ModelEnsemble(TypedDict):
     weights: dict[str, float]
     pool: NotRequired[str]
     share: NotRequired[float]
+    when: NotRequired[dict[str, float]]
     overrides: list[str]
 
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ensemble_server.ensembles.base import Done, Event, GenerationRequest, Mixture, Usage, collect
-from ensemble_server.ensembles.errors import ModelLoadError, RequestError
+from ensemble_server.ensembles.base import Done, Event, GenerationRequest, Mixture, Usage, When, collect
+from ensemble_server.ensembles.errors import ModelLoadError, RequestError, UnsupportedError
 from ensemble_server.ensembles.method import Services
 from ensemble_server.ensembles.probability_averaging import ProbabilityAverage, mixture_of, overridden
 
@@ -106,6 +106,49 @@ async def test_a_request_may_change_weights_pool_and_share() -> None:
     await collect(mix, request(**changes))
     assert host.ran[0][0] == Mixture({"base": 1.0, "code": 0.5}, "posterior", 0.1)
     assert mix.mixture == Mixture({"base": 1.0, "code": 1.0})
+
+
+async def test_a_request_may_set_or_drop_where_others_are_asked() -> None:
+    host = RecordingHost()
+    mix = average(host, members=["base", "code"], when={"entropy": 1.5})
+    assert mix.mixture == Mixture({"base": 1.0, "code": 1.0}, when=When(entropy=1.5))
+    for when, expected in [({"disagree": 0.3}, When(disagree=0.3)), (None, None)]:
+        await collect(mix, request(when=when))
+        assert host.ran[-1][0].when == expected
+
+
+@pytest.mark.parametrize(
+    ("when", "problem"),
+    [
+        ({"entropi": 1}, r"unknown key 'ensemble\.when\.entropi'; did you mean 'entropy'\?"),
+        ({"entropy": 1, "disagree": 0.1}, "one of the two"),
+        ({}, "one of the two"),
+        ({"disagree": 1.5}, r"ensemble\.when\.disagree must be less than or equal to 1, got 1\.5"),
+        ({"entropy": -1}, r"ensemble\.when\.entropy must be greater than or equal to 0, got -1"),
+        (0.3, r"ensemble\.when .*got 0\.3"),
+    ],
+)
+async def test_a_rule_that_is_none_is_refused_by_name(when, problem) -> None:
+    mix = average(RecordingHost(), members=["base", "code"])
+    with pytest.raises(RequestError, match=problem):
+        mix.generate(request(when=when))
+
+
+async def test_a_host_that_has_to_ask_everybody_refuses_a_request_with_a_rule(monkeypatch) -> None:
+    def refuse(self, mixture: Mixture) -> None:
+        if mixture.when is not None:
+            raise ModelLoadError("when: not here")
+
+    monkeypatch.setattr(RecordingHost, "check", refuse)
+    mix = average(RecordingHost(), members=["base", "code"])
+    with pytest.raises(UnsupportedError, match=r"ensemble\.when: when: not here"):
+        mix.generate(request(when={"entropy": 1}))
+
+
+def test_a_rule_over_bytes_is_refused_in_the_config() -> None:
+    assert "leave out `vocabulary: bytes`" in config_problem(
+        members=["a", "b"], vocabulary="bytes", when={"entropy": 1}
+    )
 
 
 async def test_bytes_may_be_asked_for_in_the_config_and_stay_whatever_a_request_changes() -> None:
@@ -212,7 +255,7 @@ def test_members_keep_the_order_of_the_config() -> None:
             "ensemble.wieghts",
             "unknown key 'ensemble.wieghts'; did you mean 'weights'? (known: weights",
         ),
-        ({"zzz": 1}, "ensemble.zzz", "unknown key 'ensemble.zzz' (known: weights, pool, share, heal)"),
+        ({"zzz": 1}, "ensemble.zzz", "unknown key 'ensemble.zzz' (known: weights, pool, share, when, heal)"),
         ({"weights": [1, 2]}, "ensemble.weights", "must map member names to numbers"),
         ({"weights": {"base": "1"}}, "ensemble.weights.base", "must be a number"),
         ({"weights": {"base": True}}, "ensemble.weights.base", "must be a number"),

@@ -7,7 +7,7 @@ to the other where the text is continuous, for the fitted pool and for the one t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
@@ -75,7 +75,7 @@ async def fit_and_judge(
     fitted = await in_own_thread(fit.solve, constraint)
     mixture = fit.model.mixture
     pools = {
-        "before": mixture,
+        "before": replace(mixture, when=None),  # what is fitted is the average at every token
         "after": mixture_of(fitted.weights, mixture.pool, fitted.share or 0.0),
     }
     scores = await _scores(fit, texts, pools)

@@ -7,7 +7,8 @@ scores a prompt (`prompt_logprobs`) that consists of it: so the weights of a pos
 every window, and follow the evidence of its tokens, those that are only context included.
 
 Members read each window once for all mixtures over them. Arithmetic and posterior pools need only what the members gave
-the tokens that came; a geometric pool is normalised over the vocabulary while the distributions are there.
+the tokens that came; a geometric pool is normalised over the vocabulary while the distributions are there, and whether
+a selective average leaves a token to its main member is decided then.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from ensemble_server.ensembles.base import (
 )
 from ensemble_server.ensembles.errors import ModelLoadError, RequestError, UnsupportedError
 from ensemble_server.ensembles.fitting.share import posterior_logprobs
-from ensemble_server.ensembles.pooling import effective_weights, pool
+from ensemble_server.ensembles.pooling import effective_weights
 from ensemble_server.server.compare.measures.byte_scores import is_over_bytes
 from ensemble_server.server.compare.measures.documents import Documents
+from ensemble_server.server.compare.measures.pooled_text import PooledText, needs_whole_rows
 from ensemble_server.server.compare.measures.remote_tokens import remote_surface
 from ensemble_server.server.compare.measures.windows import TextWindow, Window, cut_text_windows, cut_windows
 from ensemble_server.server.engines.remote.remote import RemoteChat
@@ -204,14 +206,14 @@ async def score_mixtures(
     """`measure_text` for mixtures that can be read in one pass. `on_window` hears of every window."""
     members = list(dict.fromkeys(member for mixture in mixtures.values() for member in mixture.weights))
     place = {member: row for row, member in enumerate(members)}
-    geometric = {arm: mixture for arm, mixture in mixtures.items() if mixture.pool == "geometric"}
+    whole = {arm: mixture for arm, mixture in mixtures.items() if needs_whole_rows(mixture)}
     logprobs: dict[str, list[np.ndarray]] = {arm: [] for arm in mixtures}  # of the scored tokens, window by window
     for window in windows:
-        reading = _Reading(geometric, place)
+        reading = _Reading(whole, place)
         await window.visit(host, members, reading.visit, priority=priority)
         for arm, mixture in mixtures.items():
-            if arm in geometric:
-                of_window = np.concatenate([np.zeros(0), *reading.pooled[arm]])
+            if arm in whole:
+                of_window = reading.pooled[arm].logprobs
             else:
                 rows = [place[member] for member in mixture.weights]
                 of_window = mixture_logprobs(mixture, reading.of_members[rows])
@@ -222,34 +224,31 @@ async def score_mixtures(
 
 
 class _Reading:
-    """What is kept of one window: what each member, and each geometric pool, gave what came (nats)."""
+    """What is kept of one window: what each member gave what came, and each mixture of `whole` (nats)."""
 
-    def __init__(self, geometric: Mapping[str, Mixture], place: Mapping[str, int]) -> None:
-        self._geometric = geometric
-        self._place = place
+    def __init__(self, whole: Mapping[str, Mixture], place: Mapping[str, int]) -> None:
+        self._num_members = len(place)
         self._of_members: list[np.ndarray] = []  # (K, t) each
-        self.pooled: dict[str, list[np.ndarray]] = {arm: [] for arm in geometric}  # (t,) each
+        self.pooled = {arm: PooledText(mixture, place) for arm, mixture in whole.items()}
 
     @property
     def of_members(self) -> np.ndarray:
         """(K, T) float64; T: of how many tokens or bytes something was expected."""
-        return np.concatenate([np.zeros((len(self._place), 0)), *self._of_members], axis=1)
+        return np.concatenate([np.zeros((self._num_members, 0)), *self._of_members], axis=1)
 
     def visit(self, logprobs: torch.Tensor, targets: torch.Tensor) -> None:
         index = targets[None, :, None].expand(len(logprobs), -1, 1)
         self._of_members.append(logprobs.gather(2, index)[..., 0].double().cpu().numpy())
-        for arm, mixture in self._geometric.items():
-            rows = logprobs[[self._place[member] for member in mixture.weights]]
-            if len(rows) > 1:
-                weights = logprobs.new_tensor(effective_weights(list(mixture.weights.values())))
-                pooled = pool("geometric", rows, weights[:, None].expand(-1, len(targets)))
-            else:
-                pooled = rows[0]
-            self.pooled[arm].append(pooled.gather(1, targets[:, None])[:, 0].double().cpu().numpy())
+        for pooled in self.pooled.values():
+            pooled.take(logprobs, targets)
 
 
 def mixture_logprobs(mixture: Mixture, of_members: np.ndarray) -> np.ndarray:
-    """What an arithmetic or posterior mixture gives the tokens of one window. of_members: (K, T) nats -> (T,)."""
+    """What an arithmetic or posterior mixture gives the tokens of one window. of_members: (K, T) nats -> (T,).
+
+    Of mixtures that are pooled at every token: see `pooled_text` for others.
+    """
+    assert mixture.when is None or len(mixture.weights) == 1, "whole distributions are needed"
     prior = effective_weights(list(mixture.weights.values()))
     if mixture.pool == "posterior" and len(prior) > 1:
         return posterior_logprobs(of_members, prior, mixture.share)

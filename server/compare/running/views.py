@@ -42,6 +42,7 @@ async def collect_views(work: Work, hosting: Hosting, arm: ArmModel) -> None:
 
 
 async def _view(hosting: Hosting, name: str, model: DistributionModel, flipped: Flipped) -> list[TokenView]:
+    from ensemble_server.server.compare.measures.pooled_text import PooledText
     from ensemble_server.server.compare.measures.text_measure import mixture_logprobs
 
     surface = hosting.surface(name)
@@ -54,16 +55,22 @@ async def _view(hosting: Hosting, name: str, model: DistributionModel, flipped: 
     ids = [*before, *shown]
     members = list(model.mixture.weights)
     parts: list[np.ndarray] = []
+    mixture = model.mixture
+    whole = PooledText(mixture, {member: row for row, member in enumerate(members)})
 
     def visit(logprobs: torch.Tensor, targets: torch.Tensor) -> None:
+        if mixture.when is not None:
+            whole.take(logprobs, targets)
         parts.append(logprobs.gather(2, targets[None, :, None].expand(len(logprobs), -1, 1))[..., 0].double().numpy())
 
     await model.host.visit_logprobs(members, ids, visit)
     if not parts:
         return []
     of_members = np.concatenate(parts, axis=1)  # (K, T), the first token is not predicted
-    mixture = model.mixture
-    pooled = None if mixture.pool == "geometric" else mixture_logprobs(mixture, of_members)
+    if mixture.when is not None:
+        pooled = whole.logprobs
+    else:
+        pooled = None if mixture.pool == "geometric" else mixture_logprobs(mixture, of_members)
     prior = effective_weights(list(mixture.weights.values()))
     weights = np.broadcast_to(prior[:, None], of_members.shape)
     if mixture.pool == "posterior":

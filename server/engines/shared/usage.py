@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ensemble_server.ensembles.base import Done, MemberUsage, Usage
 
@@ -17,3 +18,12 @@ def done(method: str, num_read: Mapping[str, int], num_generated: int, num_reaso
     }
     usage = Usage(next(iter(num_read.values())), num_generated, members, num_reasoning)
     return Done(usage, method, tuple(members), len(members), vocabulary="tokens" if len(members) > 1 else None)
+
+
+def with_joint(done: Done, main: str, num_joint: int) -> Done:
+    """`done` of a selective average: members besides `main` have written those tokens that came from the pool."""
+    members = {
+        name: member if name == main else MemberUsage(member.prompt_tokens, num_joint)
+        for name, member in done.usage.members.items()
+    }
+    return replace(done, usage=replace(done.usage, members=members))

@@ -115,6 +115,11 @@ class ByteChoice:
     def caches(self) -> Iterator[RowCache]:
         return (speller.cache for speller in self.spellers)
 
+    @property
+    def num_next(self) -> list[int]:
+        """See `LiveChoice`; what a step's rows take beyond is not asked for."""
+        return [1] * len(self.members)
+
     def next_spans(self) -> list[tuple[Member, Span]]:
         """The rows that its lattices want: per member none, mostly one, at most eight."""
         pairs = []

@@ -63,7 +63,7 @@ class TransformersEngine:
     ) -> None:
         self._members = members
         self._families: dict[tuple[str, ...], Sequence[Member]] = {}
-        self._averaged_over: dict[tuple[tuple[str, ...], str], AveragedOver] = {}
+        self._averaged_over: dict[tuple[tuple[str, ...], str, bool], AveragedOver] = {}
         devices = frozenset(member.backbone.device for member in members.values())
         if kv_cache_bytes is None:
             kv_cache_bytes = default_bytes(map(str, devices), prefix_cache_bytes)
@@ -80,7 +80,7 @@ class TransformersEngine:
             self._prefixes,
             devices,
             SpareTime(backbone.halving() for backbone in backbones),
-            speculation=None if drafts == "off" else Speculation(members_write=drafts == "member"),
+            speculation=Speculation(members_write=drafts == "member"),
             num_threads=num_threads,
             on_step=on_step,
         )
@@ -116,7 +116,7 @@ class TransformersEngine:
         self.averages_over(mixture)
 
     def averages_over(self, mixture: Mixture) -> AveragedOver:
-        key = (tuple(mixture.weights), mixture.vocabulary)
+        key = (tuple(mixture.weights), mixture.vocabulary, mixture.when is not None)
         if key not in self._averaged_over:
             self._averaged_over[key] = averaged_over(mixture, [self._members[name] for name in mixture.weights])
             self._say_what_is_not_drafted(mixture, self._averaged_over[key])

@@ -67,6 +67,7 @@ class Generation(Job):
         self._eos_ids = frozenset().union(*(member.eos_ids for member in members))
         self._num_generated = 0
         self._num_reasoning = 0
+        self._num_joint = 0
         self._reads: list[bool] = []  # which members read a chunk of the prompt in this step
 
     @property
@@ -99,9 +100,9 @@ class Generation(Job):
         if not self.live:
             return self.kv_of_choice if self.num_started < self.num_choices else 0
         return sum(
-            growth(member, cache, self._num_left(member, cache, choice))
+            growth(member, cache, self._num_left(member, cache, choice) + num_next - 1)
             for choice in self.live
-            for member, cache in zip(choice.members, choice.caches, strict=True)
+            for member, cache, num_next in zip(choice.members, choice.caches, choice.num_next, strict=True)
         )
 
     @property
@@ -163,6 +164,7 @@ class Generation(Job):
             return
         self._num_generated += choice.num_generated
         self._num_reasoning += choice.num_reasoning
+        self._num_joint += choice.num_joint if isinstance(choice, LiveChoice) else 0
         self.live.remove(choice)
         self._ended(choice)
         if not self.live and self.num_started == self.num_choices:
@@ -190,14 +192,31 @@ class Generation(Job):
 
     def _done(self) -> Done:
         num_read = {member.name: len(ids) for member, ids in zip(self.members, self.token_ids, strict=True)}
-        return replace(
-            usage.done(self._method, num_read, self._num_generated, self._num_reasoning), trace=self._trace()
-        )
+        done = usage.done(self._method, num_read, self._num_generated, self._num_reasoning)
+        if self._is_selective:
+            done = usage.with_joint(done, self.mixture.main, self._num_joint)
+        return replace(done, trace=self._trace())
+
+    @property
+    def _is_selective(self) -> bool:
+        return self.mixture.when is not None and len(self.members) > 1
 
     def _trace(self) -> dict[str, Any] | None:
-        """Of a posterior pool, if it was asked to explain: whom the config trusts, and whom the prompt speaks for."""
-        if not self.request.explain or self.mixture.pool != "posterior" or len(self.members) == 1:
+        """If it was asked to explain: of a posterior pool, whom the config trusts and whom the prompt speaks for; of a
+        selective average, who wrote, and how many tokens came from the pool."""
+        if not self.request.explain or len(self.members) == 1:
             return None
+        trace = {} if self.mixture.pool != "posterior" else self._trace_of_weights()
+        if self.mixture.when is not None:
+            trace["when"] = {
+                **self.mixture.when.model_dump(exclude_none=True),
+                "main": self.mixture.main,
+                "tokens": self._num_generated,
+                "pooled_tokens": self._num_joint,
+            }
+        return trace or None
+
+    def _trace_of_weights(self) -> dict[str, Any]:
 
         def by_name(weights: np.ndarray) -> dict[str, float]:
             return dict(zip((member.name for member in self.members), map(float, weights), strict=True))

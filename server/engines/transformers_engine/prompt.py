@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ensemble_server.ensembles.base import Mixture, PoolName, TokenLogprob
-from ensemble_server.ensembles.pooling import effective_weights, following, pool
+from ensemble_server.ensembles.pooling import effective_weights, following, pool, selective
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.family import known_rows
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
@@ -51,6 +51,8 @@ class Prompt:
         self.scored: list[TokenLogprob] = []
         self.state = following.start(self.prior, mixture.share)  # what the weights follow from
         self._pool: PoolName = mixture.pool
+        self._when = mixture.when
+        self._main = list(mixture.weights).index(mixture.main)
         self._share: following.Share = mixture.share
         self._num_top = prompt_logprobs
         self._is_lockstep = all(ids == token_ids[0] for ids in token_ids)
@@ -199,6 +201,8 @@ class Prompt:
             pooled = pool(
                 self._pool, stacked, torch.as_tensor(weights, dtype=torch.float32, device=first.device), known
             )
+            if self._when is not None:
+                pooled = selective.selected(self._when, stacked[self._main], pooled)
         for row, token_id in zip(pooled, targets.tolist(), strict=True):
             self.scored.append(describe(self.members[0].surface, row, token_id, self._num_top))
 

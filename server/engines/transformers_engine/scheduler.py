@@ -238,12 +238,11 @@ def _planned(
             if len(work) >= max_rows or num_left < (len(job.members) if work else 1):
                 break
             if kv_budget is not None:
-                rows = zip(choice.members, choice.caches, strict=True)
-                if not kv_budget.grants(job, sum(growth(member, cache, 1) for member, cache in rows)):
+                rows = zip(choice.members, choice.caches, choice.num_next, strict=True)
+                if not kv_budget.grants(job, sum(growth(member, cache, num) for member, cache, num in rows)):
                     continue
-            spans = choice.next_spans()
-            work.append(Work(job, choice, spans))
-            num_left -= len(spans)
+            work.append(Work(job, choice, choice.next_spans()))
+            num_left -= work[-1].num_tokens
         if job.is_reading and len(work) < max_rows and min(num_left, num_readable) >= 1:
             item = Work(job, None, job.next_spans(int(min(num_left, num_readable)), being_read))
             if item.num_tokens:

@@ -21,6 +21,7 @@ from ensemble_server.server.engines.transformers_engine.backbone import Backbone
 from ensemble_server.server.engines.transformers_engine.choice import Draft, LiveChoice
 from ensemble_server.server.engines.transformers_engine.draft_lengths import Outlook, TextDraft, Writer
 from ensemble_server.server.engines.transformers_engine.kv_budget import LOOKAHEAD
+from ensemble_server.server.engines.transformers_engine.lagging_members import lagging
 from ensemble_server.server.engines.transformers_engine.member_drafts import Manuscript, drafter_of
 from ensemble_server.server.engines.transformers_engine.scheduler import Work
 from ensemble_server.server.engines.transformers_engine.step_costs import StepCosts
@@ -32,10 +33,11 @@ Forward = Callable[[Sequence[Work]], Sequence[Sequence[torch.Tensor]]]  # -> per
 
 
 class Speculation:
-    """`members_write`: whether members write ahead, too. Belongs to the engine's thread, but for `observe`, which is
-    called on that of the backbone's device."""
+    """`members_write`: whether members write ahead, too, where no rule of their mixture has them do so. Belongs to the
+    engine's thread, but for `observe`, which is called on that of the backbone's device."""
 
     def __init__(self, *, members_write: bool) -> None:
+        self.is_in_use = False  # until the first choice that could read ahead
         self._members_write = members_write
         self._costs: dict[Backbone, StepCosts] = {}
         self._num_drafted: Counter[str] = Counter()
@@ -74,12 +76,11 @@ class Speculation:
         writers = [
             Writer(i, drafter, choice.trust.chance, choice.max_draft)
             for i, choice in choices.items()
-            if self._members_write
-            and choice.max_draft
-            and (drafter := drafter_of(choice.members, choice.weights)) is not None
+            if choice.max_draft and (drafter := self._drafter_of(choice)) is not None
         ]
         if not texts and not writers:
             return work
+        self.is_in_use = True
         plan = Outlook(work, self._costs_of, num_spare).best(texts, writers, MAX_WRITTEN)
         drafts = {text.index: Draft(text.token_ids[:length]) for text, length in plan.texts if length}
         manuscripts = {
@@ -95,6 +96,14 @@ class Speculation:
             replace(item, spans=choices[i].next_spans(drafts[i]), draft=drafts[i]) if i in drafts else item
             for i, item in enumerate(work)
         ]
+
+    def _drafter_of(self, choice: LiveChoice) -> int | None:
+        """Who may write ahead. By the rule of disagreement the main member does, whatever the config says of drafts."""
+        if choice.lagging is not None:
+            return None
+        if choice.when is not None:
+            return choice.main if lagging(choice.members, choice.main) else None
+        return drafter_of(choice.members, choice.weights) if self._members_write else None
 
     def _costs_of(self, backbone: Backbone) -> StepCosts:
         return self._costs.setdefault(backbone, StepCosts())

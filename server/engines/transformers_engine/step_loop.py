@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from ensemble_server.server.engines.transformers_engine.family import known_rows
 from ensemble_server.server.engines.transformers_engine.generation import Generation
 from ensemble_server.server.engines.transformers_engine.job import Job, deliver
 from ensemble_server.server.engines.transformers_engine.kv_cache import held_bytes
+from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import PrefixCache
 from ensemble_server.server.engines.transformers_engine.scheduler import Scheduler, Work
 from ensemble_server.server.engines.transformers_engine.spare_time import SpareTime
@@ -46,7 +48,7 @@ MAX_FAILED_STEPS = 3  # in a row; then it is not the requests that are at fault
 
 class StepLoop:
     """See the module's docstring. `devices`: where the members are; those of several run at the same time.
-    `speculation`: who says what choices read ahead; None if they do not.
+    `speculation`: who says what choices read ahead.
 
     `failure`: why nothing runs any more, for people; None while it does.
     """
@@ -58,7 +60,7 @@ class StepLoop:
         devices: frozenset[torch.device],
         spare_time: SpareTime,
         *,
-        speculation: Speculation | None,
+        speculation: Speculation,
         num_threads: int | None,
         on_step: Callable[[StepStats], None] | None,
     ) -> None:
@@ -140,9 +142,9 @@ class StepLoop:
         work = self._scheduler.plan()
         if work:
             try:
-                if self._speculation is not None:
-                    work = self._speculation.drafted(work, self._scheduler.num_spare(work), self._forward)
+                work = self._speculation.drafted(work, self._scheduler.num_spare(work), self._forward)
                 results = self._forward(work)
+                work, results = self._with_late(work, results)
             except Exception as exc:  # out of memory, mostly: the requests of this step fail, the engine lives
                 self._fail_step(work, exc)
             else:
@@ -193,8 +195,26 @@ class StepLoop:
             list(self._devices.map(run_device, rows))
         return results
 
+    def _with_late(
+        self, work: Sequence[Work], results: list[list[torch.Tensor]]
+    ) -> tuple[Sequence[Work], list[list[torch.Tensor]]]:
+        """Members that lag behind read up to the main one where they are asked: in a forward of their own, since that
+        is known only now. -> work and results with theirs."""
+        late = {
+            i: replace(item, spans=spans)
+            for i, item in enumerate(work)
+            if isinstance(item.choice, LiveChoice) and (spans := item.choice.late_spans(results[i]))
+        }
+        if not late:
+            return work, results
+        read = dict(zip(late, self._forward(list(late.values())), strict=True))
+        together = [
+            replace(item, spans=[*item.spans, *late[i].spans]) if i in late else item for i, item in enumerate(work)
+        ]
+        return together, [[*rows, *read.get(i, ())] for i, rows in enumerate(results)]
+
     def _timed_forward(self, backbone: Backbone, spans: Sequence[Span]) -> list[torch.Tensor]:
-        if self._speculation is None:
+        if not self._speculation.is_in_use:
             return backbone.forward(spans)
         started = time.perf_counter()
         logprobs = backbone.forward(spans)
@@ -229,8 +249,7 @@ class StepLoop:
                 if not is_over and place < len(draft) and choice.last_token == draft[place]:
                     going_on.append((item, choice, logprobs))
                     continue
-                if self._speculation is not None:
-                    self._speculation.count(choice, item.draft, place)
+                self._speculation.count(choice, item.draft, place)
                 if not is_over:
                     choice.unread(len(draft) - place)
             if not (ready := going_on):
@@ -246,27 +265,27 @@ class StepLoop:
             self._fail_job(job, exc)
 
     @torch.inference_mode()
-    def _choose(self, ready: Sequence[tuple[Generation, LiveChoice, Sequence[torch.Tensor]]]) -> None:
+    def _choose(self, ready: Sequence[tuple[Generation, LiveChoice, Sequence[torch.Tensor | None]]]) -> None:
         """Pool and sample. Choices with the same pool and number of members are pooled in one go."""
         groups: dict[tuple[PoolName, int, int], list[int]] = {}
-        for i, (job, _, logprobs) in enumerate(ready):
-            groups.setdefault((job.mixture.pool, len(logprobs), len(logprobs[0])), []).append(i)
+        voters = [choice.voters(expected) for _, choice, expected in ready]
+        rows = [[_known(ready[i][2][k]) for k in asked] for i, asked in enumerate(voters)]
+        for i, (job, _, _) in enumerate(ready):
+            groups.setdefault((job.mixture.pool, len(rows[i]), len(rows[i][0])), []).append(i)
         for (name, num_members, _), group in groups.items():
             if num_members == 1:
-                pooled = [ready[i][2][0] for i in group]
+                pooled = [rows[i][0] for i in group]
             else:
-                device = ready[group[0]][2][0].device
-                stacked = torch.stack(
-                    [torch.stack([ready[i][2][k].to(device) for i in group]) for k in range(num_members)]
-                )
+                device = rows[group[0]][0].device
+                stacked = torch.stack([torch.stack([rows[i][k].to(device) for i in group]) for k in range(num_members)])
                 weights = np.stack([ready[i][1].weights for i in group], axis=1)
                 known = known_rows([ready[i][0].members for i in group], stacked)
                 pooled = pool(name, stacked, torch.as_tensor(weights, dtype=torch.float32, device=device), known)
             for i, row in zip(group, pooled, strict=True):
-                job, choice, logprobs = ready[i]
+                job, choice, expected = ready[i]
                 try:
-                    _check_finite(job, logprobs, row)
-                    job.emit(choice, choice.advance(row, logprobs))
+                    _check_finite([choice.members[k] for k in voters[i]], rows[i], row)
+                    job.emit(choice, choice.advance(row, expected, voters[i]))
                 except Exception as exc:
                     self._fail_job(job, exc)
 
@@ -288,7 +307,7 @@ class StepLoop:
 
     def _stats(self, work: Sequence[Work], duration_s: float) -> StepStats:
         num_rows, num_tokens = Counter(), Counter()
-        drafted, accepted = (Counter(), Counter()) if self._speculation is None else self._speculation.drain_counts()
+        drafted, accepted = self._speculation.drain_counts()
         for item in work:
             for member, span in item.spans:
                 num_rows[member.name] += 1
@@ -321,10 +340,13 @@ def _drained_restarts(work: Sequence[Work]) -> Counter[str]:
     return restarts
 
 
-def _check_finite(job: Generation, logprobs: Sequence[torch.Tensor], pooled: torch.Tensor) -> None:
+def _known(row: torch.Tensor | None) -> torch.Tensor:
+    assert row is not None, "members that are asked have read the text"
+    return row
+
+
+def _check_finite(members: Sequence[Member], logprobs: Sequence[torch.Tensor], pooled: torch.Tensor) -> None:
     """Raise `MemberError` if a distribution is no distribution (one NaN logit makes all its log-probabilities NaN)."""
     if pooled[0].isnan():
-        culprits = [member for member, row in zip(job.members, logprobs, strict=True) if row[0].isnan()]
-        raise MemberError(
-            (culprits or job.members)[0].name, "its output is not a number (NaN); its weights may be damaged"
-        )
+        culprits = [member for member, row in zip(members, logprobs, strict=True) if row[0].isnan()]
+        raise MemberError((culprits or members)[0].name, "its output is not a number (NaN); its weights may be damaged")

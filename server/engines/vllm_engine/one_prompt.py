@@ -16,6 +16,11 @@ def check_one_model(mixture: Mixture, views: Sequence[MemberView]) -> None:
         raise ModelLoadError(
             "vocabulary: bytes: vLLM averages over tokens only; use engine.kind transformers to average over text"
         )
+    if mixture.when is not None:
+        raise ModelLoadError(
+            "when: vLLM runs all members at every token; leave it out, or use engine.kind transformers to ask them "
+            "only where they are needed"
+        )
     try:
         check_shared_vocabulary(views)
     except ModelLoadError as exc:

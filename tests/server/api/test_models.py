@@ -133,7 +133,7 @@ async def test_a_probability_average_shows_what_it_is_made_of_and_what_a_request
         "weights": {"base": 1, "red": 3},
         "pool": "posterior",
         "share": 0.1,
-        "overrides": ["weights", "pool", "share"],
+        "overrides": ["weights", "pool", "share", "when"],
     }
     assert "samples" in shown["crowd"]["ensemble"]["overrides"]
     assert "pool" not in shown["crowd"]["ensemble"]

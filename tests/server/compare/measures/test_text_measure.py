@@ -69,6 +69,28 @@ async def test_one_pass_gives_what_the_server_gives_for_each_window_as_a_prompt(
         assert len({round(found.bits_per_byte, 6) for found in scores.values()}) == len(arms)
 
 
+async def test_selective_averages_are_scored_by_their_rule(tiny) -> None:
+    """A threshold of 0 is the average, one out of reach the main member, and all are what prompts are given."""
+    even = {"method": "probability_average", "members": ["llama", "red", "deep"]}
+    bayes = even | {"pool": "posterior", "share": 0.05}
+    rules = {
+        "all": even | {"when": {"disagree": 0}},
+        "none": even | {"when": {"entropy": 100}},
+        "unsure": even | {"when": {"entropy": 5.4}},
+        "apart": even | {"when": {"disagree": 0.1}},
+        "bayes-unsure": bayes | {"when": {"entropy": 5.4}},
+        "bayes-apart": bayes | {"when": {"disagree": 0.1}},
+    }
+    async with Hosting.open(config_of(tiny, **rules)) as hosting:
+        arms = {name: name for name in ("llama", "even", *rules)}
+        scores = await measure_text(hosting, arms, TEXT, window=WINDOW)
+        for name in rules:
+            expected = await scored_by_prompts(hosting, name)
+            np.testing.assert_allclose(scores[name].nats, expected.nats, rtol=1e-4, err_msg=name)
+    np.testing.assert_allclose(scores["all"].nats, scores["even"].nats, rtol=1e-6)
+    np.testing.assert_allclose(scores["none"].nats, scores["llama"].nats, rtol=1e-6)
+
+
 async def test_members_are_read_once_for_all_arms(tiny) -> None:
     read = 0
 

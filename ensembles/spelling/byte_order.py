@@ -53,6 +53,10 @@ class ByteOrder:
                 found = int(self.ids[node.lo])
         return found
 
+    def bytes_at(self, place: int, begin: int = 0) -> bytes:
+        """Of the token in that place, from its byte `begin` on."""
+        return self.data[self.starts[place] + begin : self.starts[place + 1]].tobytes()
+
     def distributions(self, logprobs: torch.Tensor) -> list[Distribution]:
         """logprobs: (n, V) float32 or float64, not changed -> n distributions, normalised over what is text or END.
 
@@ -161,6 +165,13 @@ class Distribution:
     def logprob(self, place: int) -> float:
         """Of the token in that place of the order."""
         return float(self._logprobs[place]) - self._log_total
+
+    def likeliest(self, node: Node, num: int) -> list[tuple[int, float]]:
+        """Places and log-probabilities of the `num` likeliest tokens that begin with the string of `node` and are
+        longer, in no order."""
+        logprobs = self._logprobs[node.eq : node.hi]
+        found = np.argpartition(logprobs, -num)[-num:] if num < len(logprobs) else np.arange(len(logprobs))
+        return [(node.eq + i, float(logprobs[i]) - self._log_total) for i in found.tolist()]
 
     def masses(self, node: Node) -> np.ndarray:
         """(m,) float64: the probability of the tokens behind each of `node.bytes`."""

@@ -133,6 +133,11 @@ class Lattice:
     def num_awake(self) -> int:
         return len(self._awake)
 
+    @property
+    def may_begin_here(self) -> bool:
+        """Whether somebody awake has a token that ends where the text does, and expects the next one."""
+        return any(one.node.depth == 0 for one in self._awake)
+
     def fork(self) -> Lattice:
         """Another one that continues from here. Nothing may be wanted."""
         assert not self._woken, "a lattice that waits for distributions cannot be copied"
@@ -200,6 +205,18 @@ class Lattice:
             mass = (1 - asleep) * mass + asleep / ROW
         with np.errstate(divide="ignore"):
             return np.log(mass)
+
+    def likeliest(self, num: int) -> list[tuple[bytes, float]]:
+        """What the `num` likeliest tokens of each hypothesis that is awake add to the text, and their probabilities.
+
+        The same bytes may be there more than once. What sleeps, and closings within a token, do not count.
+        """
+        assert not self._woken, "distributions are wanted before it is known what may follow"
+        return [
+            (self.order.bytes_at(place, one.node.depth), math.exp(one.logprob + logprob - self.log_total))
+            for one in self._awake
+            for place, logprob in one.distribution.likeliest(one.node, num)
+        ]
 
     def log_end(self) -> float:
         """The evidence of END: log P(text, END) less log P(text). What sleeps at the end of the text does not count."""

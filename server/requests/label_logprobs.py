@@ -101,7 +101,7 @@ async def label_logprobs(
 
 
 def _is_over_bytes(model: Model) -> bool:
-    """Whether alternatives to a token are not told: its members share no tokens."""
+    """Whether its members share no tokens: labels are scored by their bytes."""
     return isinstance(model, DistributionModel) and model.host.averages_over(model.mixture) == "bytes"
 
 

@@ -2,7 +2,8 @@
 
 Every member's lattice gives a row of 256 bytes and END; rows are pooled, a byte is drawn, every lattice is fed it.
 Bytes follow one another without a forward until one of the lattices wants one. What the client sees is *pieces*: tokens
-of the surface, as the first member's lattice has settled them, at most a few bytes late.
+of the surface, as the first member's lattice has settled them, at most a few bytes late. Where alternatives to a piece
+are asked for, lattices look ahead wherever one may begin, before the next byte is drawn (`byte_lookahead`).
 """
 
 from __future__ import annotations
@@ -23,17 +24,19 @@ from ensemble_server.ensembles.base import (
     Sampling,
     TokenLogprob,
 )
-from ensemble_server.ensembles.pooling import following, pool, sampling
+from ensemble_server.ensembles.pooling import sampling
 from ensemble_server.ensembles.pooling.disagreement import entropy, jensen_shannon
 from ensemble_server.ensembles.spelling import END, ROW, utf8
 from ensemble_server.ensembles.spelling.lattice import EPSILON, History
 from ensemble_server.server.engines.shared.choice_text import ChoiceText, joined
 from ensemble_server.server.engines.shared.grammar import GrammarMask, byte_row
 from ensemble_server.server.engines.transformers_engine.attention import Span
+from ensemble_server.server.engines.transformers_engine.byte_lookahead import Lookahead, Scored
+from ensemble_server.server.engines.transformers_engine.byte_pool import BytePool
 from ensemble_server.server.engines.transformers_engine.drawing import generator
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
-from ensemble_server.server.engines.transformers_engine.speller import Speller
+from ensemble_server.server.engines.transformers_engine.speller import MAX_ROWS, Speller
 
 Reread = Callable[[str], list[int]]  # the answer so far -> prompt and answer in one member's tokens
 
@@ -75,9 +78,7 @@ class ByteChoice:
         self.members: Sequence[Member] = [speller.member for speller in spellers]
         self.spellers = spellers
         self.mixture = mixture
-        self._following = state
-        self.weights = following.member_weights(state, mixture.share)
-        self._prior = prior
+        self._pool = BytePool(mixture, prior, state)
         self._request = request
         self._sampling: Sampling = request.sampling
         self._grammar = grammar
@@ -88,6 +89,8 @@ class ByteChoice:
         self._state = utf8.START
         self._is_fed = False  # whether a byte is on its way into the lattices
         self._has_looked = False  # whether sleepers were woken for what the masks leave at this byte
+        self._ahead: dict[int, Lookahead] = {}  # from bytes behind `_num_shown` at which a piece may begin
+        self._wanted: list[tuple[int, History]] = []  # by the last of them, in this step
         self._shown = ChoiceText(
             index, self._sampling, self.members[0].surface, max_new_tokens=max_new_tokens, eos_ids=frozenset()
         )
@@ -121,11 +124,15 @@ class ByteChoice:
         return [1] * len(self.members)
 
     def next_spans(self) -> list[tuple[Member, Span]]:
-        """The rows that its lattices want: per member none, mostly one, at most eight."""
+        """The rows that its lattices, or copies that look ahead, want: per member none, mostly one, at most eight."""
         pairs = []
-        self._num_asked = []
-        for member, speller in zip(self.members, self.spellers, strict=True):
+        self._num_asked, self._wanted = [], []
+        for k, (member, speller) in enumerate(zip(self.members, self.spellers, strict=True)):
             spans = speller.next_spans()
+            if (ahead := self._looks_ahead()) is not None:  # nothing else is wanted then
+                wanted = [one for one in ahead.wanted if one[0] == k][:MAX_ROWS]
+                spans = speller.branches([history for _, history in wanted])
+                self._wanted += wanted
             self._num_asked.append(len(spans))
             pairs += [(member, span) for span in spans]
         return pairs
@@ -136,9 +143,18 @@ class ByteChoice:
 
         -> what the client sees of it, if anything."""
         begin = 0
+        distributions = []
         for speller, num in zip(self.spellers, self._num_asked, strict=True):
-            speller.take(rows[begin : begin + num])
+            of_member = rows[begin : begin + num]
+            if not self._wanted:
+                speller.take(of_member)
+            elif of_member:
+                distributions += speller.distributions(of_member)
             begin += num
+        if (ahead := self._looks_ahead()) is not None:
+            for (k, history), distribution in zip(self._wanted, distributions, strict=True):
+                ahead.give(k, history, distribution)
+            self._bound(ahead)
         return self.go_on()
 
     @torch.inference_mode()
@@ -147,6 +163,8 @@ class ByteChoice:
         while self.finish_reason is None and not self._is_waiting():
             if self._is_fed:
                 self._learn()
+            elif self._may_look_ahead():
+                self._look_ahead()
             elif (symbol := self._draw()) is not None:
                 if symbol == END:
                     self._finish("stop")
@@ -168,12 +186,12 @@ class ByteChoice:
     # --- one byte ---------------------------------------------------------------------------------------------------
 
     def _is_waiting(self) -> bool:
-        return any(speller.is_waiting for speller in self.spellers)
+        return any(speller.is_waiting for speller in self.spellers) or self._looks_ahead() is not None
 
     def _draw(self) -> int | None:
         """The next byte, or END; None if sleepers are to be looked at before."""
-        rows = [speller.row(spreads=self.mixture.pool == "geometric") for speller in self.spellers]
-        pooled, weights = self._pooled(rows)
+        rows = [speller.row(spreads=self._pool.spreads) for speller in self.spellers]
+        pooled, weights = self._pool.pooled(rows)
         mask = utf8.ALLOWED[self._state]
         is_endless = self._sampling.ignore_eos and self._grammar is None
         if is_endless or self.num_generated < self._sampling.min_tokens:
@@ -194,17 +212,6 @@ class ByteChoice:
         if self._is_reported and symbol != END:
             self._reports.append(self._report(symbol, pooled, rows, weights))
         return symbol
-
-    def _pooled(self, rows: Sequence[np.ndarray]) -> tuple[torch.Tensor, np.ndarray]:
-        """(257,) float64, and the weights (K,) that were used: zero for members that cannot write the text."""
-        is_lost = np.array([row.max() == -math.inf for row in rows])
-        weights = np.where(is_lost, 0.0, self.weights)
-        if not (weights > 0).any():
-            return torch.full((ROW,), -math.log(ROW), dtype=torch.float64), weights
-        if len(rows) == 1:
-            return torch.from_numpy(rows[0]), weights
-        stacked = torch.from_numpy(np.stack(rows))[:, None]
-        return pool(self.mixture.pool, stacked, torch.from_numpy(weights)[:, None])[0], weights
 
     def _look(self, mass: float) -> None:
         """Masks leave little of the row: closings that sleep may hold more of what is left than those awake."""
@@ -236,15 +243,67 @@ class ByteChoice:
         self._is_fed = False
         if any(speller.is_lost for speller in self.spellers):
             self._restart_lost()
-        if self.mixture.pool == "posterior" and len(self.spellers) > 1:
-            evidence = [speller.evidence for speller in self.spellers]
-            self._following = following.update(self._following, evidence, self._prior, self.mixture.share)
-            self.weights = following.member_weights(self._following, self.mixture.share)
+        self._pool = self._pool.after([speller.evidence for speller in self.spellers])
         surface = self.spellers[0]
         if surface.lattice is not None:
             self._show(surface.lattice.settled())
         if self.finish_reason is None and self._grammar is not None and self._grammar.is_finished:
             self._finish("stop")
+
+    # --- alternatives -----------------------------------------------------------------------------------------------
+
+    def _looks_ahead(self) -> Lookahead | None:
+        """What wants forwards before the next byte is drawn."""
+        ahead = self._ahead.get(len(self._text))
+        return ahead if ahead is not None and ahead.is_waiting else None
+
+    def _may_look_ahead(self) -> bool:
+        """Whether alternatives are asked for, a piece may begin here, and nobody has looked ahead yet."""
+        if not (self._request.top_logprobs or self._request.explain_top) or len(self._text) in self._ahead:
+            return False
+        surface = self.spellers[0].lattice
+        return not self._text or (surface is not None and surface.may_begin_here)
+
+    def _look_ahead(self) -> None:
+        ahead = Lookahead(
+            [speller.lattice for speller in self.spellers],
+            self._pool,
+            self.spellers[0].vocabulary,
+            self._state,
+            num_top=self._request.top_logprobs or 0,
+            num_of_members=self._request.explain_top,
+        )
+        self._ahead[len(self._text)] = ahead
+        self._bound(ahead)
+
+    def _bound(self, ahead: Lookahead) -> None:
+        """Nobody looks farther ahead than a member can read."""
+        if not all(self.spellers[k].has_room_for(history) for k, history in ahead.wanted):
+            ahead.stop()
+
+    def _alternatives(
+        self, chosen: Scored, token_id: int, begin: int, num: int, member: int | None = None
+    ) -> tuple[TokenLogprob, ...]:
+        """To the piece `chosen` from byte `begin` on, itself among them; alone where nobody had looked ahead."""
+        if not num:
+            return ()
+        ahead = self._ahead.get(begin)
+        listed = [chosen] if ahead is None else ahead.listed(chosen, num, member)
+        vocabulary, surface = self.spellers[0].vocabulary, self.members[0].surface
+        alternatives = []
+        for one in listed:
+            if one is chosen:
+                own_id: int | None = token_id
+            elif one.data is None:  # the text ends
+                own_id = min(vocabulary.order.end_ids.tolist(), default=None)
+            else:
+                own_id = vocabulary.order.longest(one.data)
+            if own_id is None:
+                continue
+            data = surface.bytes_of(own_id) if one.data is None else one.data
+            logprob = one.logprob if member is None else one.members[member]
+            alternatives.append(TokenLogprob(own_id, data.decode(errors="replace"), data, float(logprob)))
+        return tuple(alternatives)
 
     # --- pieces -----------------------------------------------------------------------------------------------------
 
@@ -280,12 +339,13 @@ class ByteChoice:
 
     def _piece(self, token_id: int | None, end: int) -> None:
         """One more token for the client."""
-        data = bytes(self._text[self._num_shown : end])
-        self._num_shown = end
+        begin, self._num_shown = self._num_shown, end
+        data = bytes(self._text[begin:end])
         report = None
         if self._is_reported:
             reports, self._reports = self._reports[: len(data)], self._reports[len(data) :]
-            report = self._described(-1 if token_id is None else token_id, data, reports)
+            report = self._described(-1 if token_id is None else token_id, data, reports, begin)
+        self._ahead = {place: ahead for place, ahead in self._ahead.items() if place >= end}
         self._deltas.append(self._shown.add_piece(token_id, data, report))
 
     def _finish(self, reason: FinishReason) -> None:
@@ -315,13 +375,19 @@ class ByteChoice:
         )
         return ByteReport(logprob, members, weights.tolist(), float(entropy(pooled)), spread)
 
-    def _described(self, token_id: int, data: bytes, reports: Sequence[ByteReport]) -> TokenLogprob:
+    def _described(self, token_id: int, data: bytes, reports: Sequence[ByteReport], begin: int) -> TokenLogprob:
         logprob = math.fsum(report.logprob for report in reports)
+        of_members = [math.fsum(report.members[k] for report in reports) for k in range(len(self.members))]
+        chosen = Scored(data, logprob, of_members)
         text = data.decode(errors="replace")
+        top = self._alternatives(chosen, token_id, begin, self._request.top_logprobs or 0)
         if not self._request.explain:
-            return TokenLogprob(token_id, text, data, logprob)
+            return TokenLogprob(token_id, text, data, logprob, top)
+        num = self._request.explain_top
         members = {
-            member.name: MemberToken(math.fsum(report.members[k] for report in reports), reports[0].weights[k])
+            member.name: MemberToken(
+                of_members[k], reports[0].weights[k], self._alternatives(chosen, token_id, begin, num, k)
+            )
             for k, member in enumerate(self.members)
         }
         return TokenLogprob(
@@ -329,7 +395,7 @@ class ByteChoice:
             text,
             data,
             logprob,
-            (),
+            top,
             members,
             math.fsum(report.entropy for report in reports) / len(reports),
             math.fsum(report.disagreement for report in reports) / len(reports),

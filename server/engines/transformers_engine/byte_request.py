@@ -34,18 +34,6 @@ def check_request(request: GenerationRequest) -> None:
                 "over text, so there are none that all share",
                 param=name,
             )
-    if request.top_logprobs:
-        raise UnsupportedError(
-            "alternatives to a token are not told yet where members of different vocabularies are averaged over text; "
-            "ask for log-probabilities without them",
-            param="top_logprobs",
-        )
-    if request.explain_top:
-        raise UnsupportedError(
-            "each member's own most likely tokens are not told where members of different vocabularies are averaged "
-            "over text; leave top out of explain",
-            param="ensemble.explain",
-        )
     if request.prompt_logprobs:
         raise UnsupportedError(
             "alternatives to tokens of the prompt are not told yet where members of different vocabularies are "

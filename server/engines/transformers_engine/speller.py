@@ -16,6 +16,7 @@ import torch
 
 from ensemble_server.ensembles.errors import MemberError
 from ensemble_server.ensembles.spelling import ROW
+from ensemble_server.ensembles.spelling.byte_order import Distribution
 from ensemble_server.ensembles.spelling.lattice import EPSILON, History, Lattice
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
@@ -132,8 +133,7 @@ class Speller:
         paths = [self._path(history) for history in self._asked]
         spans = []
         for num_common, path in paths[1:]:
-            cache = self.cache.copy_to(len(self._begin) + num_common)
-            spans.append(Span(cache, [step.token_id for step in path], 1, adapter))
+            spans.append(self._branch(num_common, path))
         for num_common, path in paths[:1]:
             self.cache.truncate(len(self._begin) + num_common)
             self._held[num_common:] = path
@@ -144,10 +144,7 @@ class Speller:
         """The results of the spans just forwarded, in their order: (1, V) each. Raises `MemberError` for NaN."""
         if not rows:
             return
-        logprobs = torch.stack([row[0] for row in rows])
-        if logprobs[:, 0].isnan().any():
-            raise MemberError(self.member.name, "its output is not a number (NaN); its weights may be damaged")
-        distributions = self.vocabulary.order.distributions(logprobs)
+        distributions = self.distributions(rows)
         if self._restart is not None:
             self._restart, self._has_just_begun = None, True
             self.lattice = Lattice(distributions[0], epsilon=self._epsilon)
@@ -156,6 +153,25 @@ class Speller:
         for history, distribution in zip(self._asked, distributions, strict=True):
             self.lattice.give(history, distribution)
         self._check_alive()
+
+    def branches(self, histories: Sequence[History]) -> list[Span]:
+        """Rows for histories of copies of its lattice, each on a copy of the trunk's beginning."""
+        return self._counted([self._branch(*self._path(history)) for history in histories])
+
+    def distributions(self, rows: Sequence[torch.Tensor]) -> list[Distribution]:
+        """Of the results of spans, (1, V) each, at least one. Raises `MemberError` for NaN."""
+        logprobs = torch.stack([row[0] for row in rows])
+        if logprobs[:, 0].isnan().any():
+            raise MemberError(self.member.name, "its output is not a number (NaN); its weights may be damaged")
+        return self.vocabulary.order.distributions(logprobs)
+
+    def has_room_for(self, history: History) -> bool:
+        """Whether the member can read that far."""
+        return len(self._begin) + history.length <= self.member.max_model_len
+
+    def _branch(self, num_common: int, path: Sequence[History]) -> Span:
+        cache = self.cache.copy_to(len(self._begin) + num_common)
+        return Span(cache, [step.token_id for step in path], 1, self.member.adapter)
 
     def _counted(self, spans: list[Span]) -> list[Span]:
         self.num_rows += len(spans)

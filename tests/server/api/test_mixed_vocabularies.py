@@ -51,6 +51,35 @@ async def test_streamed_chats_are_whole_chats(house: House) -> None:
     assert whole["ensemble"]["vocabulary"] == "bytes"
 
 
+async def test_chats_tell_alternatives_whole_and_streamed(house: House) -> None:
+    body = ASKED | {"model": "mix", "max_tokens": 6, "temperature": 0, "logprobs": True, "top_logprobs": 3}
+    body |= {"ensemble": {"explain": {"top": 2}}}
+    whole = await house.chat(**body)
+    listed = whole["choices"][0]["logprobs"]["content"]
+    assert len(listed) == 6
+    for token in listed:
+        for top, num in ((token["top_logprobs"], 3), *((view["top"], 2) for view in token["members"].values())):
+            assert 0 < len(top) <= num
+            logprobs = [one["logprob"] for one in top]
+            assert logprobs == sorted(logprobs, reverse=True)
+            assert all(bytes(one["bytes"]).decode(errors="replace") == one["token"] for one in top)
+    response = await house.client.post("/v1/chat/completions", json=body | {"stream": True})
+    chunks = [json.loads(event) for event in events_of(response.text) if event != "[DONE]"]
+    choices = [choice for chunk in chunks for choice in chunk["choices"] if choice.get("logprobs")]
+    streamed = [token for choice in choices for token in choice["logprobs"]["content"]]
+    for ours, theirs in zip(streamed, listed, strict=True):
+        assert [one["bytes"] for one in ours["top_logprobs"]] == [one["bytes"] for one in theirs["top_logprobs"]]
+
+
+async def test_completions_tell_alternatives_and_the_piece_itself(house: House) -> None:
+    whole = await house.complete(model="adaptive", prompt=PROMPT, max_tokens=5, temperature=1, seed=1, logprobs=4, n=2)
+    for choice in whole["choices"]:
+        lists = choice["logprobs"]
+        assert len(lists["top_logprobs"]) == len(lists["tokens"]) == 5
+        for token, logprob, top in zip(lists["tokens"], lists["token_logprobs"], lists["top_logprobs"], strict=True):
+            assert top[token] == logprob and 1 < len(top) <= 5
+
+
 async def test_who_drove_each_piece_is_told(house: House) -> None:
     whole = await house.chat("adaptive", max_tokens=6, temperature=0, ensemble={"explain": True})
     for token in whole["choices"][0]["logprobs"]["content"]:
@@ -90,8 +119,7 @@ async def test_labels_of_a_raw_prompt_are_scored(house: House) -> None:
     [
         ({"logit_bias": {"5": 1}}, "logit_bias"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"logprobs": True, "top_logprobs": 2}, "top_logprobs"),
-        ({"ensemble": {"explain": {"top": 2}}}, "ensemble.explain"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty"),
     ],
 )
 async def test_what_cannot_be_served_is_refused_by_name(house: House, more: dict, param: str) -> None:

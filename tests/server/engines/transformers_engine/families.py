@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +71,11 @@ class PlainLattice:
     def __init__(self, families: Families, name: str, begin: Sequence[int]) -> None:
         self._families, self._name, self._begin = families, name, list(begin)
         self.lattice = Lattice(families.distribution(name, begin))
+
+    def fork(self) -> PlainLattice:
+        twin = copy.copy(self)
+        twin.lattice = self.lattice.fork()
+        return twin
 
     def feed(self, byte: int) -> float:
         """-> the evidence"""

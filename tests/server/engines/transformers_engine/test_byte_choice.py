@@ -18,8 +18,9 @@ from ensemble_server.server.engines.shared.choice_text import joined
 from ensemble_server.server.engines.transformers_engine.backbone import Backbone
 from ensemble_server.server.engines.transformers_engine.byte_choice import ByteChoice
 from ensemble_server.server.engines.transformers_engine.byte_prompt import healed
+from ensemble_server.server.engines.transformers_engine.speller import Speller
 from ensemble_server.server.weights.spelled_vocabulary import spelled_vocabulary
-from tests.server.engines.transformers_engine.families import Families, asked, expected_logprobs
+from tests.server.engines.transformers_engine.families import Families, PlainLattice, asked, expected_logprobs
 from tests.server.engines.transformers_engine.test_numerics import OnEngine
 
 TOLERANCE_NATS = 1e-3
@@ -37,8 +38,8 @@ async def ask(engine, mixture: Mixture, request: GenerationRequest | None = None
     return await collect(OnEngine(engine, mixture), request or asked(**options))
 
 
-def check(families: Families, mixture: Mixture, answer: Answer, prompt: str = PROMPT) -> None:
-    """Every piece against plain forwards of whole texts."""
+def plain_lattices(families: Families, mixture: Mixture, prompt: str = PROMPT) -> list[PlainLattice]:
+    """Of every member, at the end of the prompt."""
     lattices = []
     for name in mixture.weights:
         member = families.members[name]
@@ -48,6 +49,12 @@ def check(families: Families, mixture: Mixture, answer: Answer, prompt: str = PR
         for byte in tail:
             lattice.feed(byte)
         lattices.append(lattice)
+    return lattices
+
+
+def check(families: Families, mixture: Mixture, answer: Answer, prompt: str = PROMPT) -> None:
+    """Every piece against plain forwards of whole texts."""
+    lattices = plain_lattices(families, mixture, prompt)
     choice = answer.choices[0]
     text = b"".join(token.bytes for token in choice.tokens)
     first = np.array([view.weight for view in choice.tokens[0].members.values()])
@@ -65,6 +72,68 @@ async def test_pieces_have_the_probability_that_plain_forwards_give_them(mixed, 
     answer = await ask(mixed, mixture, explain=True, max_tokens=4)
     check(families, mixture, answer)
     assert answer.done.vocabulary == "bytes"
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "geometric with a negative weight", "posterior"])
+async def test_alternatives_have_the_probability_that_plain_forwards_give_them(mixed, families, name):
+    """Those of the pool, and each member's own; the text is what it is without them."""
+    mixture = MIXTURES[name]
+    answer = await ask(mixed, mixture, explain=True, top_logprobs=3, explain_top=2, max_tokens=4)
+    plain = await ask(mixed, mixture, max_tokens=4)
+    assert answer.choices[0].token_ids == plain.choices[0].token_ids
+    check(families, mixture, answer)
+    names = list(mixture.weights)
+    alone = [Mixture({name: 1}, mixture.pool) for name in names]
+    lattices, num_checked = plain_lattices(families, mixture), 0
+    for token in answer.choices[0].tokens:
+        weights = np.array([view.weight for view in token.members.values()])
+        own_tops = [view.top for view in token.members.values()]
+        for top, num in ((token.top, 3), *((own, 2) for own in own_tops)):
+            assert 0 < len(top) <= num
+            logprobs = [other.logprob for other in top]
+            assert logprobs == sorted(logprobs, reverse=True) and np.exp(logprobs).sum() < 1 + 1e-5
+            for other in top:
+                assert other.bytes.decode(errors="replace") == other.text
+        for other in (one for one in token.top if one.bytes != b"<|im_end|>"):
+            forks = [one.fork() for one in lattices]
+            expected, _ = expected_logprobs(mixture, forks, other.bytes, weights)
+            assert other.logprob == pytest.approx(expected.sum(), abs=TOLERANCE_NATS)
+            num_checked += len(other.bytes) > 1
+        for one, own, single in zip(lattices, own_tops, alone, strict=True):
+            for other in (one for one in own if one.bytes != b"<|im_end|>"):
+                expected, _ = expected_logprobs(single, [one.fork()], other.bytes, np.ones(1))
+                assert other.logprob == pytest.approx(expected.sum(), abs=TOLERANCE_NATS)
+        for byte in token.bytes:
+            for one in lattices:
+                one.feed(byte)
+    assert num_checked > 1
+
+
+async def test_alternatives_are_told_of_every_choice_and_of_whoever_shares_its_steps(families):
+    mixture = Mixture({"llama": 1, "gemma": 1})
+    options = {"n": 3, "temperature": 1, "seed": 5, "max_tokens": 5, "top_logprobs": 4}
+    with families.running(max_batch=4, prefill_chunk=4) as engine:
+        answers = await asyncio.gather(
+            ask(engine, mixture, **options), ask(engine, mixture, **options), ask(engine, Mixture({"llama": 1}))
+        )
+    for ours, theirs in zip(answers[0].choices, answers[1].choices, strict=True):
+        assert ours.text == theirs.text and len(ours.tokens) == 5
+        for token, twin in zip(ours.tokens, theirs.tokens, strict=True):
+            assert [one.bytes for one in token.top] == [one.bytes for one in twin.top]
+            assert [one.logprob for one in token.top] == pytest.approx([one.logprob for one in twin.top], abs=1e-4)
+            same = [one.logprob for one in token.top if one.bytes == token.bytes]
+            assert same == [token.logprob] or token.logprob <= min(one.logprob for one in token.top)
+
+
+async def test_nobody_looks_farther_ahead_than_a_member_can_read(mixed, families, monkeypatch):
+    """The answers are the same, with fewer alternatives."""
+    mixture, options = Mixture({"llama": 1, "gemma": 1}), {"top_logprobs": 5, "max_tokens": 4}
+    whole = await ask(mixed, mixture, **options)
+    monkeypatch.setattr(Speller, "has_room_for", lambda speller, history: False)
+    cut = await ask(mixed, mixture, **options)
+    assert cut.choices[0].token_ids == whole.choices[0].token_ids
+    for token, other in zip(cut.choices[0].tokens, whole.choices[0].tokens, strict=True):
+        assert 0 < len(token.top) <= len(other.top)
 
 
 async def test_a_learnt_share_follows_the_text_by_bytes(mixed):

@@ -1,4 +1,4 @@
-"""`ensemble distill`: one model is taught what an ensemble says of texts.
+"""`ensemble distill`: one model is taught what an ensemble says of texts, or answers to prompts.
 
 Exit codes: 0 done, 1 failed, 2 called wrongly, 130 was interrupted: the same command goes on where it was.
 """
@@ -31,7 +31,9 @@ def distill(
     ensemble: Annotated[
         str,
         typer.Argument(
-            help="The teacher: a probability_average of it.", metavar="ENSEMBLE", autocompletion=ensemble_names
+            help="The teacher: a probability_average of it; with --chat alone, any model.",
+            metavar="ENSEMBLE",
+            autocompletion=ensemble_names,
         ),
     ],
     student: Annotated[
@@ -47,6 +49,21 @@ def distill(
     text: Annotated[
         list[Path] | None,
         typer.Option(exists=True, dir_okay=False, help="What both read: plain, or .jsonl with {text} in each line."),
+    ] = None,
+    chat: Annotated[
+        list[Path] | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            metavar="PROMPTS.jsonl",
+            help="Prompts, {messages} or {prompt} in each line; what the ensemble answers is taught. "
+            "May be given several times, and beside --text.",
+        ),
+    ] = None,
+    answer_tokens: Annotated[int | None, typer.Option(min=1, help="--chat: longest answer; default 256.")] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, max=2, help="--chat: of the answers; default 0 of averages, of others as always."),
     ] = None,
     test: Annotated[
         list[Path] | None,
@@ -99,14 +116,15 @@ def distill(
     ] = 2048,
     seed: Annotated[int, typer.Option(min=0, help="Of the adapter's start and the order of the text.")] = 0,
 ) -> None:
-    """Teach one model what an ensemble says of texts: its quality, as far as one model takes it, at one model's price.
+    """Teach one model what an ensemble says of texts, or answers to prompts: its quality, as far as one model takes it,
+    at one model's price.
 
     The student, a LoRA adapter or a model folder with a card, can be a model of the config. What the members say is
     kept in the cache ($ENSEMBLE_CACHE) for other targets. Never teach with text that you will measure on.
     """
     files = [*(text or ()), *(more or ())]
-    if not files:
-        raise typer.BadParameter("give at least one file to learn from", param_hint="--text")
+    if not files and not chat:
+        raise typer.BadParameter("give at least one file to learn from", param_hint="--text or --chat")
     given: dict[str, Any] = {
         "target": target,
         "level": level,
@@ -121,6 +139,8 @@ def distill(
         "minutes": minutes,
         "learning_rate": learning_rate,
         "held_out": held_out,
+        "answer_tokens": answer_tokens,
+        "temperature": temperature,
     }
     wanted = _checked(
         {name: value for name, value in given.items() if value is not None}
@@ -128,6 +148,7 @@ def distill(
             "ensemble": ensemble,
             "student": student,
             "text": [str(file) for file in files],
+            "chat": [str(file) for file in chat or ()],
             "full": full,
             "tail": not no_tail,
             "seed": seed,
@@ -159,18 +180,23 @@ def _checked(settings: dict[str, Any]) -> Distillation:
 
 
 def _told(place: tuple[int | str, ...], message: str) -> str:
-    options = [f"--{key}".replace("_", "-") for key in place if isinstance(key, str)]
+    options = [f"--{key.replace('_', '-')}" for key in place if isinstance(key, str)]
     return " ".join([*options, message.removeprefix("Value error, ")])
 
 
 def report_lines(card: Card, out: Path) -> Iterator[str]:
     """What the student reached on what was held out, and how to serve it."""
     yield f"{out}: {card.student} after {card.steps} steps in {card.minutes:.1f} minutes"
+    how = "with its distributions" if card.has_targets else "as plain text"
+    for file, answers in card.answers.items():
+        left = f", {answers.unanswered} prompts had no answer" if answers.unanswered else ""
+        yield f"{file}: {answers.taught} answers of {card.ensemble} taught {how}, {answers.held_out} held out{left}"
     yield ""
-    yield "on the held-out end of the texts:    bits per byte   KL to the ensemble"
+    yield "on the held-out end of the files:    bits per byte   KL to the ensemble"
     for name, figures in (("before", card.before), ("after", card.after)):
         yield f"  {name:<34} {figures.bits_per_byte:>13.4f}   {'' if figures.kl is None else f'{figures.kl:.4f}':>18}"
-    yield f"  {f'the ensemble, {card.ensemble}':<34} {card.ensemble_bits_per_byte:>13.4f}"
+    if card.ensemble_bits_per_byte is not None:
+        yield f"  {f'the ensemble, {card.ensemble}':<34} {card.ensemble_bits_per_byte:>13.4f}"
     if card.share_seen > 0.1:
         yield f"{card.share_seen:.0%} of what is held out stands in what was trained on, too: no evidence of other text"
     name = out.name.replace(" ", "-")

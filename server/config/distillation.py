@@ -19,12 +19,27 @@ FULL_LEARNING_RATE = 2e-5
 
 
 class Distillation(Block):
-    """One model is taught what an ensemble says of texts."""
+    """One model is taught what an ensemble says of texts, or answers to prompts."""
 
-    ensemble: str = Field(min_length=1, description="the teacher: a probability_average of the config")
+    ensemble: str = Field(
+        min_length=1,
+        description="the teacher: a probability_average of the config; with chat, and without text, any model",
+    )
     student: str = Field(min_length=1, description="the hosted model of the config that learns")
     text: tuple[LocalPath, ...] = Field(
-        min_length=1, description="what both read: plain text, or .jsonl with {text} in each line"
+        default=(), description="what both read: plain text, or .jsonl with {text} in each line"
+    )
+    chat: tuple[LocalPath, ...] = Field(
+        default=(),
+        description="prompts that the ensemble answers first, and whose answers are taught: .jsonl with {messages} or "
+        "{prompt} in each line",
+    )
+    answer_tokens: Tokens = Field(default=256, description="chat: longest answer")
+    temperature: float | None = Field(
+        default=None,
+        ge=0,
+        le=2,
+        description="chat: at which answers are drawn; default: 0 of a probability_average, of others as always",
     )
     target: Target = Field(
         default="mixture",
@@ -47,7 +62,7 @@ class Distillation(Block):
         default=64, description="likeliest next tokens of each member that are kept per position"
     )
     tail: bool = Field(default=True, description="keep the rest of the vocabulary as one bucket; false: cut it off")
-    window: Tokens = Field(default=256, ge=8, description="read in one go, by teacher and student")
+    window: Tokens = Field(default=256, ge=8, description="of a text, read in one go; a chat is read whole")
     batch_size: Annotated[Count, Unit("windows")] = Field(default=4, description="of one step")
     epochs: Count = Field(default=1, description="how often the texts are read, if time allows")
     steps: Count | None = Field(default=None, description="exactly so many steps, whatever the time; default: epochs")
@@ -69,6 +84,10 @@ class Distillation(Block):
     @model_validator(mode="after")
     def _settings_have_a_use(self) -> Distillation:
         given = self.model_fields_set
+        if not self.text and not self.chat:
+            raise ValueError("give at least one file to learn from: `text`, or prompts as `chat`")
+        if not self.chat and (of_chats := given & {"answer_tokens", "temperature"}):
+            raise ValueError(f"`{min(of_chats)}` belongs to `chat`; a text is read as it is")
         if "level" in given and self.target == "mixture":
             raise ValueError("`level` belongs to the targets min_ce and avg_ce; a mixture has weights at each token")
         if "rank" in given and self.full:

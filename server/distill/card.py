@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from ensemble_server.ensembles.errors import ConfigError
 from ensemble_server.server.compare.report.figures import STYLE
 from ensemble_server.server.disk.whole_file import write_whole
+from ensemble_server.server.distill.dialogues import AnswerCounts
 from ensemble_server.server.distill.training import StepLosses
 
 CARD_FILE = "distillation.json"
@@ -22,7 +23,7 @@ _CLM, _KL = "#0072b2", "#d55e00"  # of Okabe and Ito's colours, which colour-bli
 
 
 class Figures(BaseModel):
-    """On the text that was held out. `kl`: of the ensemble's distributions to the student's, nats per token."""
+    """On what was held out. `kl`: of the ensemble's distributions to the student's, nats per token."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -32,6 +33,9 @@ class Figures(BaseModel):
 
 class Card(BaseModel):
     """`settings`: what was asked for; `teacher`: the ensemble's entry; `files`: SHA-256 of each text.
+
+    `has_targets`: whether the teacher's distributions were learnt from; answers and texts alone otherwise. `answers`:
+    of each file of prompts. `ensemble_bits_per_byte`: None if the ensemble gives text alone.
 
     `fingerprint`: of all that decides the result but the time that there was. `share_seen`: of the sequences of 13
     words that were held out, those that stand in the text trained on as well.
@@ -47,6 +51,8 @@ class Card(BaseModel):
     settings: dict[str, Any]
     teacher: dict[str, Any]
     files: dict[str, str]
+    has_targets: bool = True
+    answers: dict[str, AnswerCounts] = {}
     num_train_tokens: int
     num_held_out_tokens: int
     share_seen: float
@@ -54,7 +60,7 @@ class Card(BaseModel):
     minutes: float
     before: Figures
     after: Figures
-    ensemble_bits_per_byte: float
+    ensemble_bits_per_byte: float | None
     versions: dict[str, str | None]
 
     @classmethod
@@ -83,22 +89,29 @@ class Card(BaseModel):
             if self.is_adapter
             else f"`{self.base}`, all weights"
         )
-        taught = "the text alone" if settings["clm"] == 1 else f"the ensemble `{self.ensemble}` ({settings['target']})"
+        reached = self.ensemble_bits_per_byte
+        if reached is None:
+            taught, loss = f"the answers of `{self.ensemble}`", "the answers' text."
+        else:
+            taught = (
+                "the text alone" if settings["clm"] == 1 else f"the ensemble `{self.ensemble}` ({settings['target']})"
+            )
+            loss = f"{settings['clm']:g} of the text, {1 - settings['clm']:g} of the teacher."
         lines = [
             f"# {self.student}, taught by {taught}",
             "",
             f"{what}, started from `{settings['init']}`, {self.steps} steps of {settings['batch_size']} windows of "
-            f"{settings['window']} tokens in {self.minutes:.1f} minutes. Loss: {settings['clm']:g} of the text, "
-            f"{1 - settings['clm']:g} of the teacher.",
+            f"{settings['window']} tokens in {self.minutes:.1f} minutes. Loss: {loss}",
             "",
-            "On the held-out end of every text:",
+            "On the held-out end of every file:",
             "",
             "| | bits per byte | KL to the ensemble, nats per token |",
             "|---|---|---|",
             f"| student before | {self.before.bits_per_byte:.4f} | {_number(self.before.kl)} |",
             f"| student after | {self.after.bits_per_byte:.4f} | {_number(self.after.kl)} |",
-            f"| ensemble `{self.ensemble}` | {self.ensemble_bits_per_byte:.4f} | |",
+            *([] if reached is None else [f"| ensemble `{self.ensemble}` | {reached:.4f} | |"]),
             "",
+            *self._about_answers(),
             f"{self.num_train_tokens} tokens were trained on, {self.num_held_out_tokens} held out. Of the sequences of "
             f"13 words that are held out {self.share_seen:.1%} stand in the rest, too.",
             "",
@@ -117,6 +130,23 @@ class Card(BaseModel):
         if has_figure:
             lines += ["", f"![Both losses over the steps]({FIGURE_FILE})"]
         return "\n".join(lines) + "\n"
+
+    def _about_answers(self) -> list[str]:
+        if not self.answers:
+            return []
+        how = "with its distributions" if self.has_targets else "as plain text"
+        return [
+            f"`{self.ensemble}` answered prompts, and what it answered was taught {how}; losses, bits and bytes are of "
+            "the answers alone, in the student's chat template:",
+            "",
+            "| prompts | asked | answers taught | held out | cut off | no answer | not asked, held out elsewhere |",
+            "|---|---|---|---|---|---|---|",
+            *(
+                "| " + " | ".join([file, *map(str, one.model_dump().values())]) + " |"
+                for file, one in self.answers.items()
+            ),
+            "",
+        ]
 
 
 def drawn(losses: Sequence[StepLosses]) -> str | None:

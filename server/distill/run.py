@@ -1,6 +1,10 @@
 """A distillation from start to end: read, fuse, teach, measure, and put the student in its place as a whole.
 
     texts → windows → what the members say of each (kept in the cache) → targets → student, step by step → card
+    prompts → what the ensemble answers (kept there, too) → windows of which the answers are scored → as above
+
+A probability average says what it expects of every token, of answers as of texts. Of other ensembles, and of single
+models, there are answers alone, which are taught as plain text.
 
 Until it is done all lies in a hidden folder beside `out`; killed at any moment, the same command goes on there.
 """
@@ -23,19 +27,23 @@ from ensemble_server.server.compare.arms.identity import identity
 from ensemble_server.server.compare.kept.content_cache import digest
 from ensemble_server.server.compare.kept.provenance import COMPUTING, versions
 from ensemble_server.server.compare.measures.windows import Window
+from ensemble_server.server.compare.planning.held_out import shared_sequences
 from ensemble_server.server.config.averages import model_named
 from ensemble_server.server.config.blocks import Config, EngineConfig, VllmEngineConfig
 from ensemble_server.server.config.distillation import Distillation
 from ensemble_server.server.config.excerpt import excerpt
 from ensemble_server.server.disk.whole_file import write_whole
+from ensemble_server.server.distill.answers import answers_to
 from ensemble_server.server.distill.card import CARD_FILE, Card, Figures
+from ensemble_server.server.distill.chats import Prompts, read_prompts
+from ensemble_server.server.distill.dialogues import Dialogues, cut_dialogues, rendered
 from ensemble_server.server.distill.lessons import Lessons, lessons_of
 from ensemble_server.server.distill.listener import Listener
 from ensemble_server.server.distill.records import Records
 from ensemble_server.server.distill.scoring import ensemble_bits_per_byte, score
 from ensemble_server.server.distill.student import Student, load_student, origin_of
 from ensemble_server.server.distill.teacher import Teacher, check_room, kept_records, read_records
-from ensemble_server.server.distill.texts import Material, check_unseen, read_material
+from ensemble_server.server.distill.texts import Material, check_unseen, read_material, windows_sha256
 from ensemble_server.server.distill.training import CHECKPOINT_FILE, Progress, train
 from ensemble_server.server.hosting import Hosting
 from ensemble_server.server.rehearsal import rehearse
@@ -44,7 +52,7 @@ from ensemble_server.server.weights.member_views import MemberView
 from ensemble_server.server.weights.vocabularies import family_of
 
 RECORDS_BYTES = 2 * 2**30
-_RUN_FILE, _BEFORE_FILE = "run.json", "before.json"
+_RUN_FILE, _BEFORE_FILE, _WINDOWS_FILE = "run.json", "before.json", "windows.sha256"
 
 
 def distill(
@@ -63,18 +71,25 @@ def distill(
     kept of the teacher. `cache`: default `$ENSEMBLE_CACHE`. A student that stands in `out` already, made of the same
     things, is left as it is. Raises `ConfigError` and its kinds, `UnknownModelError`, `StorageError`.
     """
-    mixture = _teacher_of(config, wanted.ensemble)
+    mixture = _teacher_of(config, wanted)
     assert isinstance(config.engine, EngineConfig), "others are refused"
     origin = origin_of(config, wanted, mixture)
-    material = read_material([Path(path) for path in wanted.text], held_out=wanted.held_out)
-    check_unseen(material, tests)
-    made_of = _made_of(config, wanted, material)
+    material, prompts = _learnt_from(wanted)
+    taught = material.train.whole_texts
+    check_unseen([*taught, *prompts.texts(held_out=False)], tests)
+    made_of = _made_of(config, wanted, material, prompts)
     if (out / CARD_FILE).is_file() and (card := Card.load(out)).fingerprint == digest(made_of):
         return card
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is there already and holds something else; give another --out")
     with _work_folder(out, made_of) as work:
-        reading = _read(config, wanted, mixture, material, cache or cache_folder(), records_bytes, listener)
+        cache = cache or cache_folder()
+        readers = _readers(config, wanted, mixture, listener)
+        dialogues = _dialogues(config, wanted, material, prompts, readers, cache, listener)
+        taught += dialogues.texts_train
+        check_unseen(taught, tests)
+        reading = _read(config, wanted, mixture, material, dialogues, readers, cache, records_bytes, listener)
+        _hold_to(work, [*reading.train, *reading.held_out])
         if config.engine.num_threads is not None:
             import torch
 
@@ -92,60 +107,78 @@ def distill(
             base=origin.base,
             is_adapter=not wanted.full,
             settings=_settings(wanted),
-            teacher=config.models[wanted.ensemble].model_dump(mode="json", exclude_defaults=True),
-            files=material.sha256,
+            teacher=config.models[wanted.ensemble].model_dump(mode="json", exclude_defaults=True, exclude={"url"}),
+            files=material.sha256 | dict(zip((Path(path).name for path in wanted.chat), prompts.sha256, strict=True)),
+            has_targets=reading.lessons.records is not None,
+            answers=dict(dialogues.counts),
             num_train_tokens=sum(len(window.documents) for window in reading.train),
             num_held_out_tokens=sum(len(window.documents) for window in reading.held_out),
-            share_seen=material.share_seen,
+            share_seen=shared_sequences([*material.held_out.whole_texts, *dialogues.texts_held_out], taught),
             steps=progress.step,
             minutes=progress.seconds / 60,
             before=before,
             after=after,
-            ensemble_bits_per_byte=ensemble_bits_per_byte(mixture, reading.held_out, reading.of_held_out),
+            ensemble_bits_per_byte=None
+            if mixture is None or reading.of_held_out is None
+            else ensemble_bits_per_byte(mixture, reading.held_out, reading.of_held_out),
             versions=versions(COMPUTING),
         )
         _put_in_place(student, card, progress, work, out)
         return card
 
 
-def _teacher_of(config: Config, name: str) -> Mixture:
-    """Raises `UnknownModelError` or `ConfigError` for what cannot teach."""
+def _teacher_of(config: Config, wanted: Distillation) -> Mixture | None:
+    """None: it gives answers alone. Raises `UnknownModelError` or `ConfigError` for what cannot teach."""
+    name = wanted.ensemble
     entry = model_named(config, name, param="ensemble")
-    if not isinstance(entry, ProbabilityAverage.Config):
-        raise ConfigError(
-            f"{name!r} gives text, not next-token distributions: only a probability_average can teach what it expects"
-        )
+    if isinstance(entry, ProbabilityAverage.Config):
+        if isinstance(config.engine, VllmEngineConfig):
+            raise ConfigError("engine.kind: vllm shows no distributions of a text; distill with `kind: transformers`")
+        if entry.when is not None:
+            raise ConfigError(
+                f"{name!r} has `when`: what is taught is the average itself; name one without it (its cost is that of "
+                "reading each text once)"
+            )
+        return mixture_of(entry.members, entry.pool, entry.share)
+    what = f"{name!r} gives text, not next-token distributions: only a probability_average can teach what it expects"
+    if wanted.text:
+        raise ConfigError(f"{what} of a text; what {name!r} answers to prompts can be taught: --chat, without --text")
+    if wanted.model_fields_set & {"target", "level"} or ("clm" in wanted.model_fields_set and wanted.clm < 1):
+        raise ConfigError(f"{what}; its answers are taught as plain text: leave target, level and clm out")
     if isinstance(config.engine, VllmEngineConfig):
-        raise ConfigError("engine.kind: vllm shows no distributions of a text; distill with `kind: transformers`")
-    if entry.when is not None:
-        raise ConfigError(
-            f"{name!r} has `when`: what is taught is the average itself; name one without it (its cost is that of "
-            "reading each text once)"
-        )
-    return mixture_of(entry.members, entry.pool, entry.share)
+        raise ConfigError("engine.kind: vllm trains nothing; distill with `kind: transformers`")
+    return None
+
+
+def _learnt_from(wanted: Distillation) -> tuple[Material, Prompts]:
+    """Raises `ConfigError` for files that are not what they should be."""
+    return (
+        read_material([Path(path) for path in wanted.text], held_out=wanted.held_out),
+        read_prompts([Path(path) for path in wanted.chat], held_out=wanted.held_out),
+    )
 
 
 def _settings(wanted: Distillation) -> dict[str, Any]:
-    """As cards and fingerprints have them: texts by name."""
-    settings = wanted.model_dump(mode="json")
-    return settings | {"text": [Path(path).name for path in wanted.text]}
+    """As cards and fingerprints have them: files by name, and what is said of chats only where there are some."""
+    settings = wanted.model_dump(mode="json", exclude=None if wanted.chat else {"chat", "answer_tokens", "temperature"})
+    return settings | {key: [Path(path).name for path in settings[key]] for key in ("text", "chat") if key in settings}
 
 
 def fingerprint(config: Config, wanted: Distillation) -> str:
     """Of all that decides the student. Raises what reading the texts and the models' files raises."""
-    return digest(
-        _made_of(config, wanted, read_material([Path(path) for path in wanted.text], held_out=wanted.held_out))
-    )
+    return digest(_made_of(config, wanted, *_learnt_from(wanted)))
 
 
-def _made_of(config: Config, wanted: Distillation, material: Material) -> dict[str, Any]:
+def _made_of(config: Config, wanted: Distillation, material: Material, prompts: Prompts) -> dict[str, Any]:
     """All that decides the result, but the time that there is for it."""
-    settings = {key: value for key, value in _settings(wanted).items() if key not in ("minutes", "text")}
+    settings = {key: value for key, value in _settings(wanted).items() if key not in ("minutes", "text", "chat")}
     models = [wanted.ensemble, wanted.student, *([wanted.init] if wanted.init in config.models else [])]
+    chats = {"chats": list(prompts.sha256)} if wanted.chat else {}
     return {
         "settings": settings,
         "texts": list(material.sha256.values()),
         "models": [identity(config, name) for name in models],
+        **chats,
     }
 
 
@@ -187,51 +220,113 @@ def _claim(work: Path, made_of: Mapping[str, Any]) -> None:
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     settings = [key for key, value in other["settings"].items() if one["settings"].get(key) != value]
-    return [*settings, *(key for key in ("texts", "models") if one[key] != other[key])]
+    return [*settings, *(key for key in ("texts", "models", "chats") if one.get(key) != other.get(key))]
+
+
+def _hold_to(work: Path, windows: Sequence[Window]) -> None:
+    """Answers may have been deleted, and given anew, since the checkpoint was written. Raises `ConfigError` then."""
+    told, sha256 = work / _WINDOWS_FILE, windows_sha256(windows)
+    if told.is_file() and told.read_text(encoding="utf-8") != sha256:
+        if (work / CHECKPOINT_FILE).exists():
+            raise ConfigError(
+                f"{work} holds a run that was begun with other answers; delete that folder, or give another --out"
+            )
+        (work / _BEFORE_FILE).unlink(missing_ok=True)
+    write_whole(told, sha256.encode())
 
 
 # --- the teacher ---
 
 
 @dataclass(frozen=True)
+class _Readers:
+    """Who reads what is taught. `views`: the student's, and those of an average's members before it, by name.
+
+    `strange`: ids that one of them does not know.
+    """
+
+    student: MemberView
+    views: Mapping[str, MemberView]
+    strange: frozenset[int]
+
+    @property
+    def shortest(self) -> MemberView:
+        return min(self.views.values(), key=lambda view: view.max_model_len)
+
+
+@dataclass(frozen=True)
 class _Reading:
-    """`lessons`: what is learnt; `test`: what the ensemble says of the held-out text. `vocab_size`: of the student."""
+    """`lessons`: what is learnt; `test`: what the ensemble says of what is held out, where it says anything of tokens.
+    `vocab_size`: of the student."""
 
     train: list[Window]
     held_out: list[Window]
     lessons: Lessons
     test: Lessons
-    of_held_out: Records
+    of_held_out: Records | None
     vocab_size: int
+
+
+def _readers(config: Config, wanted: Distillation, mixture: Mixture | None, listener: Listener) -> _Readers:
+    """Raises `ConfigError` for members and students that cannot read the same."""
+    listener.stage("reading the texts" if wanted.text else "reading the prompts")
+    part = excerpt(config, [wanted.ensemble, wanted.student])
+    rehearsal = rehearse(part)
+    rehearsal.check(part)
+    names = dict.fromkeys([*(mixture.weights if mixture is not None else ()), wanted.student])
+    views = {name: rehearsal.files.views[name] for name in names}
+    readers = _Readers(views[wanted.student], views, _strange_tokens(wanted, list(views.values())))
+    shortest = readers.shortest
+    if wanted.text and shortest.max_model_len < wanted.window:
+        raise ConfigError(
+            f"window: {wanted.window} tokens do not fit into the context of {shortest.name!r}, {shortest.max_model_len}"
+        )
+    if wanted.chat and not readers.student.surface.has_chat_template:
+        raise ConfigError(
+            f"student: {wanted.student!r} has no chat template in which it could read prompts; give its entry in the "
+            "config a `chat_template`"
+        )
+    return readers
+
+
+def _dialogues(
+    config: Config,
+    wanted: Distillation,
+    material: Material,
+    prompts: Prompts,
+    readers: _Readers,
+    cache: Path,
+    listener: Listener,
+) -> Dialogues:
+    """The prompts with the ensemble's answers, which it gives now as far as it has not."""
+    if not wanted.chat:
+        return Dialogues()
+    limit = readers.shortest.max_model_len
+    ids = rendered(prompts.prompts, readers.student, limit=limit, strange=readers.strange)
+    answers = answers_to(prompts.prompts, config, wanted, cache=cache, listener=listener)
+    num_before = sum(len(documents) for part in (material.train, material.held_out) for documents in part.texts)
+    return cut_dialogues(prompts, ids, answers, readers.student, limit=limit, num_before=num_before)
 
 
 def _read(
     config: Config,
     wanted: Distillation,
-    mixture: Mixture,
+    mixture: Mixture | None,
     material: Material,
+    dialogues: Dialogues,
+    readers: _Readers,
     cache: Path,
     records_bytes: int,
     listener: Listener,
 ) -> _Reading:
-    listener.stage("reading the texts")
-    names = [*mixture.weights, wanted.student]
-    part = excerpt(config, [wanted.ensemble, wanted.student])
-    rehearsal = rehearse(part)
-    rehearsal.check(part)
-    views = rehearsal.files.views
-    _check_vocabularies(wanted, [views[name] for name in dict.fromkeys(names)])
-    shortest = min(names, key=lambda name: views[name].max_model_len)
-    if views[shortest].max_model_len < wanted.window:
-        raise ConfigError(
-            f"window: {wanted.window} tokens do not fit into the context of {shortest!r}, "
-            f"{views[shortest].max_model_len}"
-        )
-    surface = views[next(iter(config.models[wanted.ensemble].members))].surface  # type: ignore[union-attr]
-    train = material.train.windows(surface, window=wanted.window)
-    held_out = material.held_out.windows(surface, window=wanted.window)
+    surface = next(iter(readers.views.values())).surface  # of a text: as the ensemble's first member reads it
+    train = [*material.train.windows(surface, window=wanted.window), *dialogues.train]
+    held_out = [*material.held_out.windows(surface, window=wanted.window), *dialogues.held_out]
     if not train or not held_out:
         raise ConfigError("text: there is no token to learn or to hold out; give more text")
+    vocab_size = readers.student.vocab_size
+    if mixture is None:
+        return _Reading(train, held_out, Lessons(train), Lessons(held_out), None, vocab_size)
     wants = {"held out": held_out} | ({} if wanted.clm == 1 else {"trained on": train})
     check_room(
         [window for windows in wants.values() for window in windows],
@@ -252,12 +347,12 @@ def _read(
         Lessons(train) if of_train is None else lessons_of(wanted, mixture, train, of_train),
         lessons_of(wanted, mixture, held_out, of_held_out, is_test=True),
         of_held_out,
-        views[wanted.student].vocab_size,
+        vocab_size,
     )
 
 
-def _check_vocabularies(wanted: Distillation, views: Sequence[MemberView]) -> None:
-    """Raises `ConfigError` unless the student knows every token that a member may expect."""
+def _strange_tokens(wanted: Distillation, views: Sequence[MemberView]) -> frozenset[int]:
+    """Ids that not all know. Raises `ConfigError` unless the student knows every token that a member may expect."""
     try:
         family = family_of(views)
     except ModelLoadError as exc:
@@ -268,6 +363,7 @@ def _check_vocabularies(wanted: Distillation, views: Sequence[MemberView]) -> No
             f"student: {wanted.student!r} lacks {len(family.lacking[place])} tokens that members of "
             f"{wanted.ensemble!r} have; resize its embeddings, or take a member that has them as the student"
         )
+    return frozenset().union(*family.lacking)
 
 
 async def _ask(

@@ -61,7 +61,7 @@ class Origin:
     sources: tuple[Source, ...]
 
 
-def origin_of(config: Config, wanted: Distillation, mixture: Mixture) -> Origin:
+def origin_of(config: Config, wanted: Distillation, mixture: Mixture | None) -> Origin:
     """Looks at no weights. Raises `ConfigError` for a student or a start that cannot be."""
     entry = _hosted(config, wanted.student, "student")
     folder, root = weights_folder(config, wanted.student)
@@ -88,13 +88,15 @@ def origin_of(config: Config, wanted: Distillation, mixture: Mixture) -> Origin:
     return Origin(base, root.path, folder, resolve_device(root.device), tuple(sources))
 
 
-def _start(config: Config, wanted: Distillation, mixture: Mixture, base: str) -> dict[str, float]:
+def _start(config: Config, wanted: Distillation, mixture: Mixture | None, base: str) -> dict[str, float]:
     """The models that the student starts from, and their weights, which sum to one."""
     if wanted.init == "zero":
         return {} if wanted.student == base else {wanted.student: 1.0}
     if wanted.init != "merge":
         _hosted(config, wanted.init, "init")
         return {} if wanted.init == base else {wanted.init: 1.0}
+    if mixture is None:
+        raise ConfigError(f"init: {wanted.ensemble!r} is no average, so it has no linear merge; take zero, or a model")
     merged = {name: weight for name, weight in mixture.weights.items() if name != base}
     if negative := [name for name, weight in merged.items() if weight < 0]:
         raise ConfigError(f"init: {negative[0]!r} has a negative weight in {wanted.ensemble!r}; there is no such merge")

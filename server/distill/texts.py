@@ -40,18 +40,19 @@ class Part:
             num_before += len(documents)
         return found
 
+    @property
+    def whole_texts(self) -> list[str]:
+        """One for each stream, so that sequences of words cross where context does."""
+        return ["".join(one.texts[i] for i in stream) for one in self.texts for stream in one.streams]
+
 
 @dataclass(frozen=True)
 class Material:
-    """`share_seen`: of the sequences of 13 words that are held out, those that stand in what is trained on as well."""
+    """Files, each in two parts."""
 
     train: Part
     held_out: Part
     sha256: dict[str, str]  # of each file
-
-    @property
-    def share_seen(self) -> float:
-        return shared_sequences(_all_texts(self.held_out.texts), _all_texts(self.train.texts))
 
 
 def read_material(paths: Sequence[Path], *, held_out: float) -> Material:
@@ -59,6 +60,8 @@ def read_material(paths: Sequence[Path], *, held_out: float) -> Material:
 
     Raises `ConfigError` if a file cannot be read, or if nothing is left to be trained on or to be held out.
     """
+    if not paths:
+        return Material(Part(()), Part(()), {})
     train, kept = [], []
     for path in paths:
         documents = read_documents(path)
@@ -87,11 +90,9 @@ def _continuous(text: str) -> Documents:
     return Documents(tuple(cut_into_documents(text)) if text else (), is_continuous=True)
 
 
-def check_unseen(material: Material, tests: Sequence[Path]) -> None:
+def check_unseen(taught: Sequence[str], tests: Sequence[Path]) -> None:
     """Raises `ConfigError` that names every file of `tests` of which too much stands in what is trained on."""
-    shares = {
-        path: shared_sequences(_all_texts([read_documents(path)]), _all_texts(material.train.texts)) for path in tests
-    }
+    shares = {path: shared_sequences(Part((read_documents(path),)).whole_texts, taught) for path in tests}
     if refused := {path: share for path, share in shares.items() if share > MAX_SHARE}:
         told = ", ".join(f"{share:.0%} of {path}" for path, share in refused.items())
         raise ConfigError(
@@ -106,11 +107,6 @@ def windows_sha256(windows: Sequence[Window]) -> str:
     for window in windows:
         content.update(np.asarray([len(window.token_ids), window.first_scored, *window.token_ids]).tobytes())
     return content.hexdigest()
-
-
-def _all_texts(texts: Sequence[Documents]) -> list[str]:
-    """One for each stream, so that sequences of words cross where context does."""
-    return ["".join(one.texts[i] for i in stream) for one in texts for stream in one.streams]
 
 
 def _sha256(path: Path) -> str:

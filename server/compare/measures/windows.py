@@ -94,7 +94,7 @@ def cut_windows(
     windows = []
     for stream in documents.streams:
         texts = [documents.texts[index] for index in stream]
-        token_ids, starts = _tokens("".join(texts), surface)
+        token_ids, starts = tokens_and_starts("".join(texts), surface)
         owners = _owners(stream, texts, starts[:-1]) if token_ids else starts
         num_bytes = np.diff(starts)
         for begin, scored, end in _spans(len(token_ids), length, stride, shift, first=0 if prefix else 1):
@@ -121,7 +121,7 @@ def cut_text_windows(
         texts = [documents.texts[index] for index in stream]
         whole = "".join(texts)
         data = whole.encode()
-        token_ids, starts = _tokens(whole, surface)
+        token_ids, starts = tokens_and_starts(whole, surface)
         owners = _owners(stream, texts, np.arange(len(data))) if data else starts
         begins_token = np.bincount(starts[:-1], minlength=len(data))
         for begin, scored, end in _spans(len(token_ids), length, stride, shift, first=0):
@@ -167,7 +167,7 @@ def _prefix(surface: Surface) -> tuple[int, ...]:
     return tuple(with_special[: with_special.index(bare[0])]) if bare and bare[0] in with_special else ()
 
 
-def _tokens(text: str, surface: Surface) -> tuple[list[int], np.ndarray]:
+def tokens_and_starts(text: str, surface: Surface) -> tuple[list[int], np.ndarray]:
     """Token ids, and the byte at which each begins, with the text's length in bytes as last: (num_tokens + 1,)."""
     if not surface.tokenizer.is_fast:
         raise UnsupportedError("its tokenizer does not say where tokens begin in the text (it is not a fast one)")

@@ -111,6 +111,11 @@ class Arm(Block):
             raise ValueError("it is taught by `distill`; take `merge`, `ensemble` and `choose` out")
         if (wanted := self.distill) is not None and wanted.minutes and "minutes" in wanted.model_fields_set:
             raise ValueError("distill.minutes: in a comparison `steps` or `epochs` decide, not time; take it out")
+        if wanted is not None and wanted.chat:
+            raise ValueError(
+                "distill.chat: a comparison teaches texts alone; teach with `ensemble distill --chat`, and compare the "
+                "student as a model of the config"
+            )
         if self.answers and (made or self.choose or self.distill is not None):
             raise ValueError("its `answers` are there already; take `merge`, `ensemble`, `distill` and `choose` out")
         if self.kind is not None and not self.answers:

@@ -13,7 +13,7 @@ probabilities sum to at most one.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -46,7 +46,7 @@ class _Branch:
     lattices: list[Lattice | None]
     pool: BytePool
     logprob: float
-    members: np.ndarray
+    members: Sequence[float]
 
     @property
     def is_waiting(self) -> bool:
@@ -73,7 +73,7 @@ class Lookahead:
         num = PER_PLACE * max(num_top, num_of_members)
         expected = [_expected(lattice, vocabulary, utf8_state, num) for lattice in lattices]
         weights = np.maximum(pool.weights, 0.0)
-        mixed: Counter[bytes] = Counter()
+        mixed: defaultdict[bytes, float] = defaultdict(float)
         for weight, units in zip(weights.tolist(), expected, strict=True):
             for unit, share in units.items():
                 mixed[unit] += weight * share
@@ -83,7 +83,7 @@ class Lookahead:
         self._end: Scored | None = None
         self._waiting: list[_Branch] = []
         units = dict.fromkeys(unit for ranked in (self._units, *self._units_of_members) for unit in ranked)
-        self._go_on(_Branch(b"", list(units), list(lattices), pool, 0.0, np.zeros(len(lattices))))
+        self._go_on(_Branch(b"", list(units), list(lattices), pool, 0.0, [0.0] * len(lattices)))
 
     @property
     def is_waiting(self) -> bool:
@@ -152,7 +152,8 @@ class Lookahead:
         pooled, _ = pool.pooled(rows)
 
         def scored(symbol: int, data: bytes | None) -> Scored:
-            return Scored(data, branch.logprob + float(pooled[symbol]), branch.members + [row[symbol] for row in rows])
+            of_members = [own + float(row[symbol]) for own, row in zip(branch.members, rows, strict=True)]
+            return Scored(data, branch.logprob + float(pooled[symbol]), of_members)
 
         if not branch.data:
             self._end = scored(END, None)
@@ -168,12 +169,12 @@ class Lookahead:
                 units.remove(data)
             if units and score.logprob > -math.inf:
                 lattices = [_fed(lattice, byte) for lattice in branch.lattices]
-                yield _Branch(data, units, lattices, pool, score.logprob, np.asarray(score.members))
+                yield _Branch(data, units, lattices, pool, score.logprob, score.members)
 
 
 def _expected(lattice: Lattice | None, vocabulary: SpelledVocabulary, utf8_state: int, num: int) -> dict[bytes, float]:
     """Tokens of the surface with which a member expects the text to go on, and with which probability."""
-    units: Counter[bytes] = Counter()
+    units: defaultdict[bytes, float] = defaultdict(float)
     for data, share in () if lattice is None else lattice.likeliest(num):
         token_id = vocabulary.order.longest(data)
         if token_id is not None and _may_follow(utf8_state, unit := vocabulary.token_bytes[token_id]):

@@ -71,7 +71,7 @@ def rendered(
             token = student.surface.tokenizer.convert_ids_to_tokens(unknown[0])
             raise ConfigError(
                 f"{prompt.place}: as {student.name!r} reads it there is the token {token!r}, which not all members "
-                "know; take a student with their chat template, or --clm 1 without them"
+                "know; take a student with a chat template that all members know"
             )
         found.append(ids)
     return found

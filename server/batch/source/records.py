@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from decimal import Decimal
@@ -83,7 +84,8 @@ def read_records(path: Path, kind: SourceKind) -> Iterator[Record | BadRecord]:
         case "csv" | "tsv":
             with opened(path) as (file, encoding):
                 delimiter = "," if kind == "csv" else "\t"
-                yield from csv_records(_csv_lines(file, encoding), delimiter=delimiter, name=str(path))
+                with _as_text(file, encoding) as lines:
+                    yield from csv_records(lines, delimiter=delimiter, name=str(path))
         case "parquet":
             yield from _parquet_records(path)
         case "folder":
@@ -184,11 +186,17 @@ def _refuse_constant(constant: str) -> NoReturn:
 # --- tables -------------------------------------------------------------------------------------------------------
 
 
-def _csv_lines(file: BinaryIO, encoding: str) -> Iterable[str]:
+@contextmanager
+def _as_text(file: BinaryIO, encoding: str) -> Iterator[Iterable[str]]:
     """Lines of text. Bytes that are no UTF-8 arrive as lone surrogates, so that they cost their own row alone."""
     if encoding == UTF8:
-        return io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
-    return io.TextIOWrapper(file, encoding, newline="")
+        text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+    else:
+        text = io.TextIOWrapper(file, encoding, newline="")
+    try:
+        yield text
+    finally:
+        text.detach()  # `file` is closed by whoever opened it
 
 
 _OTHER_DELIMITER = re.compile(r"(?:sep=.|[\w.-]+ ?([;\t|,]) ?[\w.-]+(?: ?\1 ?[\w.-]+)*)")

@@ -99,8 +99,12 @@ def lines_of(file: BinaryIO, encoding: str) -> Iterator[bytes]:
     if encoding == UTF8:
         yield from file
         return
-    for line in io.TextIOWrapper(file, encoding, newline="\n"):
-        yield line.encode()
+    text = io.TextIOWrapper(file, encoding, newline="\n")
+    try:
+        for line in text:
+            yield line.encode()
+    finally:
+        text.detach()  # `file` is closed by whoever opened it
 
 
 def text_of(content: bytes) -> str:

@@ -6,7 +6,6 @@ beside it is passed over.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from pydantic import TypeAdapter
 from ensemble_server.ensembles.base import Message
 from ensemble_server.ensembles.errors import ConfigError, RequestError
 from ensemble_server.server.batch.source.records import BadRecord, read_records
+from ensemble_server.server.compare.kept.content_cache import file_sha256
 from ensemble_server.server.config.problems import nearest
 from ensemble_server.server.requests.errors import checked
 from ensemble_server.server.requests.messages import template_messages
@@ -84,7 +84,7 @@ def read_prompts(paths: Sequence[Path], *, held_out: float) -> Prompts:
             f"chat: {held_out:.0%} at the end of each file is held out, which leaves nothing to "
             f"{'teach' if kept else 'hold out'}; give at least two prompts that differ"
         )
-    return Prompts(left, tuple(_sha256(path) for path in paths), repeats)
+    return Prompts(left, tuple(file_sha256(path) for path in paths), repeats)
 
 
 def _prompts(path: Path) -> Iterator[Prompt]:
@@ -123,8 +123,3 @@ def _prompt(file: str, line: int, values: Mapping[str, Any]) -> Prompt:
 
 def _content(prompt: Prompt) -> str:
     return json.dumps(prompt.messages, sort_keys=True, default=str)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

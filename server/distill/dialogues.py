@@ -9,7 +9,7 @@ The mark has no bytes, and is there where the model ended the answer itself.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -91,7 +91,7 @@ def cut_dialogues(
     Raises `ConfigError` if no answer is left to be taught or to be held out.
     """
     end = end_of_turn(student)
-    found = Dialogues(counts={})
+    found = Dialogues()
     counts = {file: {"repeats": number} for file, number in prompts.repeats.items()}
     for place, (prompt, ids, answer) in enumerate(zip(prompts.prompts, prompt_ids, answers, strict=True)):
         window = None if answer is None else _window(ids, answer, student, end, limit, num_before + place)
@@ -106,8 +106,7 @@ def cut_dialogues(
         raise ConfigError(
             f"chat: no prompt that is to be {'held out' if found.train else 'taught'} has an answer; give other prompts"
         )
-    told = {file: AnswerCounts(**numbers) for file, numbers in counts.items()}
-    return Dialogues(found.train, found.held_out, found.texts_train, found.texts_held_out, told)
+    return replace(found, counts={file: AnswerCounts(**numbers) for file, numbers in counts.items()})
 
 
 def end_of_turn(student: MemberView) -> int | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.server.compare.kept.content_cache import file_sha256
 from ensemble_server.server.compare.measures.documents import Documents, cut_into_documents, read_documents
 from ensemble_server.server.compare.measures.windows import Window, cut_windows
 from ensemble_server.server.compare.planning.held_out import MAX_SHARE, NUM_WORDS, shared_sequences
@@ -73,7 +74,7 @@ def read_material(paths: Sequence[Path], *, held_out: float) -> Material:
             f"text: {held_out:.0%} at the end of each file is held out, which leaves nothing to "
             f"{'train on' if not train else 'hold out'}; give longer texts, of several lines"
         )
-    return Material(Part(tuple(train)), Part(tuple(kept)), {path.name: _sha256(path) for path in paths})
+    return Material(Part(tuple(train)), Part(tuple(kept)), {path.name: file_sha256(path) for path in paths})
 
 
 def _split(documents: Documents, share: float) -> tuple[Documents, Documents]:
@@ -107,8 +108,3 @@ def windows_sha256(windows: Sequence[Window]) -> str:
     for window in windows:
         content.update(np.asarray([len(window.token_ids), window.first_scored, *window.token_ids]).tobytes())
     return content.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

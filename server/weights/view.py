@@ -327,7 +327,7 @@ def _short_id(call_id: str, length: int) -> str:
 
 def _without_late_system_role(conversation: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the system says after the beginning joins the user's message before it, or becomes one:
-    [system a, user b, system c, assistant d] -> [system a, user "b\n\nc", assistant d]"""
+    [system a, user b, system c, assistant d] -> [system a, user "b\\n\\nc", assistant d]"""
     merged = list(conversation[:1])
     for message in conversation[1:]:
         if message["role"] == "system":
@@ -339,7 +339,7 @@ def _without_late_system_role(conversation: Sequence[dict[str, Any]]) -> list[di
 
 
 def _one_user_at_a_time(conversation: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """[user a, user b, assistant c] -> [user "a\n\nb", assistant c]"""
+    """[user a, user b, assistant c] -> [user "a\\n\\nb", assistant c]"""
     merged: list[dict[str, Any]] = []
     for message in conversation:
         if merged and merged[-1]["role"] == message["role"] == "user":
@@ -353,7 +353,7 @@ def _joined(message: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_system_role(conversation: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """[system a, user b, assistant c] -> [user "a\n\nb", assistant c]; what no user message follows becomes one."""
+    """[system a, user b, assistant c] -> [user "a\\n\\nb", assistant c]; what no user message follows becomes one."""
     merged: list[dict[str, Any]] = []
     waiting: list[str] = []
     for message in conversation:

@@ -3,11 +3,9 @@ are stand-ins that list and answer in their shapes."""
 
 from __future__ import annotations
 
-import http.server
 import json
 import re
 import shlex
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +20,7 @@ from ensemble_server.server.config.loading import load_config
 from ensemble_server.server.hosting import Hosting
 from ensemble_server.server.metrics import Metrics
 from tests.docs.snippets import ROOT, Snippet, snippets
+from tests.listening import QuietHandler, listening
 from tests.server.cli.conftest import Run, ensemble  # noqa: F401  a fixture
 from tests.server.weights.test_checkpoints import written_gguf
 
@@ -69,7 +68,7 @@ VLLM_SAYS = [
 def stand_in(listed: dict[str, Any], says: list[dict[str, Any]], key: str | None = None) -> Iterator[str]:
     """A server that lists these models and streams these chunks; its address."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
             self._answer("application/json", json.dumps(listed) if self.path == "/v1/models" else None)
 
@@ -91,18 +90,8 @@ def stand_in(listed: dict[str, Any], says: list[dict[str, Any]], key: str | None
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=listener.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.server_port}"
-    finally:
-        listener.shutdown()
-        thread.join()
-        listener.server_close()
+    with listening(Handler) as address:
+        yield address
 
 
 @pytest.fixture

@@ -8,23 +8,21 @@ Text may be compressed, or in UTF-16 (`server.batch.source.text_files`). Left ou
 from __future__ import annotations
 
 import csv
-import io
 import itertools
 import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NoReturn, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 from pydantic_core import from_json
 
 from ensemble_server.ensembles.errors import ConfigError
-from ensemble_server.server.batch.source.text_files import UTF8, lines_of, opened, text_of
+from ensemble_server.server.batch.source.text_files import UTF8, as_text, lines_of, opened, text_of
 
 SourceKind = Literal["jsonl", "csv", "tsv", "parquet", "folder"]
 
@@ -84,7 +82,7 @@ def read_records(path: Path, kind: SourceKind) -> Iterator[Record | BadRecord]:
         case "csv" | "tsv":
             with opened(path) as (file, encoding):
                 delimiter = "," if kind == "csv" else "\t"
-                with _as_text(file, encoding) as lines:
+                with as_text(file, encoding, newline="") as lines:
                     yield from csv_records(lines, delimiter=delimiter, name=str(path))
         case "parquet":
             yield from _parquet_records(path)
@@ -184,19 +182,6 @@ def _refuse_constant(constant: str) -> NoReturn:
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _as_text(file: BinaryIO, encoding: str) -> Iterator[Iterable[str]]:
-    """Lines of text. Bytes that are no UTF-8 arrive as lone surrogates, so that they cost their own row alone."""
-    if encoding == UTF8:
-        text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
-    else:
-        text = io.TextIOWrapper(file, encoding, newline="")
-    try:
-        yield text
-    finally:
-        text.detach()  # `file` is closed by whoever opened it
 
 
 _OTHER_DELIMITER = re.compile(r"(?:sep=.|[\w.-]+ ?([;\t|,]) ?[\w.-]+(?: ?\1 ?[\w.-]+)*)")

@@ -11,10 +11,10 @@ import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from ensemble_server.ensembles.errors import ConfigError
 
@@ -99,10 +99,21 @@ def lines_of(file: BinaryIO, encoding: str) -> Iterator[bytes]:
     if encoding == UTF8:
         yield from file
         return
-    text = io.TextIOWrapper(file, encoding, newline="\n")
-    try:
-        for line in text:
+    with as_text(file, encoding, newline="\n") as lines:
+        for line in lines:
             yield line.encode()
+
+
+@contextmanager
+def as_text(file: BinaryIO, encoding: str, *, newline: Literal["", "\n"]) -> Iterator[Iterable[str]]:
+    """The lines of a file that `opened` gave. Bytes that are no UTF-8 arrive as lone surrogates, so that they cost
+    their own row alone."""
+    if encoding == UTF8:
+        text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline=newline)
+    else:
+        text = io.TextIOWrapper(file, encoding, newline=newline)
+    try:
+        yield text
     finally:
         text.detach()  # `file` is closed by whoever opened it
 

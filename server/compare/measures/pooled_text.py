@@ -22,7 +22,7 @@ def needs_whole_rows(mixture: Mixture) -> bool:
 class PooledText:
     """`place`: the row of each member in what is shown to `take`, chunk after chunk of the text.
 
-    `logprobs`, `is_joint`: of the tokens so far, what the mixture gave them (nats), and whether that is the pool's.
+    `logprobs`: what the mixture gave the tokens so far (nats).
     """
 
     def __init__(self, mixture: Mixture, place: Mapping[str, int]) -> None:
@@ -32,21 +32,15 @@ class PooledText:
         self._prior = effective_weights(list(mixture.weights.values()))
         self._state = following.start(self._prior, mixture.share)
         self._logprobs: list[np.ndarray] = []
-        self._is_joint: list[np.ndarray] = []
 
     @property
     def logprobs(self) -> np.ndarray:
         return np.concatenate([np.zeros(0), *self._logprobs])
 
-    @property
-    def is_joint(self) -> np.ndarray:
-        return np.concatenate([np.zeros(0, dtype=bool), *self._is_joint])
-
     def take(self, logprobs: torch.Tensor, targets: torch.Tensor) -> None:
         """As `MixtureHost.visit_logprobs` shows a text: logprobs (K, t, V), targets (t,)."""
         rows, mixture = logprobs[self._rows], self._mixture
         of_text = rows[0]
-        is_joint = np.ones(len(targets), dtype=bool)
         if len(rows) > 1:
             weights = np.repeat(self._prior[:, None], len(targets), axis=1)
             if mixture.pool == "posterior":
@@ -57,8 +51,5 @@ class PooledText:
                 weights = path[:, :-1]
             of_text = pool(mixture.pool, rows, rows.new_tensor(weights))
             if mixture.when is not None:
-                joint = selective.is_pooled(mixture.when, rows[self._main], of_text)
-                of_text = of_text.where(joint[:, None], rows[self._main])
-                is_joint = joint.cpu().numpy()
+                of_text = selective.selected(mixture.when, rows[self._main], of_text)
         self._logprobs.append(of_text.gather(1, targets[:, None])[:, 0].double().cpu().numpy())
-        self._is_joint.append(is_joint)

@@ -56,10 +56,10 @@ async def _view(hosting: Hosting, name: str, model: DistributionModel, flipped: 
     members = list(model.mixture.weights)
     parts: list[np.ndarray] = []
     mixture = model.mixture
-    whole = PooledText(mixture, {member: row for row, member in enumerate(members)})
+    whole = None if mixture.when is None else PooledText(mixture, {name: row for row, name in enumerate(members)})
 
     def visit(logprobs: torch.Tensor, targets: torch.Tensor) -> None:
-        if mixture.when is not None:
+        if whole is not None:
             whole.take(logprobs, targets)
         parts.append(logprobs.gather(2, targets[None, :, None].expand(len(logprobs), -1, 1))[..., 0].double().numpy())
 
@@ -67,7 +67,7 @@ async def _view(hosting: Hosting, name: str, model: DistributionModel, flipped: 
     if not parts:
         return []
     of_members = np.concatenate(parts, axis=1)  # (K, T), the first token is not predicted
-    if mixture.when is not None:
+    if whole is not None:
         pooled = whole.logprobs
     else:
         pooled = None if mixture.pool == "geometric" else mixture_logprobs(mixture, of_members)

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import http.server
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import pytest
 
 from ensemble_server.ensembles.errors import ConfigError, ModelLoadError
 from ensemble_server.server.proposal.sources import entries_of, found_around
+from tests.listening import QuietHandler, listening
 
 
 def model(folder: Path) -> Path:
@@ -130,7 +129,7 @@ def test_an_argument_that_is_no_model_is_named(tmp_path: Path, argument: str, re
 def server() -> Iterator[str]:
     """Lists four models, of which two embed, for a key."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
             is_allowed = self.headers.get("Authorization") in (None, "Bearer s3cret")
             names = ["llama3.2:1b", "org/qwen", "nomic-embed-text"]
@@ -141,16 +140,8 @@ def server() -> Iterator[str]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=listener.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{listener.server_port}"
-    listener.shutdown()
-    thread.join()
-    listener.server_close()
+    with listening(Handler) as address:
+        yield address
 
 
 def test_a_servers_models_become_remote_entries_less_those_that_only_embed(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import json
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from tests.listening import QuietHandler, listening
 
 TOKEN = "hf_stand_in"
 
@@ -24,16 +24,8 @@ class Hub:
 
     @contextmanager
     def running(self) -> Iterator[Hub]:
-        listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        thread = threading.Thread(target=listener.serve_forever)
-        thread.start()
-        self.url = f"http://127.0.0.1:{listener.server_port}"
-        try:
+        with listening(_handler(self)) as self.url:
             yield self
-        finally:
-            listener.shutdown()
-            thread.join()
-            listener.server_close()
 
     def commit(self, revision: str) -> str | None:
         """The commit behind a branch, tag or commit."""
@@ -44,8 +36,8 @@ class Hub:
         return next(folder for name, folder in self.revisions.items() if self.commit(name) == commit)
 
 
-def _handler(hub: Hub) -> type[http.server.BaseHTTPRequestHandler]:
-    class Handler(http.server.BaseHTTPRequestHandler):
+def _handler(hub: Hub) -> type[QuietHandler]:
+    class Handler(QuietHandler):
         protocol_version = "HTTP/1.1"
 
         def do_HEAD(self) -> None:
@@ -90,8 +82,5 @@ def _handler(hub: Hub) -> type[http.server.BaseHTTPRequestHandler]:
             self.end_headers()
             if with_body:
                 self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            pass
 
     return Handler

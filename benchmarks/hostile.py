@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import multiprocessing
 import socket
 import tempfile
@@ -69,6 +70,8 @@ def serve(port: int, folder: str) -> None:
         hosting = ScriptedHosting({"m": model}, {}, Path(folder))
         config = hosting.config.server.model_copy(update={"port": port})
         async with listening(create_app(hosting, metrics=Metrics()), config):
+            gc.collect()
+            gc.freeze()  # as `ensemble serve` does once all is loaded
             await asyncio.sleep(3600)
 
     asyncio.run(run())

@@ -69,6 +69,7 @@ async def test_a_stream_goes_on_while_a_hostile_body_is_refused(host, name):
     [
         b"[" + b"1," * MAX_VALUES + b"1]",
         b"[" + b"{}," * MAX_VALUES + b"1]",
+        b"{" + b'"a":1,' * (MAX_VALUES // 3) + b'"b":[]}',
         b'["a\\\\", "b\\"",' + b'"c",' * MAX_VALUES + b"1]",
     ],
 )
@@ -82,7 +83,7 @@ def test_values_are_counted_outside_of_texts_wherever_the_pieces_end(monkeypatch
     monkeypatch.setattr(json_body, "COUNTED_BYTES", size)
     value = {"a": ['x,[{"', "\\", '\\"', "\\\\,,", {"b\\": "[,]"}, 'end"'], "c": ["{", "\\\\\\", 1, 2]}
     body = orjson.dumps(value)
-    num_values = 9 + 4 * 4  # commas, and four for each of the brackets that open outside of texts
+    num_values = 9 + 2 * 3 + 4 * 4  # outside of texts: commas, two for each name, four for each bracket that opens
     monkeypatch.setattr(json_body, "MAX_VALUES", num_values)
     require_few_values(body)
     monkeypatch.setattr(json_body, "MAX_VALUES", num_values - 1)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from ensemble_server.server.engines.transformers_engine import half_weights
+from ensemble_server.server.engines.transformers_engine import half_weights, packed_linear
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.backbone import Backbone
 from ensemble_server.server.engines.transformers_engine.half_weights import (
@@ -34,8 +34,9 @@ pytestmark = pytest.mark.skipif(not is_supported(), reason="this CPU has no fbge
 
 
 @pytest.fixture(autouse=True)
-def repeatable() -> None:
+def repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr(packed_linear, "SMALLEST", 0)
 
 
 def stored_in_16_bits(layer: Any) -> Any:

@@ -1,17 +1,23 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ensemble_server.server.engines.transformers_engine import packed_linear
+from ensemble_server.server.engines.transformers_engine.attention import Span
+from ensemble_server.server.engines.transformers_engine.backbone import Backbone
+from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.packed_linear import PackedLinear, pack_linears, padded
 
 
 @pytest.fixture(autouse=True)
-def repeatable() -> None:
+def repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr(packed_linear, "SMALLEST", 0)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 16, 65, 100])
@@ -59,6 +65,28 @@ def test_an_embedding_keeps_the_weights_it_shares_with_a_packed_head() -> None:
     assert pack_linears(model) == 1
     assert torch.equal(model.embed.weight, before)
     torch.testing.assert_close(model.head(model.embed(torch.tensor([3]))), before[[3]] @ before.T)
+
+
+def test_small_layers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_linear, "SMALLEST", 64)
+    model = nn.Sequential(nn.Linear(8, 7), nn.Linear(7, 8), nn.Linear(8, 8))
+    assert pack_linears(model) == 1
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear, PackedLinear]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma"])
+def test_a_model_of_packed_layers_gives_the_distributions_of_one_of_plain_ones(
+    tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def logprobs(*, is_packed: bool) -> torch.Tensor:
+        backbone = Backbone.load(tiny[name], dtype="float32", device="cpu", adapters={}, vocab_size=320)
+        assert is_packed is any(isinstance(layer, PackedLinear) for layer in backbone.model.modules())
+        cache = RowCache()
+        return torch.cat([backbone.forward([Span(cache, ids, len(ids))])[0] for ids in ([7, 50, 301, 12], [99])])
+
+    packed = logprobs(is_packed=True)
+    monkeypatch.setattr(packed_linear, "SMALLEST", 2**17)
+    torch.testing.assert_close(packed, logprobs(is_packed=False), atol=1e-4, rtol=0)
 
 
 def test_without_the_operators_layers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

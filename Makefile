@@ -33,7 +33,7 @@ serve: .venv/demo.stamp ## install what the demo needs and serve CONFIG; ARGS go
 test: .venv/test.stamp ## install what the tests need and run the fast ones; ARGS go to pytest
 	$(PYTEST) -m "not slow and not vllm" $(ARGS)
 
-test-slow: .venv/test.stamp ## run the tests that load the demo's models
+test-slow: .venv/test.stamp ## run the tests that take a second or more each, those of the demo's models among them
 	$(PYTEST) -m "slow and not vllm" $(ARGS)
 
 lint: .venv/test.stamp ## check style, format, the direction of imports, and types

@@ -24,9 +24,14 @@ def plain_model(folder: Path, adapter: Path | None = None):
 
 
 def member_logprobs(folder: Path, adapter: Path | None, token_ids: Sequence[int], vocab_size: int) -> np.ndarray:
-    """(T, V): the distribution after each token of the text."""
+    """(T, V): the distribution after each token of the text. Not to be written to."""
+    return _member_logprobs(folder, adapter, tuple(token_ids), vocab_size)
+
+
+@lru_cache(maxsize=1024)  # tests of several mixtures, rules and seeds read the same texts
+def _member_logprobs(folder: Path, adapter: Path | None, token_ids: tuple[int, ...], vocab_size: int) -> np.ndarray:
     with torch.no_grad():
-        logits = plain_model(folder, adapter)(torch.tensor([list(token_ids)])).logits[0, :, :vocab_size]
+        logits = plain_model(folder, adapter)(torch.tensor([token_ids])).logits[0, :, :vocab_size]
     logits = logits.double().numpy()
     return (
         logits

@@ -12,8 +12,8 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from fnmatch import fnmatch
+from functools import cache
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
@@ -218,14 +218,17 @@ def test_every_import_belongs_to_a_declared_requirement() -> None:
         assert names & declared, f"{file} imports {module}, which pyproject.toml does not name"
 
 
-def imports() -> Iterator[tuple[str, str]]:
+@cache
+def imports() -> list[tuple[str, str]]:
+    found = []
     for package in ("ensembles", "server"):
         for file in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Import):
-                    yield from ((str(file), alias.name) for alias in node.names)
+                    found += ((str(file), alias.name) for alias in node.names)
                 elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-                    yield str(file), node.module
+                    found.append((str(file), node.module))
+    return found
 
 
 def test_ideas_know_nothing_of_the_server() -> None:

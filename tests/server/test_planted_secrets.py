@@ -240,6 +240,7 @@ def search(caplog: pytest.LogCaptureFixture) -> Iterator[Search]:
     search.assert_clean()
 
 
+@pytest.mark.slow
 async def test_a_server_says_and_writes_none_of_them(config_file: Path, search: Search) -> None:
     config = load_config(config_file)
     search.add("repr", repr(config))

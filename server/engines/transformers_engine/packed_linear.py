@@ -25,7 +25,7 @@ MAX_KERNELS = 256  # decoding one model with up to 32 rows needs about 160
 for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own, and torch's on top of it
     os.environ.setdefault(_cache, str(MAX_KERNELS))  # read when the first kernel is compiled
 ROWS_HINT = 16  # the number of rows that oneDNN chooses its layout for
-SMALLEST = 2**17  # weights; layers with fewer (576 x 192) are faster unpacked, with 1 to 64 rows, out of memory or cache
+SMALLEST = 2**17  # weights; layers with fewer (576 x 192) are faster unpacked with 1 to 64 rows, in cache or out of it
 
 
 class PackedLinear(nn.Module):

@@ -31,6 +31,7 @@ def best_against_best(rng: np.random.Generator, *, pays: bool) -> bool:
     return abs(gaps.mean()) > half
 
 
+@pytest.mark.slow
 def test_equal_arms_part_in_no_more_trials_than_alpha_allows():
     rng = np.random.default_rng(1)
     found = np.mean([best_against_best(rng, pays=True) for _ in range(NUM_TRIALS)])
@@ -41,6 +42,7 @@ def test_equal_arms_part_in_no_more_trials_than_alpha_allows():
     )
 
 
+@pytest.mark.slow
 def test_the_worst_choice_parts_just_as_often_as_alpha_says():
     """Over all pairs, whichever is picked: that is what the level is made for, and it is not far below it."""
     rng = np.random.default_rng(2)

@@ -23,6 +23,8 @@ class RandomModel:
         self.order = ByteOrder([*tokens, b"</s>"], [self.end_id])
         self._seed, self._scale = seed, scale
         self.num_asked = 0
+        # covers share their beginnings, and texts theirs
+        self.probs, self.mass, self.row = cache(self.probs), cache(self.mass), cache(self.row)
 
     def probs(self, history: tuple[int, ...]) -> np.ndarray:
         rng = np.random.default_rng([self._seed, len(history), *history])

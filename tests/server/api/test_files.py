@@ -234,6 +234,7 @@ async def test_the_bytes_and_the_name_come_back_as_they_were_sent(host):
     assert response.headers["content-disposition"].startswith("attachment")
 
 
+@pytest.mark.slow
 async def test_a_large_file_passes_through_and_never_is_in_memory(host):
     hosting = host()
     size = 48 * 1024**2

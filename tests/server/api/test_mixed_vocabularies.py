@@ -100,6 +100,7 @@ async def test_prompts_are_echoed_with_their_scores(house: House) -> None:
     assert all(logprob < 0 for logprob in logprobs["token_logprobs"][1:])
 
 
+@pytest.mark.slow
 async def test_structured_output_several_choices_and_votes(house: House) -> None:
     body = {"model": "mix", "prompt": PROMPT, "max_tokens": 30, "n": 2, "seed": 3}
     whole = await house.complete(**body, structured_outputs={"regex": "(ja|nein) ☺"})

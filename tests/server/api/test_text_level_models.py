@@ -175,6 +175,7 @@ async def test_fusion_of_a_vote_and_a_model_by_a_probability_average(house: Hous
     assert single["member"] == "red"
 
 
+@pytest.mark.slow
 async def test_the_aggregators_logprobs_are_those_of_the_fusion(house: House) -> None:
     choice = (await house.chat("fused", logprobs=True, top_logprobs=2))["choices"][0]
     tokens = choice["logprobs"]["content"]

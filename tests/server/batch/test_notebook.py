@@ -129,6 +129,7 @@ def test_what_is_no_row_is_told(config: dict[str, Any]) -> None:
         run_batch(config, "rows.jsonl", **SHORT)
 
 
+@pytest.mark.slow
 def test_a_deadline_still_writes_every_row(config: dict[str, Any], tmp_path: Path) -> None:
     long = SHORT | {"max_tokens": 90}
     rows = [f"To be {number}" for number in range(20)]

@@ -251,6 +251,7 @@ class Terminal:
         os.close(self._ours)
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_answer_and_not_the_program(url: str) -> None:
     terminal = Terminal(url, "--model", "first")
     try:

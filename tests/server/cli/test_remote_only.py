@@ -55,6 +55,7 @@ async def ensemble(*arguments: object) -> AsyncIterator[asyncio.subprocess.Proce
             await process.communicate()
 
 
+@pytest.mark.slow
 async def test_a_server_of_remote_models_does_without_torch(config: Path) -> None:
     async with ensemble("serve", config) as server:
         assert server.stdout is not None
@@ -73,6 +74,7 @@ async def test_a_server_of_remote_models_does_without_torch(config: Path) -> Non
     assert server.returncode == 0
 
 
+@pytest.mark.slow
 async def test_a_batch_over_remote_models_does_without_torch(config: Path) -> None:
     rows = config.with_name("rows.jsonl")
     lines = [

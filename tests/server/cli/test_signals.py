@@ -56,6 +56,7 @@ def loading(*arguments: object) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_server_that_loads(config: Path, number: signal.Signals) -> None:
     with loading("serve", config) as server:
@@ -64,6 +65,7 @@ def test_a_signal_ends_a_server_that_loads(config: Path, number: signal.Signals)
     assert (server.returncode, "Traceback" in said) == (0, False), said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--residency", "sequential")])
 def test_ctrl_c_ends_a_batch_that_loads_and_keeps_its_job(config: Path, options: tuple[str, ...]) -> None:
     rows, output = config.with_name("rows.jsonl"), config.with_name("answers.jsonl")
@@ -77,6 +79,7 @@ def test_ctrl_c_ends_a_batch_that_loads_and_keeps_its_job(config: Path, options:
     assert output.with_name("answers.jsonl.job").exists()
 
 
+@pytest.mark.slow
 async def test_a_second_signal_ends_a_server_beside_a_live_answer(tmp_path: Path) -> None:
     async def begin_and_stall(connection: Connection) -> None:
         await connection.start_stream()

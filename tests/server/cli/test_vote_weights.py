@@ -67,6 +67,7 @@ def test_weights_that_make_no_sense_are_refused(ensemble: Callable, tmp_path: Pa
     assert run.out == ""
 
 
+@pytest.mark.slow
 def test_fitted_weights_elect_better_than_equal_ones_on_recorded_answers(ensemble: Callable, tmp_path: Path) -> None:
     pool = DATA / "crowd_gsm8k_4sys.jsonl"
     gold = {row["id"]: row["answer"] for row in read_lines(pool.read_text(encoding="utf-8"))}

@@ -180,6 +180,7 @@ def test_the_null_checks_run_on_texts_and_on_sampled_tasks(done):
     assert 0 < shifted.largest_difference < 0.5, "other context, so other figures, and nearly the same ones"
 
 
+@pytest.mark.slow
 def test_the_best_member_gets_the_samples_that_the_ensembles_cost_buys(done):
     results, _ = done
     added = {name: arm for name, arm in results.arms.items() if arm.kind == "cost_matched"}
@@ -201,6 +202,7 @@ def test_what_is_measured_is_not_measured_again(done, folder, tiny):
     assert again.arms == done[0].arms
 
 
+@pytest.mark.slow
 def test_a_changed_text_is_measured_again_and_nothing_else(folder, tiny, done, tmp_path):
     import shutil
 
@@ -353,6 +355,7 @@ metric_list: [{{metric: acc}}]
     assert heard.measured == [] and not any(stage.startswith("lm_eval") for stage in heard.stages)
 
 
+@pytest.mark.slow
 def test_weights_and_shares_are_fitted_on_held_out_text_once_for_all_pools(tmp_path, tiny):
     pool = "method: probability_average, members: [base, red]"
     plan = f"""

@@ -146,6 +146,7 @@ def test_a_vote_teaches_its_answers_as_plain_text(config, chat, seen, tmp_path) 
     assert Card.load(tmp_path / "all") == card
 
 
+@pytest.mark.slow
 def test_answers_are_given_once_for_all_targets_and_beside_texts(config, chat, config_file, asked, tmp_path) -> None:
     distill(config, chat(), tmp_path / "one", Quiet())
     assert sorted(asked) == sorted(QUESTIONS)
@@ -157,6 +158,7 @@ def test_answers_are_given_once_for_all_targets_and_beside_texts(config, chat, c
     assert not any("answers" in stage for stage in listener.stages)
 
 
+@pytest.mark.slow
 def test_a_killed_run_asks_only_what_has_no_answer(config, chat, asked, tmp_path, monkeypatch) -> None:
     class Impatient(Quiet):
         def progress(self, done: int, total: int) -> None:
@@ -193,6 +195,7 @@ def refusing(status: int, message: str) -> Callable[..., Any]:
     return refuse
 
 
+@pytest.mark.slow
 def test_answers_that_failed_are_asked_for_again(config, chat, tmp_path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(runner, "answer_row", refusing(502, "member 'red' has stopped"))
@@ -204,6 +207,7 @@ def test_answers_that_failed_are_asked_for_again(config, chat, tmp_path, monkeyp
     assert counts.unanswered == 0
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_at_fault_itself_is_left_out(config, chat, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(runner, "answer_row", refusing(400, "too long for member 'red'"))
     [counts] = distill(config, chat(), tmp_path / "all", Quiet()).answers.values()
@@ -232,6 +236,7 @@ def test_a_student_without_a_template_is_refused(config, chat, tiny, tmp_path, m
         distill(config, chat(), tmp_path / "all", Quiet())
 
 
+@pytest.mark.slow
 def test_other_answers_than_the_checkpoints_are_refused(config, chat, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", 0)
     monkeypatch.setattr(training, "MOST_TIME_FOR_CHECKPOINTS", 1e9)

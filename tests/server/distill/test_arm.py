@@ -57,6 +57,7 @@ def run(plan: Path, **more: object) -> tuple[Results, Heard]:
     return asyncio.run(run_comparison(load_plan(plan), out, heard, **{"distiller": distilled_entry} | more)), heard
 
 
+@pytest.mark.slow
 def test_a_student_is_measured_beside_its_control_and_taught_once(plan: Path) -> None:
     results, heard = run(plan)
     assert {name: arm.error for name, arm in results.arms.items()} == dict.fromkeys(

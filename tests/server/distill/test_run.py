@@ -46,6 +46,7 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(next(folder.glob("*.safetensors")))
 
 
+@pytest.mark.slow
 def test_the_student_comes_closer_to_its_teacher_on_text_that_was_held_out(config, wanted: Wanted, tmp_path) -> None:
     listener = Quiet()
     card = distill(config, wanted(clm=0, epochs=20, learning_rate=0.01), tmp_path / "all", listener)
@@ -80,6 +81,7 @@ async def test_the_student_is_served_as_a_model_of_the_config(config_file, confi
         assert answer.choices[0].text
 
 
+@pytest.mark.slow
 def test_every_target_is_taught_from_what_was_read_once(config, wanted, tmp_path) -> None:
     first = Quiet()
     distill(config, wanted(steps=2), tmp_path / "mixture", first)
@@ -98,6 +100,7 @@ def test_every_target_is_taught_from_what_was_read_once(config, wanted, tmp_path
     assert len(seen) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ensemble", ["product", "contrast"])
 def test_a_geometric_pool_teaches_too(config, wanted, tmp_path, ensemble: str) -> None:
     card = distill(config, wanted(ensemble=ensemble, clm=0, epochs=10, learning_rate=0.01), tmp_path / "all", Quiet())

@@ -221,6 +221,7 @@ def cut(text, at):
     return [text[start:end] for start, end in pairwise(places)]
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @given(text=texts, at=cuts, form=st.sampled_from(NAMES))
 def test_where_the_text_is_cut_makes_no_difference(text, at, form):

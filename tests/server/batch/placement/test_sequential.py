@@ -29,6 +29,7 @@ from ensemble_server.server.batch.running.answering import answer
 from ensemble_server.server.config.blocks import Config
 from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.hosting import Hosting
+from tests.thinned import first_fast
 
 CHAT: Url = "/v1/chat/completions"
 
@@ -95,7 +96,9 @@ def shown(result: RowResult) -> tuple[Any, ...]:
     return result.status_code, choices, usage, result.request_id
 
 
-@pytest.mark.parametrize("changes", [{}, {"n": 6}, {"n": 4, "stop_when_decided": "text"}], ids=["plain", "n", "vote"])
+@pytest.mark.parametrize(
+    "changes", first_fast([{}, {"n": 6}, {"n": 4, "stop_when_decided": "text"}]), ids=["plain", "n", "vote"]
+)
 async def test_answers_are_those_of_members_that_are_all_resident(
     config: Config, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
@@ -110,6 +113,7 @@ async def test_answers_are_those_of_members_that_are_all_resident(
     assert all(result.is_ok for result in found.values())
 
 
+@pytest.mark.slow
 async def test_labels_are_averaged_over_members_that_were_never_loaded_together(config: Config, tmp_path: Path) -> None:
     body = {"model": "crowd", "prompt": "The fox is", "labels": ["quick", "lazy"], "content_free": {"prompt": "It is"}}
     rows = [Row(index, str(index), "/v1/classify", {**body, "prompt": f"Fox {index} is"}) for index in range(3)]
@@ -150,6 +154,7 @@ async def test_the_log_answers_another_vote_without_loading_anything(config: Con
     assert not [line for line in said if line.startswith("loading")]
 
 
+@pytest.mark.slow
 async def test_a_run_that_was_stopped_goes_on(config: Config, tmp_path: Path) -> None:
     rows = rows_of(["major"], 3)
     whole_folder = tmp_path / "whole"

@@ -459,6 +459,7 @@ async def test_an_answer_that_came_just_before_the_stop_is_kept(store: JobStore,
     assert texts(store) == ["Hello", None]
 
 
+@pytest.mark.slow
 async def test_a_deadline_ends_rows_with_what_they_have_and_they_run_again(
     tiny_config: dict[str, Any], store: JobStore
 ) -> None:

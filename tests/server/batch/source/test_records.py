@@ -110,6 +110,7 @@ def test_a_prompt_may_be_longer_than_the_csv_modules_default_limit(tmp_path: Pat
     assert len(record.values["text"]) == 200_000
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.text(min_size=1), st.text()), max_size=5))
 def test_what_a_csv_writer_wrote_is_read_back(rows: list[tuple[str, str]]) -> None:
     rows = [row for row in rows if not any("\0" in cell or "\r" in cell for cell in row)]

@@ -17,6 +17,7 @@ from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.hosting import Hosting
 from tests.conftest import SAMPLE
 from tests.server.compare.different_vocabularies import config_over
+from tests.thinned import first_fast
 
 TEXT = Documents(tuple(SAMPLE[start : start + 100] for start in range(0, 600, 100)), is_continuous=True)
 WINDOW = 64
@@ -154,7 +155,7 @@ def test_what_cannot_be_fitted_is_said_before_anything_is_loaded(tiny, name, err
         check_fittable(config_of(tiny, crowd=crowd, lonely=lonely), name)
 
 
-@pytest.mark.parametrize("pool", ["arithmetic", "geometric", "posterior"])
+@pytest.mark.parametrize("pool", first_fast(["posterior", "arithmetic", "geometric"]))
 async def test_members_of_different_vocabularies_are_weighed_by_their_evidence_for_bytes(tiny, tmp_path, pool) -> None:
     """The members' bits per byte on the same bytes tell which is the better one; the fit goes there."""
     config = config_over(

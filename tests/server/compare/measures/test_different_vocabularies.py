@@ -40,6 +40,7 @@ def pooled(name: str, evidence: np.ndarray) -> np.ndarray:
     return np.log(np.array([0.25, 0.75]) @ np.exp(evidence))
 
 
+@pytest.mark.slow
 async def test_bits_per_byte_are_the_pooled_evidence_of_plain_forwards(config: Config) -> None:
     async with Hosting.open(config) as hosting:
         arms = {name: name for name in ("mix", "adaptive", "product")}
@@ -98,6 +99,7 @@ async def test_a_text_that_a_member_cannot_read_is_a_reason_not_an_error(config:
     assert heard[-1][0] == heard[-1][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_chat", [False, True])
 async def test_options_are_chosen_by_the_evidence_of_their_bytes(config: Config, is_chat: bool) -> None:
     """In a chat each member reads its own rendering of it."""

@@ -16,6 +16,7 @@ from ensemble_server.server.compare.measures.windows import cut_windows
 from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.hosting import Hosting
 from tests.conftest import SAMPLE, make_model
+from tests.thinned import first_fast
 
 TEXT = Documents(tuple(SAMPLE[start : start + 150] for start in range(0, 600, 150)), is_continuous=True)
 WINDOW = 24
@@ -55,7 +56,7 @@ async def scored_by_prompts(hosting: Hosting, name: str, *, stride: int | None =
     return TextScores(nats, num_bytes, num_tokens)
 
 
-@pytest.mark.parametrize("stride", [None, 9])
+@pytest.mark.parametrize("stride", first_fast([9, None]))
 async def test_one_pass_gives_what_the_server_gives_for_each_window_as_a_prompt(tiny, stride) -> None:
     async with Hosting.open(config_of(tiny)) as hosting:
         arms = {name: name for name in ("llama", "red", *POOLS)}
@@ -69,6 +70,7 @@ async def test_one_pass_gives_what_the_server_gives_for_each_window_as_a_prompt(
         assert len({round(found.bits_per_byte, 6) for found in scores.values()}) == len(arms)
 
 
+@pytest.mark.slow
 async def test_selective_averages_are_scored_by_their_rule(tiny) -> None:
     """A threshold of 0 is the average, one out of reach the main member, and all are what prompts are given."""
     even = {"method": "probability_average", "members": ["llama", "red", "deep"]}

@@ -144,6 +144,7 @@ def test_every_recipe_that_ships_gives_a_model_with_all_its_files(merged: Merged
     assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della"])
 def test_a_random_merge_repeats_with_its_seed_wherever_it_lies(merged: Merged, tmp_path: Path, method: str) -> None:
     recipe = RECIPES / f"{method.replace('_', '-')}.yml"
@@ -166,6 +167,7 @@ def test_a_tokenizer_may_be_the_union_of_two(merged: Merged, tmp_path: Path) -> 
 # --- served ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["alone", "moe", "linear"])
 async def test_a_merge_is_served_as_an_ordinary_member(merged: Merged, demo: Config, recipe: str) -> None:
     folder = merged(recipe_of("linear", "code") if recipe == "alone" else RECIPES / f"{recipe}.yml")

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from ensemble_server.server.compare.merges import recipe_blocks
 from ensemble_server.server.compare.merges.methods import METHODS
 from ensemble_server.server.compare.merges.references import parse_reference
+from tests.thinned import first_fast
 
 IN_A_FRESH_PROCESS = """
 import sys
@@ -91,14 +92,16 @@ def test_what_is_no_model_is_refused(value) -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "told"),
-    [
-        ("merge_method: tie\nmodels: [{model: base}]", "there is no method 'tie'; did you mean 'ties'?"),
-        ("merge_method: linear\nmodels: [{model: base, parameters: {wait: 1}}]", "unknown parameter"),
-        ("merge_method: slerp\nbase_model: base\nmodels: [{model: base}]", "slerp takes 1 beside the base, got 0"),
-        ("merge_method: ties\nmodels: [{model: base}]", "base_model: ties needs one"),
-        ("merge_method: linear\ndtype: float23\nmodels: [{model: base}]", "there is no dtype 'float23'"),
-        ("merge_method: linear\nmodels: [{model: a+b+c}]", "is no model"),
-    ],
+    first_fast(
+        [
+            ("merge_method: tie\nmodels: [{model: base}]", "there is no method 'tie'; did you mean 'ties'?"),
+            ("merge_method: linear\nmodels: [{model: base, parameters: {wait: 1}}]", "unknown parameter"),
+            ("merge_method: slerp\nbase_model: base\nmodels: [{model: base}]", "slerp takes 1 beside the base, got 0"),
+            ("merge_method: ties\nmodels: [{model: base}]", "base_model: ties needs one"),
+            ("merge_method: linear\ndtype: float23\nmodels: [{model: base}]", "there is no dtype 'float23'"),
+            ("merge_method: linear\nmodels: [{model: a+b+c}]", "is no model"),
+        ]
+    ),
 )
 def test_a_wrong_recipe_is_refused_before_torch_is_imported(tmp_path: Path, recipe: str, told: str) -> None:
     (tmp_path / "recipe.yml").write_text(recipe, encoding="utf-8")

@@ -52,6 +52,7 @@ def test_the_markdown_is_the_one_that_was_read_and_approved(folder: Path) -> Non
     assert (folder / "report.md").read_text(encoding="utf-8") == GOLDEN.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_same_results_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     write_report(sample(), tmp_path)
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):

@@ -94,6 +94,7 @@ def test_a_plan_that_no_judge_can_follow_is_refused(tmp_path, tiny, change, mess
         load_plan(plan)
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_missing_loses_without_a_judge(tmp_path, tiny):
     from ensemble_server.server.compare.running.judging import _by_default
 

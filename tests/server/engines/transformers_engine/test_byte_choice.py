@@ -22,6 +22,7 @@ from ensemble_server.server.engines.transformers_engine.speller import Speller
 from ensemble_server.server.weights.spelled_vocabulary import spelled_vocabulary
 from tests.server.engines.transformers_engine.families import Families, PlainLattice, asked, expected_logprobs
 from tests.server.engines.transformers_engine.test_numerics import OnEngine
+from tests.thinned import first_fast
 
 TOLERANCE_NATS = 1e-3
 PROMPT = "The quick brown fo"
@@ -74,7 +75,7 @@ async def test_pieces_have_the_probability_that_plain_forwards_give_them(mixed, 
     assert answer.done.vocabulary == "bytes"
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "geometric with a negative weight", "posterior"])
+@pytest.mark.parametrize("name", first_fast(["posterior", "arithmetic", "geometric with a negative weight"]))
 async def test_alternatives_have_the_probability_that_plain_forwards_give_them(mixed, families, name):
     """Those of the pool, and each member's own; the text is what it is without them."""
     mixture = MIXTURES[name]
@@ -109,6 +110,7 @@ async def test_alternatives_have_the_probability_that_plain_forwards_give_them(m
     assert num_checked > 1
 
 
+@pytest.mark.slow
 async def test_alternatives_are_told_of_every_choice_and_of_whoever_shares_its_steps(families):
     mixture = Mixture({"llama": 1, "gemma": 1})
     options = {"n": 3, "temperature": 1, "seed": 5, "max_tokens": 5, "top_logprobs": 4}
@@ -143,6 +145,7 @@ async def test_a_learnt_share_follows_the_text_by_bytes(mixed):
     assert answer.done.vocabulary == "bytes" and np.ptp(weights[:, 0]) > 0
 
 
+@pytest.mark.slow
 async def test_requests_of_both_kinds_share_their_steps(families):
     """Chunked prefill, few places, background rows that pause: the same numbers."""
     with families.running(max_batch=3, prefill_chunk=4) as engine:

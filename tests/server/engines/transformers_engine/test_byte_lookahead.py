@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ class Setting:
             model.read(lattice, self.text)
         surface = self.models[0]
         self.vocabulary = SpelledVocabulary([*surface.tokens, b""], surface.order)
+        self.expected = cache(self.expected)
 
     def look_ahead(self, **options: int) -> Lookahead:
         ahead = Lookahead(self.lattices, self.pool, self.vocabulary, utf8.START, **options)

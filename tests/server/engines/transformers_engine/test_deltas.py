@@ -27,6 +27,7 @@ from ensemble_server.server.weights.deltas import read_delta
 from ensemble_server.server.weights.member_views import read_member_files
 from tests.conftest import make_model
 from tests.server.deltas.conftest import make_finetune
+from tests.thinned import first_fast
 
 VOCAB = 320
 TEXT = [7, 50, 301, 12, 12, 99, 240, 3, 64, 5, 200]
@@ -108,7 +109,7 @@ def check_rows(base: Path, backbone: Backbone, deltas: Mapping[str, Path]) -> No
         assert (expected[name] - expected[None]).abs().max() > 10 * NATS  # or the test would not tell them apart
 
 
-@pytest.mark.parametrize("base", ["llama", "gpt2", "qwen", "gemma"])
+@pytest.mark.parametrize("base", first_fast(["llama", "gpt2", "qwen", "gemma"]))
 def test_deltas_of_all_methods_in_one_batch_equal_plain_models(
     tiny: dict[str, Path], deltas_of: MakeDeltas, base: str
 ) -> None:
@@ -150,6 +151,7 @@ def test_biases_of_layers_are_the_members_own(tmp_path: Path) -> None:
     check_rows(base, load(base, deltas), deltas)
 
 
+@pytest.mark.slow
 def test_the_base_is_read_once_for_all_members(
     tiny: dict[str, Path], deltas_of: MakeDeltas, monkeypatch: pytest.MonkeyPatch
 ) -> None:

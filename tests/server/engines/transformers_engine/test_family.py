@@ -189,6 +189,7 @@ async def test_a_text_to_be_scored_by_all_may_only_have_tokens_of_all(engine: Tr
     assert set(widths) == {322}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["arithmetic", "arithmetic, the first has more", "geometric", "posterior"])
 async def test_a_draft_ends_before_a_token_that_not_all_have(
     engine: TransformersEngine, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str

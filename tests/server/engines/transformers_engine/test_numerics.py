@@ -11,6 +11,7 @@ import pytest
 from ensemble_server.ensembles.base import Answer, GenerationRequest, Mixture, Sampling, collect
 from ensemble_server.ensembles.pooling import effective_weights, posterior
 from ensemble_server.server.engines.transformers_engine.engine import TransformersEngine
+from tests.thinned import first_fast
 
 TOLERANCE_NATS = 1e-3
 PROMPTS = ("To be, or not", "def f(x):", "The quick brown fox jumps over the lazy dog. " * 3, "数学 😀")
@@ -86,7 +87,7 @@ async def test_each_mixture_equals_the_reference_one_by_one_and_batched(engine, 
         assert one.choices[0].token_ids == batched.choices[0].token_ids
 
 
-@pytest.mark.parametrize("prefill_chunk", [1, 3, 7, 64])
+@pytest.mark.parametrize("prefill_chunk", first_fast([64, 7, 3, 1]))
 async def test_prompt_chunks_of_any_size_change_nothing(running, reference, prefill_chunk):
     prompt = PROMPTS[2] if prefill_chunk > 3 else PROMPTS[2][:45]  # each chunk is a step
     with running(prefill_chunk=prefill_chunk, max_batch=3) as engine:
@@ -96,6 +97,7 @@ async def test_prompt_chunks_of_any_size_change_nothing(running, reference, pref
         check_against(reference, mixture, answer)
 
 
+@pytest.mark.slow
 async def test_rows_of_different_mixtures_join_and_leave_one_batch(running, reference):
     with running(max_batch=4, prefill_chunk=16) as engine:
 

@@ -12,6 +12,7 @@ from ensemble_server.ensembles.base import Answer, GenerationRequest, Mixture, S
 from ensemble_server.server.engines.engine import StepStats
 from ensemble_server.server.engines.transformers_engine.prefix_cache import BLOCK, Block, PrefixCache, block_keys
 from tests.server.engines.transformers_engine.test_numerics import MIXTURES, TOLERANCE_NATS, OnEngine, check_against
+from tests.thinned import first_fast
 
 SHOTS = tuple(np.random.default_rng(1).integers(3, 320, 3 * BLOCK + 5).tolist())
 QUESTIONS = [tuple(np.random.default_rng(seed).integers(3, 320, 11).tolist()) for seed in range(10, 14)]
@@ -48,7 +49,7 @@ class Counted:
         self.most_bytes = max(self.most_bytes, step.prefix_cache_bytes)
 
 
-@pytest.mark.parametrize("prefill_chunk", [7, 40, 512])
+@pytest.mark.parametrize("prefill_chunk", first_fast([40, 7, 512]))
 @pytest.mark.parametrize("mixture", MIXTURES.values(), ids=MIXTURES.keys())
 async def test_each_mixture_equals_the_reference_after_a_shared_prefix(running, reference, mixture, prefill_chunk):
     counted = Counted()
@@ -141,6 +142,7 @@ async def test_views_of_one_conversation_each_continue_their_own_prefix(running,
             assert view.logprob == pytest.approx(other.members[name].logprob, abs=TOLERANCE_NATS)
 
 
+@pytest.mark.slow
 async def test_a_follower_reads_on_when_its_leader_leaves(running, reference):
     with running(prefill_chunk=2) as engine:
         leader = asyncio.create_task(collect(OnEngine(engine, MIX), shot(QUESTIONS[0])))

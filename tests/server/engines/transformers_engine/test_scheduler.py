@@ -36,6 +36,7 @@ def rows_of(step: StepStats, mixture: Mixture) -> int:
     return sum(step.num_rows.get(name, 0) for name in mixture.weights)
 
 
+@pytest.mark.slow
 async def test_a_full_batch_makes_room_at_once_and_loses_nothing(running):
     with running(max_batch=4) as engine:
         alone = [(await collect(OnEngine(engine, ROWS), row(i))).choices[0].token_ids for i in range(6)]
@@ -68,6 +69,7 @@ async def test_a_batch_pauses_while_a_users_prompt_is_read(running):
     assert all(rows_of(step, ROWS) == 0 for step in reading)
 
 
+@pytest.mark.slow
 async def test_a_batch_goes_on_under_users_who_never_stop(running):
     """Two users hold both places and always read the next prompt; each ninth step has a row of the batch."""
     steps: list[StepStats] = []

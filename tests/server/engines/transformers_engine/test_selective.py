@@ -19,6 +19,7 @@ from ensemble_server.server.engines.transformers_engine.lagging_members import M
 from ensemble_server.server.engines.transformers_engine.step_costs import StepCosts
 from tests.reference import pooled
 from tests.server.engines.transformers_engine.test_numerics import PROMPTS, OnEngine, greedy
+from tests.thinned import first_fast
 
 TOLERANCE_NATS = 1e-3
 PLAIN = {
@@ -64,7 +65,7 @@ def check_same_text(ours: Answer, theirs: Answer) -> None:
         assert [t.logprob for t in one.tokens] == pytest.approx([t.logprob for t in other.tokens], abs=TOLERANCE_NATS)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", first_fast(RULES))
 async def test_a_threshold_of_zero_is_the_average_token_for_token(engine, eager, plain, rule):
     for request in (greedy(PROMPTS[2], 16), seeded()):
         ours = await collect(OnEngine(engine, replace(plain, when=When(**{rule: 0}))), request)
@@ -165,7 +166,7 @@ def mixed_text(reference, mixture: Mixture, rule: str, prompt: Sequence[int], te
     return None
 
 
-@pytest.mark.parametrize("seed", [None, 3], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("seed", first_fast([None, 3]), ids=["greedy", "seeded"])
 @pytest.mark.parametrize("rule", RULES)
 async def test_a_threshold_between_writes_what_the_reference_writes(
     engine, eager, reference, members, plain, rule, seed
@@ -245,7 +246,7 @@ CONTROLS = {
 
 
 @pytest.mark.parametrize("control", CONTROLS)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", first_fast(RULES))
 async def test_every_control_acts_as_where_all_read_every_token(engine, eager, monkeypatch, rule, control):
     for name in ("some of each", "posterior"):
         request = replace(seeded(**CONTROLS[control]), n=2)
@@ -277,6 +278,7 @@ async def test_a_stop_string_ends_an_answer_of_either_rule(engine, eager):
         assert answer.choices[0].stop_reason == stop
 
 
+@pytest.mark.slow
 async def test_rows_with_and_without_a_rule_share_a_batch(running, eager):
     with running(max_batch=6, drafts="text") as engine:
         jobs: list[tuple[Mixture, GenerationRequest]] = []

@@ -22,6 +22,7 @@ from ensemble_server.server.engines.transformers_engine.speculation import Specu
 from ensemble_server.server.engines.transformers_engine.step_costs import StepCosts
 from ensemble_server.server.engines.transformers_engine.trust import Trust
 from tests.server.engines.transformers_engine.test_numerics import MIXTURES, PROMPTS, OnEngine, check_against, greedy
+from tests.thinned import first_fast
 
 TOLERANCE_NATS = 1e-3
 DRAFTED = [
@@ -106,15 +107,18 @@ async def test_seeded_answers_equal_those_without_drafts(engine, drafting):
 
 @pytest.mark.parametrize(
     "sampling",
-    [
-        {"top_p": 0.6},
-        {"top_k": 3, "min_p": 0.1},
-        {"presence_penalty": 1.5, "frequency_penalty": 0.3, "repetition_penalty": 1.2},
-        {"stop_token_ids": (61,), "min_tokens": 9},
-        {"max_tokens": 1},
-        {"max_tokens": 2},
-        {"temperature": 0, "logit_bias": {}},
-    ],
+    first_fast(
+        [
+            {"top_p": 0.6},
+            {"top_k": 3, "min_p": 0.1},
+            {"presence_penalty": 1.5, "frequency_penalty": 0.3, "repetition_penalty": 1.2},
+            {"stop_token_ids": (61,), "min_tokens": 9},
+            {"max_tokens": 1},
+            {"max_tokens": 2},
+            {"temperature": 0, "logit_bias": {}},
+        ],
+        3,
+    ),
     ids=str,
 )
 async def test_every_control_acts_as_without_drafts(engine, drafting, sampling):
@@ -133,6 +137,7 @@ async def test_stop_strings_end_an_answer_in_the_middle_of_a_draft(engine, draft
         check_equal(*[await collect(OnEngine(each, mixture), request) for each in (drafting.engine, engine)])
 
 
+@pytest.mark.slow
 async def test_structured_output_is_what_it_is_without_drafts(engine, drafting):
     schema = {
         "type": "array",
@@ -155,6 +160,7 @@ async def test_structured_output_is_what_it_is_without_drafts(engine, drafting):
     assert drafting.num_accepted > 0
 
 
+@pytest.mark.slow
 async def test_choices_of_one_request_draft_each_for_itself(engine, drafting):
     request = replace(sampled(), n=5)
     mixture = MIXTURES["posterior"]
@@ -162,6 +168,7 @@ async def test_choices_of_one_request_draft_each_for_itself(engine, drafting):
     assert drafting.num_accepted > 0
 
 
+@pytest.mark.slow
 async def test_rows_with_and_without_drafts_share_a_batch(engine, drafting):
     jobs = [
         (mixture, replace(sampled(prompt, seed=seed, max_tokens=8 + 3 * seed), priority=seed % 2))
@@ -189,6 +196,7 @@ async def test_a_draft_makes_fewer_steps_and_counts_what_members_forwarded(draft
         assert forwarded == answer.done.usage.prompt_tokens + 29 - accepted + drafted
 
 
+@pytest.mark.slow
 async def test_what_was_drafted_wrongly_leaves_no_trace_in_the_cache(drafting, members, monkeypatch):
     """Keys and values of every token are those of a member that reads the text in one go."""
     seen: list[tuple[LiveChoice, int]] = []
@@ -210,6 +218,7 @@ async def test_what_was_drafted_wrongly_leaves_no_trace_in_the_cache(drafting, m
     assert sum(num_wrong for _, num_wrong in seen) > 10
 
 
+@pytest.mark.slow
 async def test_draws_follow_the_mixtures_distribution(drafting, reference, members):
     """χ² of 1,000 answers of three tokens, among three tokens: 27 outcomes, each behind a text that is drafted from."""
     from scipy.stats import chisquare

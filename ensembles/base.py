@@ -166,6 +166,62 @@ class When(BaseModel):
         return self
 
 
+GATE_FEATURES = ("entropy", "distance", "recent_4", "recent_16", "recent_64", "posterior", "early_posterior")
+GATE_CONTEXT = ("bias", "spread", "mean_entropy", "early", "entropy")
+
+
+class GateTerm(BaseModel):
+    """A feature that counts alike for all members: `weight` per `scale` of it (one standard deviation in training)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scale: float = Field(gt=0, allow_inf_nan=False)
+    weight: float = Field(allow_inf_nan=False)
+
+
+class GateContext(BaseModel):
+    """`mean` and `scale` of a feature that counts for each member in its own way, as they were in training."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mean: float = Field(allow_inf_nan=False)
+    scale: float = Field(gt=0, allow_inf_nan=False)
+
+
+class GateMember(BaseModel):
+    """`identity`: of the member's entry in the config; `prior`: its weight, as a part of 1; `slopes`: what each feature
+    of the context counts for it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    identity: str
+    prior: float = Field(gt=0, le=1, allow_inf_nan=False)
+    slopes: Mapping[str, Annotated[float, Field(allow_inf_nan=False)]]
+
+
+class Gate(BaseModel):
+    """What `ensemble fit --gate` has learnt: it moves a posterior pool's weights, token by token (`pooling.gated`).
+
+    `share`: of the posterior pool that it was trained on top of. `features`, `context`: what they are is said there.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    share: float | Literal["auto"]
+    features: Mapping[str, GateTerm]
+    context: Mapping[str, GateContext]
+    members: Mapping[str, GateMember] = Field(min_length=2)
+
+    @model_validator(mode="after")
+    def _knows_its_features(self) -> Gate:
+        slopes = {f"members.{name}.slopes": (member.slopes, GATE_CONTEXT) for name, member in self.members.items()}
+        parts = {"features": (self.features, GATE_FEATURES), "context": (self.context, GATE_CONTEXT), **slopes}
+        for at, (found, wanted) in parts.items():
+            if set(found) != set(wanted):
+                raise ValueError(f"{at} must be {', '.join(wanted)}; it has {', '.join(found)}; train the gate again")
+        return self
+
+
 @dataclass(frozen=True)
 class Mixture:
     """Which members run, with which weights, and how their distributions are pooled. Weights of zero are left out.
@@ -175,6 +231,7 @@ class Mixture:
     `vocabulary`: "auto" pools over tokens where all members have the same, else over bytes; "bytes" always does that.
     `heals`: whether members that are pooled over bytes begin before the last word of a raw prompt.
     `when`: where members have a say besides the main one; None: everywhere.
+    `gate` (posterior only): what moves the weights that follow the text at each token; None: nothing does.
     """
 
     weights: Mapping[str, float]
@@ -183,6 +240,7 @@ class Mixture:
     vocabulary: Literal["auto", "bytes"] = "auto"
     heals: bool = True
     when: When | None = None
+    gate: Gate | None = None
 
     @property
     def main(self) -> str:

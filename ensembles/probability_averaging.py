@@ -6,9 +6,11 @@ When it helps: members that know different things (fine-tunes of one base, model
 forward of each member per token; members that are adapters of one base share theirs. Needs: members on one host.
 Members of different vocabularies are averaged over text, byte by byte: p(byte) in place of p(token), each member's own
 tokens summed out (`ensembles.spelling`). The pools and their formulas are in `ensembles.pooling`. With `when` the
-member that weighs most writes, and the others have a say only where the rule says (`ensembles.pooling.selective`). A
-request may override `weights`, `pool`, `share` and `when`, and with `heal: false` that members of different
-vocabularies begin before a raw prompt's last word.
+member that weighs most writes, and the others have a say only where the rule says (`ensembles.pooling.selective`). With
+`gate` the weights of a posterior pool are moved at each token by what was learnt from text (`ensembles.pooling.gated`).
+A request may override `weights`, `pool`, `share` and `when`, and with `heal: false` that members of different
+vocabularies begin before a raw prompt's last word. The gate holds for the pool that it was trained for: a request with
+`weights`, `pool` or `share` of its own is answered without it.
 
 Reference: Stone, "The opinion pool", 1961 (arithmetic); Hinton, "Products of experts", 1999 (geometric);
 Herbster & Warmuth, "Tracking the best expert", 1998 (posterior with fixed share).
@@ -18,13 +20,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, model_validator
 
 from ensemble_server.ensembles.base import (
     DistributionModel,
     Event,
+    Gate,
     GenerationRequest,
     Mixture,
     Model,
@@ -38,6 +41,7 @@ from ensemble_server.ensembles.overrides import check_keys, check_overrides
 OVERRIDABLE = ("weights", "pool", "share", "when")
 POOLS = ("arithmetic", "geometric", "posterior")
 AUTO = "auto"
+PRIOR_TOLERANCE = 1e-4  # weights in a config have four decimals where they were fitted
 MAX_WEIGHT = 1e6  # in size; a log-probability times a weight must fit into float32 with digits to spare
 
 
@@ -62,6 +66,8 @@ class ProbabilityAverage(Method):
     overridable = OVERRIDABLE
 
     class Config(MethodConfig):
+        yaml_files: ClassVar[tuple[str, ...]] = ("gate",)
+
         pool: PoolName = Field(default="arithmetic", description="arithmetic | geometric | posterior")
         share: Share = Field(
             default=0.0,
@@ -78,9 +84,22 @@ class ProbabilityAverage(Method):
             "{disagree: 0 to 1}; default: everywhere",
         )
 
+        gate: Gate | None = Field(
+            default=None,
+            description="posterior only: what `ensemble fit --gate` learnt, which moves the weights at each token; the "
+            "path of its YAML file",
+        )
+
         @model_validator(mode="after")
         def _weights_fit_the_pool(self) -> ProbabilityAverage.Config:
-            mixture_of(self.members, self.pool, self.share)
+            mixture = mixture_of(self.members, self.pool, self.share)
+            if self.gate is not None:
+                _check_gate(self.gate, mixture)
+                if self.when is not None or self.vocabulary == "bytes":
+                    other = "`vocabulary: bytes`" if self.when is None else "`when`"
+                    raise ValueError(
+                        f"gate: weighs all members at every token, which {other} does not go with; choose one"
+                    )
             if self.when is not None and self.vocabulary == "bytes":
                 raise ValueError("when: is for members that are averaged over tokens; leave out `vocabulary: bytes`")
             return self
@@ -106,10 +125,12 @@ class ProbabilityAverage(Method):
         if len(hosts) != 1:
             raise ModelLoadError(f"model {name!r}: its members are not on one host")
         self.host = hosts.pop()
-        self.mixture = replace(
-            mixture_of(config.members, config.pool, config.share), vocabulary=config.vocabulary, when=config.when
+        plain = mixture_of(config.members, config.pool, config.share)
+        gate = config.gate and config.gate.model_copy(
+            update={"members": {member: config.gate.members[member] for member in plain.weights}}  # in their order
         )
-        everyone = Mixture(dict.fromkeys(self.members, 1.0), vocabulary=config.vocabulary, when=config.when)
+        self.mixture = replace(plain, vocabulary=config.vocabulary, when=config.when, gate=gate)
+        everyone = Mixture(dict.fromkeys(self.members, 1.0), vocabulary=config.vocabulary, when=config.when, gate=gate)
         self.host.check(everyone)  # a request may call in members of weight zero
         self.max_model_len = self.host.max_model_len(self.mixture)
 
@@ -146,6 +167,29 @@ def mixture_of(weights: Mapping[str, float], pool: PoolName, share: float | Lite
     return Mixture({member: float(weight) for member, weight in weights.items() if weight}, pool, share)
 
 
+def _check_gate(gate: Gate, mixture: Mixture) -> None:
+    """Raise `ValueError` unless `gate` was trained for this pool: its members, their weights and its share."""
+    if mixture.pool != "posterior":
+        raise ValueError(f"gate: moves the weights of a posterior pool; {mixture.pool} has no such weights")
+    if strangers := sorted(set(gate.members) ^ set(mixture.weights)):
+        raise ValueError(
+            f"gate: was trained for {', '.join(gate.members)}; the pool has {', '.join(mixture.weights)}, they "
+            f"differ in {strangers[0]!r}; train it again with `ensemble fit --gate`"
+        )
+    total = sum(mixture.weights.values())
+    for name, weight in mixture.weights.items():
+        if abs(weight / total - gate.members[name].prior) > PRIOR_TOLERANCE:
+            raise ValueError(
+                f"gate: was trained with a weight of {gate.members[name].prior:.4g} for {name!r}, of 1 in all; here it "
+                f"has {weight / total:.4g}; train it again with `ensemble fit --gate`"
+            )
+    if gate.share != mixture.share:
+        raise ValueError(
+            f"gate: was trained with `share: {gate.share}`, the pool has {mixture.share}; write that share, or train "
+            "the gate again with `ensemble fit --gate`"
+        )
+
+
 def overridden(mixture: Mixture, members: Sequence[str], overrides: Mapping[str, Any]) -> Mixture:
     """`mixture` with the request's weights, pool, share and `when` in place of its own.
 
@@ -172,7 +216,14 @@ def overridden(mixture: Mixture, members: Sequence[str], overrides: Mapping[str,
     if not isinstance(heals, bool):
         raise RequestError(f"ensemble.heal must be true or false, got {heals!r}", param="ensemble.heal")
     when = _checked_when(overrides["when"]) if "when" in overrides else mixture.when
-    return replace(wanted, vocabulary=mixture.vocabulary, heals=heals, when=when)
+    gate = None if {"weights", "pool", "share"} & overrides.keys() else mixture.gate
+    if gate is not None and when is not None:
+        raise RequestError(
+            "ensemble.when: the gate of this ensemble weighs all members at every token; with weights, a pool or a "
+            "share of its own a request is answered without it",
+            param="ensemble.when",
+        )
+    return replace(wanted, vocabulary=mixture.vocabulary, heals=heals, when=when, gate=gate)
 
 
 def _checked_when(value: Any) -> When | None:

@@ -19,6 +19,7 @@ from ensemble_server.server.cli.completion import ensemble_names
 
 if TYPE_CHECKING:
     from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
+    from ensemble_server.server.compare.deciding.gates import JudgedGate
     from ensemble_server.server.compare.deciding.held_back import JudgedFit
     from ensemble_server.server.compare.measures.documents import Documents
     from ensemble_server.server.config.blocks import Config
@@ -55,11 +56,15 @@ def fit(
         int, typer.Option(min=1, help="Geometric pool: memory (MiB) for the sample of positions that is fitted to.")
     ] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Of that sample, and of the interval.")] = 0,
+    gate: Annotated[
+        bool, typer.Option("--gate", help="Posterior pool: train a gate that moves its weights at each token.")
+    ] = False,
 ) -> None:
     """Fit the weights of a probability average to development text, and say what they gain on text held back.
 
     Prints them; --out and --in-place also write them into a config, whose comments stay. Of a posterior pool the share
-    is fitted. Never fit to text that you will measure on.
+    is fitted, and with --gate a gate is trained, which is written into a file beside the config. Never fit to text that
+    you will measure on.
     """
     from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
     from ensemble_server.server.compare.deciding.fitting import check_fittable
@@ -76,6 +81,8 @@ def fit(
             f"must be in the folder of {config}, because relative paths in it start there", param_hint="--out"
         )
     loaded = load_config(config)
+    if gate:
+        loaded = _without_gate(loaded, name)
     check_fittable(loaded, name)
     entry = loaded.models[name]
     assert isinstance(entry, ProbabilityAverage.Config), "nothing else can be fitted"
@@ -83,7 +90,21 @@ def fit(
         raise typer.BadParameter(
             f"{name!r} is {entry.pool}; only a geometric pool takes free weights", param_hint="--free"
         )
+    if gate and entry.pool != "posterior":
+        raise typer.BadParameter(
+            f"{name!r} is {entry.pool}; a gate moves the weights of a posterior pool", param_hint="--gate"
+        )
     texts = [read_documents(path, min_bytes=document_bytes) for path in files]
+    target = config if in_place else out
+    if gate:
+        from ensemble_server.server.cli.fit_gate import gate_lines, write_gate
+
+        trained = asyncio.run(_train_gate(loaded, name, texts, {"window": window, "stride": stride, "seed": seed}))
+        for line in gate_lines(name, trained):
+            typer.echo(line)
+        if target is not None:
+            typer.echo(f"wrote {write_gate(config, target, name, trained)} and {target}")
+        return
     settings = {
         "window": window,
         "stride": stride,
@@ -97,7 +118,6 @@ def fit(
     if free and min(judged.fitted.weights.values()) >= 0:
         typer.echo("no weight is negative, so the pool would scale these to sum to one: fit without --free", err=True)
         raise typer.Exit(1)
-    target = config if in_place else out
     if target is not None:
         _write(config, target, name, judged)
         typer.echo(f"wrote {target}")
@@ -111,6 +131,26 @@ async def _fit(config: Config, name: str, texts: Sequence[Documents], settings: 
     async with Hosting.open(excerpt(config, [name])) as hosting:
         with _progress() as on_progress:
             return await fit_and_judge(hosting, name, texts, on_progress=on_progress, **settings)
+
+
+async def _train_gate(config: Config, name: str, texts: Sequence[Documents], settings: dict[str, Any]) -> JudgedGate:
+    from ensemble_server.server.compare.deciding.gates import fit_and_judge_gate
+    from ensemble_server.server.config.excerpt import excerpt
+    from ensemble_server.server.hosting import Hosting
+
+    async with Hosting.open(excerpt(config, [name])) as hosting:
+        with _progress() as on_progress:
+            return await fit_and_judge_gate(hosting, name, texts, on_progress=on_progress, **settings)
+
+
+def _without_gate(config: Config, name: str) -> Config:
+    """A gate is trained anew for the pool itself, whatever gate it had."""
+    from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
+
+    entry = config.models.get(name)
+    if not isinstance(entry, ProbabilityAverage.Config):
+        return config
+    return config.model_copy(update={"models": {**config.models, name: entry.model_copy(update={"gate": None})}})
 
 
 @contextmanager

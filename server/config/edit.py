@@ -7,6 +7,7 @@ alias, a merge key) is refused, because it would change other entries, too.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -36,7 +37,17 @@ def with_share(text: str, model: str, share: float) -> str:
     root, entry = _entry(text, model)
     _check_alone(root, [entry], model)
     assert isinstance(entry, yaml.MappingNode), "a model with a share is a map of its keys"
-    return _edited(text, root, model, [_share_edit(entry, share, model)], {"share": float(_number(share))})
+    return _edited(
+        text, root, model, [_entry_edit(entry, "share", _number(share), model)], {"share": float(_number(share))}
+    )
+
+
+def with_gate(text: str, model: str, share: float, path: str) -> str:
+    """`text`, a config, whose posterior pool `models.<model>` has this share and the gate in the file `path`. Raises as
+    `with_weights` does."""
+    text = with_share(text, model, share)
+    root, entry = _entry(text, model)
+    return _edited(text, root, model, [_entry_edit(entry, "gate", json.dumps(path), model)], {"gate": path})
 
 
 Edit = tuple[int, int, str]  # characters from, to, and what comes in their place
@@ -89,16 +100,17 @@ def _member_edits(
         yield members.end_mark.index - 1, members.end_mark.index, "}"
 
 
-def _share_edit(entry: yaml.MappingNode, share: float, model: str) -> Edit:
+def _entry_edit(entry: yaml.MappingNode, name: str, written: str, model: str) -> Edit:
+    """The key `name` of a posterior pool with this value: in the place of its old one, or before `pool`."""
     for key, value in entry.value:
-        if key.value == "share":
-            return value.start_mark.index, value.end_mark.index, _number(share)
+        if key.value == name:
+            return value.start_mark.index, value.end_mark.index, written
     before = _key(entry, "pool")
     if before is None:
-        raise ConfigError(f"models.{model}: has no key `pool`, so it is not a posterior pool and has no share")
+        raise ConfigError(f"models.{model}: has no key `pool`, so it is not a posterior pool and has no {name}")
     start = before.start_mark.index
     gap = ", " if entry.flow_style else "\n" + " " * before.start_mark.column
-    return start, start, f"share: {_number(share)}{gap}"
+    return start, start, f"{name}: {written}{gap}"
 
 
 def _number(value: float) -> str:

@@ -30,6 +30,7 @@ from ensemble_server.server.config.blocks import (
     ServerConfig,
     VllmEngineConfig,
 )
+from ensemble_server.server.config.gates import gate_problems
 from ensemble_server.server.config.problems import findings, nearest
 from ensemble_server.server.config.references import key_problems, nesting_problems, reference_problems
 from ensemble_server.server.config.strict_yaml import expand_variables, read_yaml
@@ -112,6 +113,7 @@ def _parse(data: Any, *, source: Path, problems: list[str]) -> Config:
         problems += key_problems(server, [name for name in entries if isinstance(name, str)])
     if server is not None and not problems:
         problems += nesting_problems(models, server)
+        problems += gate_problems(models, folder)
         if not any(model.listed for model in models.values()):
             problems.append("models: every one has `listed: false`; at least one must be listed")
     if problems:

@@ -139,6 +139,11 @@ def _teacher_of(config: Config, wanted: Distillation) -> Mixture | None:
                 f"{name!r} has `when`: what is taught is the average itself; name one without it (its cost is that of "
                 "reading each text once)"
             )
+        if entry.gate is not None:
+            raise ConfigError(
+                f"{name!r} has `gate`: what is taught is what the members gave, weighed as the text goes on; name an "
+                "ensemble without it, the posterior pool itself"
+            )
         return mixture_of(entry.members, entry.pool, entry.share)
     what = f"{name!r} gives text, not next-token distributions: only a probability_average can teach what it expects"
     if wanted.text:

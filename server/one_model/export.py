@@ -44,6 +44,11 @@ def export(config: Config, name: str, folder: Path, *, copy: bool = False) -> No
             f"model {name!r}: when: an exported model runs all of its members at every token; leave it out to export "
             "the average itself"
         )
+    if ensemble.gate is not None:
+        raise ConfigError(
+            f"model {name!r}: gate: an exported model's weights follow the text and nothing else; leave it out to "
+            "export the posterior pool itself"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not an empty folder; choose another, or remove it first")
     entries = {member: _hosted(config, name, member) for member in ensemble.members}

@@ -43,11 +43,16 @@ def averaged_over(mixture: Mixture, members: Sequence[Speller]) -> AveragedOver:
             return "tokens"
     except ModelLoadError:  # of no family, but their texts may be averaged
         pass
+    names = ", ".join(member.name for member in members)
     if mixture.when is not None:
         raise ModelLoadError(
-            f"when: members of different vocabularies ({', '.join(member.name for member in members)}) are averaged "
-            "over the bytes of their text, where all have to read all; leave out `when`, or choose members of one "
-            "vocabulary"
+            f"when: members of different vocabularies ({names}) are averaged over the bytes of their text, where all "
+            "have to read all; leave out `when`, or choose members of one vocabulary"
+        )
+    if mixture.gate is not None:
+        raise ModelLoadError(
+            f"gate: members of different vocabularies ({names}) are averaged over the bytes of their text, and a gate "
+            "weighs tokens; leave out `gate`, or choose members of one vocabulary"
         )
     for member in members:
         spelled_vocabulary(member)

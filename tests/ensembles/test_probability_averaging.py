@@ -14,6 +14,7 @@ from ensemble_server.ensembles.base import Done, Event, GenerationRequest, Mixtu
 from ensemble_server.ensembles.errors import ModelLoadError, RequestError, UnsupportedError
 from ensemble_server.ensembles.method import Services
 from ensemble_server.ensembles.probability_averaging import ProbabilityAverage, mixture_of, overridden
+from tests.gates import a_gate
 
 
 @dataclass(eq=False)
@@ -303,3 +304,38 @@ def test_any_override_is_a_valid_mixture_or_a_request_error(overrides: dict[str,
     else:
         assert mixture == mixture_of(mixture.weights, mixture.pool, mixture.share)
         assert set(mixture.weights) <= set(MEMBERS)
+
+
+# --- a gate ----------------------------------------------------------------------------------------------------------
+
+TWO = {"base": 1.0, "code": 3.0}
+GATED = {"members": TWO, "pool": "posterior", "share": 0.05}
+
+
+async def test_a_gate_goes_with_the_pool_that_it_was_trained_for_and_with_no_other() -> None:
+    host = RecordingHost()
+    gate = a_gate({"code": 3, "base": 1})  # in the order of the members, whatever its own
+    mix = average(host, **GATED, gate=gate)
+    assert list(mix.mixture.gate.members) == ["base", "code"]
+    assert host.checked[0].gate == mix.mixture.gate
+    for changes in ({}, {"weights": TWO}, {"pool": "arithmetic"}, {"share": 0.05}):
+        await collect(mix, request(**changes))
+        assert host.ran[-1][0].gate == (None if changes else mix.mixture.gate)
+    with pytest.raises(RequestError, match=r"ensemble\.when: the gate"):
+        mix.generate(request(when={"entropy": 1}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"pool": "arithmetic", "share": 0}, "posterior pool; arithmetic has no such weights"),
+        ({"members": {"base": 1, "other": 3}}, "was trained for base, code; the pool has base, other.*'code'"),
+        ({"members": {"base": 1, "code": 1}}, "a weight of 0.25 for 'base', of 1 in all; here it has 0.5"),
+        ({"share": 0.1}, "trained with `share: 0.05`, the pool has 0.1"),
+        ({"when": {"entropy": 1}}, "`when` does not"),
+        ({"vocabulary": "bytes"}, "`vocabulary: bytes` does not"),
+    ],
+)
+def test_a_gate_for_another_pool_is_refused_by_name(changes, problem) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        ProbabilityAverage.Config(method="probability_average", **GATED | changes, gate=a_gate(TWO))

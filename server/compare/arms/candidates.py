@@ -171,6 +171,7 @@ def _described(candidate: Candidate, entry: ModelEntry) -> str:
         pool = getattr(entry, "pool", None)
         share = getattr(entry, "share", 0)
         settings = [*([pool] if pool else []), *([f"share {share}"] if share or pool == "posterior" else [])]
+        settings += ["gate"] if getattr(entry, "gate", None) is not None else []
         settings += ["fitted"] if candidate.is_fitted else []
         return f"{entry.method} of {', '.join(entry.members)}" + (f" ({', '.join(settings)})" if settings else "")
     if (wanted := candidate.arm.distill) is not None:

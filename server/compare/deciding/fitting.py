@@ -21,7 +21,7 @@ from ensemble_server.ensembles.base import Mixture, MixtureHost, PoolName
 from ensemble_server.ensembles.errors import ConfigError
 from ensemble_server.ensembles.fitting.em import fit_arithmetic
 from ensemble_server.ensembles.fitting.share import fit_share
-from ensemble_server.ensembles.pooling import effective_weights
+from ensemble_server.ensembles.pooling import effective_weights, gated
 from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
 from ensemble_server.ensembles.spelling import ROW
 from ensemble_server.server.compare.measures.documents import Documents
@@ -75,12 +75,14 @@ class MemberReading:
     """One text as the members read it. `logprobs`: what they gave the tokens of each window but its first, (K, t); or
     its bytes, where they have different vocabularies.
 
-    `is_counted`: whether each of these tokens is one to fit to, (t,) of bool for each window.
+    `is_counted`: whether each of these tokens is one to fit to, (t,) of bool for each window; `views`: what a gate
+    knows of each of them, (2, K, t) of the members that are not at rest, if that was asked for (`pooling.gated.views`).
     """
 
     windows: Sequence[Window | TextWindow]
     logprobs: Sequence[np.ndarray]
     is_counted: Sequence[np.ndarray]
+    views: Sequence[np.ndarray] = ()
 
 
 @dataclass
@@ -107,6 +109,18 @@ class _PositionSample:
                 yield logprobs[:, part].float(), targets[part]
 
 
+@dataclass
+class _Views:
+    """`rows`: of the members that are not at rest."""
+
+    rows: Sequence[int]
+    by_window: list[np.ndarray] = field(default_factory=list)
+
+    def keep(self, logprobs: torch.Tensor) -> None:
+        """The next chunk of the last window."""
+        self.by_window[-1] = np.concatenate([self.by_window[-1], gated.views(logprobs[self.rows])], axis=2)
+
+
 def check_fittable(config: Config, model_name: str) -> None:
     """Raise `UnknownModelError` or `ConfigError` that says why there is nothing to fit. Looks at the config only."""
     entry = model_named(config, model_name, param="model")
@@ -114,6 +128,11 @@ def check_fittable(config: Config, model_name: str) -> None:
         raise ConfigError(
             f"model {model_name!r} has no weights that text could decide: only a probability_average pools next-token "
             "distributions"
+        )
+    if entry.gate is not None:
+        raise ConfigError(
+            f"model {model_name!r} has a gate, which was trained for its share; leave `gate` out, and train it anew "
+            "with --gate once the share is fitted"
         )
     if len(entry.members) < 2:
         raise ConfigError(f"model {model_name!r} has one member, {min(entry.members)!r}: there is nothing to weigh")
@@ -158,8 +177,10 @@ class WeightFit:
         sample_bytes: int = SAMPLE_BYTES,
         seed: int = 0,
         on_progress: Callable[[int, int], None] | None = None,
+        keeps_views: bool = False,
     ) -> WeightFit:
         """Let the members read `texts`. `counted`: for each text, which of its documents to fit to (bool); default all.
+        `keeps_views`: whether what a gate has to know is kept.
 
         Raises `ConfigError` if the model cannot be fitted, or the window is longer than its context.
         """
@@ -180,22 +201,23 @@ class WeightFit:
             )
             for documents in texts
         ]
-        masks = [_counted(windows, None if counted is None else counted[n]) for n, windows in enumerate(cut)]
+        masks = [counted_tokens(windows, None if counted is None else counted[n]) for n, windows in enumerate(cut)]
         sample = _PositionSample({})
         if model.mixture.pool == "geometric":
             limit = sample_bytes // (2 * len(model.members) * (ROW if is_over_bytes else surface.vocab_size))
             sample = _PositionSample(_drawn([mask for of_text in masks for mask in of_text], limit, seed))
+        weighed = [model.members.index(member) for member in model.mixture.weights]
         num_windows, done = sum(len(windows) for windows in cut), 0
         readings = []
         for windows, of_text in zip(cut, masks, strict=True):
-            logprobs = []
+            logprobs, views = [], _Views(weighed) if keeps_views else None
             for piece in windows:
-                logprobs.append(await _read(model.host, model.members, piece, done, sample))
+                logprobs.append(await _read(model.host, model.members, piece, done, sample, views))
                 done += 1
                 if on_progress is not None:
                     on_progress(done, num_windows)
             known = [mask[len(mask) - part.shape[1] :] for mask, part in zip(of_text, logprobs, strict=True)]
-            readings.append(MemberReading(windows, logprobs, known))
+            readings.append(MemberReading(windows, logprobs, known, () if views is None else views.by_window))
         return cls(model, readings, sample, "byte" if is_over_bytes else "token")
 
     def solve(self, constraint: Constraint = "simplex") -> FittedWeights:
@@ -225,7 +247,7 @@ class WeightFit:
         return FittedWeights(pool, weights, None, found.nats_per_token, found.num_tokens, self.unit)
 
 
-def _counted(windows: Sequence[Window | TextWindow], documents: np.ndarray | None) -> list[np.ndarray]:
+def counted_tokens(windows: Sequence[Window | TextWindow], documents: np.ndarray | None) -> list[np.ndarray]:
     """For each window: which of its tokens but the first, or its bytes, are scored there and belong to a document that
     counts."""
     masks = []
@@ -246,17 +268,26 @@ def _drawn(masks: Sequence[np.ndarray], limit: int, seed: int) -> dict[int, np.n
 
 
 async def _read(
-    host: MixtureHost, members: Sequence[str], window: Window | TextWindow, index: int, sample: _PositionSample
+    host: MixtureHost,
+    members: Sequence[str],
+    window: Window | TextWindow,
+    index: int,
+    sample: _PositionSample,
+    views: _Views | None,
 ) -> np.ndarray:
     """What each member gave the tokens of a window but its first, or its bytes: (K, t) float64. Sampled positions are
-    kept."""
+    kept, and so is what a gate knows of each token if it has to be."""
     parts = [np.zeros((len(members), 0))]
+    if views is not None:
+        views.by_window.append(np.zeros((2, len(views.rows), 0)))
 
     def visit(logprobs: torch.Tensor, targets: torch.Tensor) -> None:
         read = sum(part.shape[1] for part in parts)
         if isinstance(window, TextWindow):  # shown at once, without the first few that not all members expect
             read = window.num_read - len(targets)
         sample.keep(index, read, logprobs, targets)
+        if views is not None:
+            views.keep(logprobs)
         picked = logprobs.gather(2, targets[None, :, None].expand(len(logprobs), -1, 1))
         parts.append(picked[..., 0].double().cpu().numpy())
 

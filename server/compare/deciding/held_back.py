@@ -80,7 +80,7 @@ async def fit_and_judge(
     }
     scores = await _scores(fit, texts, pools)
     held_back = {
-        name: _joined([_only(found, ~half) for found, half in zip(of_texts, is_fitted, strict=True)])
+        name: joined([only(found, ~half) for found, half in zip(of_texts, is_fitted, strict=True)])
         for name, of_texts in scores.items()
     }
     before, after = held_back["before"], held_back["after"]
@@ -99,7 +99,7 @@ async def fit_and_judge(
         ),
         sum(int(half.sum()) for half in is_fitted),
         num_held_back,
-        shared_sequences(_chosen(texts, is_fitted, False), _chosen(texts, is_fitted, True)),
+        shared_sequences(chosen_texts(texts, is_fitted, False), chosen_texts(texts, is_fitted, True)),
     )
 
 
@@ -128,16 +128,16 @@ async def _scores(
     return scores
 
 
-def _chosen(texts: Sequence[Documents], is_fitted: Sequence[np.ndarray], wanted: bool) -> Iterator[str]:
+def chosen_texts(texts: Sequence[Documents], is_fitted: Sequence[np.ndarray], wanted: bool) -> Iterator[str]:
     for documents, halves in zip(texts, is_fitted, strict=True):
         yield from (text for text, is_first in zip(documents.texts, halves, strict=True) if is_first == wanted)
 
 
-def _only(scores: TextScores, chosen: np.ndarray) -> TextScores:
+def only(scores: TextScores, chosen: np.ndarray) -> TextScores:
     return TextScores(scores.nats[chosen], scores.num_bytes[chosen], scores.num_tokens[chosen])
 
 
-def _joined(parts: Sequence[TextScores]) -> TextScores:
+def joined(parts: Sequence[TextScores]) -> TextScores:
     return TextScores(
         np.concatenate([part.nats for part in parts]),
         np.concatenate([part.num_bytes for part in parts]),

@@ -248,7 +248,8 @@ def mixture_logprobs(mixture: Mixture, of_members: np.ndarray) -> np.ndarray:
 
     Of mixtures that are pooled at every token: see `pooled_text` for others.
     """
-    assert mixture.when is None or len(mixture.weights) == 1, "whole distributions are needed"
+    is_moved = mixture.when is not None or mixture.gate is not None
+    assert not is_moved or len(mixture.weights) == 1, "whole distributions are needed"
     prior = effective_weights(list(mixture.weights.values()))
     if mixture.pool == "posterior" and len(prior) > 1:
         return posterior_logprobs(of_members, prior, mixture.share)

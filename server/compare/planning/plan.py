@@ -280,6 +280,8 @@ def _entry_problems(plan: Plan, name: str, entry: Mapping[str, Any], at: str) ->
         yield f"{at}.weights: of a posterior pool the share is fitted, not the weights; write share: {FITTED}"
     elif entry.get("share") == FITTED and not is_posterior:
         yield f"{at}.share: belongs to the posterior pool; of others the weights are fitted"
+    elif entry.get("gate") is not None and is_fitted(entry):
+        yield f"{at}.gate: was trained for one share; write that share, or leave the gate out"
     yield from _entries_problems(plan, {name: without_fit(entry)}, at)
 
 

@@ -56,7 +56,8 @@ async def _view(hosting: Hosting, name: str, model: DistributionModel, flipped: 
     members = list(model.mixture.weights)
     parts: list[np.ndarray] = []
     mixture = model.mixture
-    whole = None if mixture.when is None else PooledText(mixture, {name: row for row, name in enumerate(members)})
+    is_moved = mixture.when is not None or mixture.gate is not None
+    whole = PooledText(mixture, {name: row for row, name in enumerate(members)}) if is_moved else None
 
     def visit(logprobs: torch.Tensor, targets: torch.Tensor) -> None:
         if whole is not None:
@@ -73,7 +74,9 @@ async def _view(hosting: Hosting, name: str, model: DistributionModel, flipped: 
         pooled = None if mixture.pool == "geometric" else mixture_logprobs(mixture, of_members)
     prior = effective_weights(list(mixture.weights.values()))
     weights = np.broadcast_to(prior[:, None], of_members.shape)
-    if mixture.pool == "posterior":
+    if whole is not None and mixture.gate is not None:
+        weights = whole.weights
+    elif mixture.pool == "posterior":
         weights, _ = following.track(following.start(prior, mixture.share), of_members, prior, mixture.share)
     return [
         TokenView(

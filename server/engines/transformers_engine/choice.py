@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ensemble_server.ensembles.base import Delta, FinishReason, GenerationRequest, Mixture, Sampling, TokenLogprob
-from ensemble_server.ensembles.pooling import following, selective
+from ensemble_server.ensembles.pooling import following, gated, selective
 from ensemble_server.server.engines.shared.choice_text import ChoiceText, ends_of_text
 from ensemble_server.server.engines.shared.grammar import GrammarMask
 from ensemble_server.server.engines.shared.thoughts import thought_limit, thought_stream
@@ -57,7 +57,8 @@ NOTHING = Draft()
 
 class LiveChoice:
     """`text_drafts`: what is drafted from, if anything; of this choice alone. `trust`: in what members write ahead.
-    `lagging`: members that read late, if any. `num_joint`: tokens that came from the pool, with selective averaging."""
+    `lagging`: members that read late, if any. `num_joint`: tokens that came from the pool, with selective averaging.
+    `drawn_weights`: (K,), those with which its tokens were drawn, added up."""
 
     def __init__(
         self,
@@ -78,6 +79,9 @@ class LiveChoice:
         self.mixture = mixture
         self.weights = prompt.weights  # (K,), of the next token
         self._state = prompt.state
+        self._trail = prompt.trail
+        self._pooled_with = prompt.weights  # (K,), what the token was drawn with: with a gate it knows more
+        self.drawn_weights = np.zeros(len(prompt.weights))
         self.last_token: int | None = None
         self.when = mixture.when if len(self.members) > 1 else None
         self.main = list(mixture.weights).index(mixture.main)
@@ -205,13 +209,24 @@ class LiveChoice:
         has_all = all(row is not None for row in expected)
         return everyone if has_all and selective.is_unsure(self.when, main) else [self.main]
 
+    def pool_weights(self, rows: Sequence[torch.Tensor]) -> np.ndarray:
+        """(K,), with which the next token's distribution is pooled. rows: per member (V,), what it expects there."""
+        self._pooled_with = self.weights
+        if self.mixture.gate is not None and len(rows) > 1:
+            views = gated.views(torch.stack([row.to(rows[0].device) for row in rows])[:, None])
+            seen = gated.Situation(
+                views, self.weights[:, None], self._trail.sums[..., None], np.array([self._trail.num_tokens])
+            )
+            self._pooled_with = gated.weights(self.mixture.gate, seen)[:, 0]
+        return self._pooled_with
+
     def advance(
         self, pooled: torch.Tensor, expected: Sequence[torch.Tensor | None], voters: Sequence[int] | None = None
     ) -> Delta:
         """Choose the next token from `pooled` (V,), learn from it, and return what the client sees of it.
 
         expected: per member (V,), or None of one that has not read so far. voters: those whose distributions were
-        pooled; all by default.
+        pooled, with `pool_weights`; all by default.
         """
         voters = range(len(self.members)) if voters is None else voters
         main = expected[self.main]
@@ -222,6 +237,7 @@ class LiveChoice:
         forced = self._text.forced_token()
         token_id = self.drawing.draw(pooled) if forced is None else forced
         self.num_joint += is_joint and forced is None
+        self.drawn_weights += self._pooled_with
         report = self._report(token_id, pooled, expected, voters)
         self._learn(token_id, expected, is_drawn=forced is None)
         self.drawing.take(token_id)
@@ -245,6 +261,8 @@ class LiveChoice:
         """evidence: (K,) nats that members gave a token."""
         self._state = following.update(self._state, evidence, self._prior, self.mixture.share)
         self.weights = following.member_weights(self._state, self.mixture.share)
+        if self.mixture.gate is not None:
+            *_, self._trail = gated.follow(self._trail, evidence[:, None])
 
     def expire(self) -> Delta:
         """The request's deadline has passed: the choice ends with what it has."""
@@ -268,5 +286,5 @@ class LiveChoice:
             describe(self._surface, row, token_id, self._request.explain_top, previous=self.last_token).top
             for row in rows
         ]
-        weights = self.weights if len(voters) == len(self.members) else np.ones(1)
+        weights = self._pooled_with if len(voters) == len(self.members) else np.ones(1)
         return explained(token, pooled, names, rows, weights, tops)

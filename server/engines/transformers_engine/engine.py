@@ -116,7 +116,7 @@ class TransformersEngine:
         self.averages_over(mixture)
 
     def averages_over(self, mixture: Mixture) -> AveragedOver:
-        key = (tuple(mixture.weights), mixture.vocabulary, mixture.when is not None)
+        key = (tuple(mixture.weights), mixture.vocabulary, mixture.when is not None, mixture.gate is not None)
         if key not in self._averaged_over:
             self._averaged_over[key] = averaged_over(mixture, [self._members[name] for name in mixture.weights])
             self._say_what_is_not_drafted(mixture, self._averaged_over[key])

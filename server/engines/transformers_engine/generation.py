@@ -68,6 +68,7 @@ class Generation(Job):
         self._num_generated = 0
         self._num_reasoning = 0
         self._num_joint = 0
+        self._drawn_weights = np.zeros(len(mixture.weights))
         self._reads: list[bool] = []  # which members read a chunk of the prompt in this step
 
     @property
@@ -164,7 +165,9 @@ class Generation(Job):
             return
         self._num_generated += choice.num_generated
         self._num_reasoning += choice.num_reasoning
-        self._num_joint += choice.num_joint if isinstance(choice, LiveChoice) else 0
+        if isinstance(choice, LiveChoice):
+            self._num_joint += choice.num_joint
+            self._drawn_weights += choice.drawn_weights
         self.live.remove(choice)
         self._ended(choice)
         if not self.live and self.num_started == self.num_choices:
@@ -202,7 +205,8 @@ class Generation(Job):
         return self.mixture.when is not None and len(self.members) > 1
 
     def _trace(self) -> dict[str, Any] | None:
-        """If it was asked to explain: of a posterior pool, whom the config trusts and whom the prompt speaks for; of a
+        """If it was asked to explain: of a posterior pool, whom the config trusts and whom the prompt speaks for, and
+        with a gate, with which weights tokens were drawn in the mean; of a
         selective average, who wrote, and how many tokens came from the pool."""
         if not self.request.explain or len(self.members) == 1:
             return None
@@ -221,7 +225,10 @@ class Generation(Job):
         def by_name(weights: np.ndarray) -> dict[str, float]:
             return dict(zip((member.name for member in self.members), map(float, weights), strict=True))
 
-        return {"weights": {"prior": by_name(self.prompt.prior), "after_prompt": by_name(self.weights_after_prompt)}}
+        weights = {"prior": by_name(self.prompt.prior), "after_prompt": by_name(self.weights_after_prompt)}
+        if self.mixture.gate is not None and self._drawn_weights.any():
+            weights["drawn"] = by_name(self._drawn_weights / self._drawn_weights.sum())
+        return {"weights": weights}
 
     @property
     def weights_after_prompt(self) -> np.ndarray:

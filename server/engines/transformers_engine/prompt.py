@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ensemble_server.ensembles.base import Mixture, PoolName, TokenLogprob
-from ensemble_server.ensembles.pooling import effective_weights, following, pool, selective
+from ensemble_server.ensembles.pooling import effective_weights, following, gated, pool, selective
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.family import known_rows
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
@@ -50,6 +50,8 @@ class Prompt:
         self.weights = self.prior  # of the next token to be predicted
         self.scored: list[TokenLogprob] = []
         self.state = following.start(self.prior, mixture.share)  # what the weights follow from
+        self.trail = gated.start(len(members))  # what a gate knows besides
+        self._gate = mixture.gate
         self._pool: PoolName = mixture.pool
         self._when = mixture.when
         self._main = list(mixture.weights).index(mixture.main)
@@ -191,6 +193,7 @@ class Prompt:
         weights = np.repeat(self.weights[:, None], len(targets), axis=1)
         if self._follows_evidence:
             evidence = np.stack([parts[-1] for parts in self._evidence])
+            trail = self.trail
             weights = self._follow(evidence)[:, :-1]
         if self._num_top is None:
             return
@@ -198,6 +201,9 @@ class Prompt:
         if len(predicted) > 1:
             stacked = torch.stack([rows.to(first.device) for _, rows in predicted])
             known = known_rows([self.members] * len(targets), stacked)
+            if self._gate is not None:
+                recent, places, _ = gated.follow(trail, evidence)
+                weights = gated.weights(self._gate, gated.Situation(gated.views(stacked), weights, recent, places))
             pooled = pool(
                 self._pool, stacked, torch.as_tensor(weights, dtype=torch.float32, device=first.device), known
             )
@@ -211,6 +217,8 @@ class Prompt:
         each and after the last."""
         path, self.state = following.track(self.state, evidence, self.prior, self._share)
         self.weights = path[:, -1]
+        if self._gate is not None:
+            *_, self.trail = gated.follow(self.trail, evidence)
         return path
 
     def _common_evidence(self) -> np.ndarray:

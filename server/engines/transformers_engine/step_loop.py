@@ -278,7 +278,7 @@ class StepLoop:
             else:
                 device = rows[group[0]][0].device
                 stacked = torch.stack([torch.stack([rows[i][k].to(device) for i in group]) for k in range(num_members)])
-                weights = np.stack([ready[i][1].weights for i in group], axis=1)
+                weights = np.stack([ready[i][1].pool_weights(rows[i]) for i in group], axis=1)
                 known = known_rows([ready[i][0].members for i in group], stacked)
                 pooled = pool(name, stacked, torch.as_tensor(weights, dtype=torch.float32, device=device), known)
             for i, row in zip(group, pooled, strict=True):

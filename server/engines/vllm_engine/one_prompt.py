@@ -21,6 +21,11 @@ def check_one_model(mixture: Mixture, views: Sequence[MemberView]) -> None:
             "when: vLLM runs all members at every token; leave it out, or use engine.kind transformers to ask them "
             "only where they are needed"
         )
+    if mixture.gate is not None:
+        raise ModelLoadError(
+            "gate: vLLM keeps the members' distributions in its own process, where nothing learnt weighs them; leave "
+            "it out, or use engine.kind transformers"
+        )
     try:
         check_shared_vocabulary(views)
     except ModelLoadError as exc:

@@ -7,8 +7,10 @@ import yaml
 from typer.testing import CliRunner
 
 from ensemble_server.server.cli.app import app
+from ensemble_server.server.config.gates import identity
 from ensemble_server.server.config.loading import load_config
 from tests.conftest import SAMPLE
+from tests.gates import a_gate
 
 CONFIG = """\
 # What we serve.
@@ -105,3 +107,47 @@ def test_what_cannot_be_fitted_fails_with_the_reason(config: Path) -> None:
     result = run(config, "llama")
     assert result.exit_code == 1
     assert "only a probability_average" in str(result.exception)
+
+
+# --- a gate ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gated(config: Path) -> Path:
+    """A config whose pool has a gate already."""
+    named = {name: identity(load_config(config).models, name, config.parent) for name in ("llama", "red")}
+    gate = a_gate({"llama": 1, "red": 1}, 0.0, identities=named).model_dump(mode="json")
+    config.with_name("old.yaml").write_text(yaml.safe_dump(gate))
+    config.write_text(config.read_text().replace("pool: posterior", "pool: posterior, gate: old.yaml"))
+    return config
+
+
+def test_a_gate_is_trained_judged_and_written_beside_the_config(gated: Path) -> None:
+    out = gated.with_name("new.yaml")
+    result = run(gated, "adaptive", "--gate", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    for part in ("adaptive: a gate trained on", "kept aside", "uniform", "gate less posterior", "95% interval"):
+        assert part in result.output
+    assert any(said in result.output for said in ("not shown to be better", "predicts this text better", "too little"))
+    assert f"wrote {out.with_name('new.adaptive.gate.yaml')} and {out}" in result.output
+    assert "# What we serve." in out.read_text()
+    assert yaml.safe_load(out.read_text())["models"]["adaptive"]["gate"] == "new.adaptive.gate.yaml"
+    old, new = (load_config(path).models["adaptive"].gate for path in (gated, out))
+    assert list(new.members) == ["llama", "red"]
+    assert new != old
+
+
+def test_a_pool_with_a_gate_has_no_share_to_fit(gated: Path) -> None:
+    result = run(gated, "adaptive")
+    assert result.exit_code == 1
+    assert "has a gate, which was trained for its share" in str(result.exception)
+
+
+def test_a_gate_needs_a_posterior_pool_and_enough_documents(config: Path) -> None:
+    result = run(config, "mix", "--gate")
+    assert result.exit_code == 2
+    assert "a gate moves the weights of a posterior pool" in " ".join(result.output.replace("│", " ").split())
+    config.with_name("dev.txt").write_text("To be, or not to be.")
+    result = run(config, "adaptive", "--gate")
+    assert result.exit_code == 1
+    assert "documents are too few" in str(result.exception)

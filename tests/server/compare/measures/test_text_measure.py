@@ -13,9 +13,11 @@ from ensemble_server.ensembles.errors import ConfigError, EngineDeadError
 from ensemble_server.server.compare.measures.documents import Documents
 from ensemble_server.server.compare.measures.text_measure import NotScored, TextScores, measure_text
 from ensemble_server.server.compare.measures.windows import cut_windows
+from ensemble_server.server.config.gates import identity
 from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.hosting import Hosting
 from tests.conftest import SAMPLE, make_model
+from tests.gates import a_gate
 from tests.thinned import first_fast
 
 TEXT = Documents(tuple(SAMPLE[start : start + 150] for start in range(0, 600, 150)), is_continuous=True)
@@ -91,6 +93,18 @@ async def test_selective_averages_are_scored_by_their_rule(tiny) -> None:
             np.testing.assert_allclose(scores[name].nats, expected.nats, rtol=1e-4, err_msg=name)
     np.testing.assert_allclose(scores["all"].nats, scores["even"].nats, rtol=1e-6)
     np.testing.assert_allclose(scores["none"].nats, scores["llama"].nats, rtol=1e-6)
+
+
+async def test_gated_averages_are_scored_as_prompts_are(tiny) -> None:
+    bayes = {"method": "probability_average", "members": ["llama", "red", "deep"], "pool": "posterior", "share": 0.05}
+    models = config_of(tiny).models
+    named = {name: identity(models, name, Path().absolute()) for name in bayes["members"]}
+    gate = a_gate(dict.fromkeys(bayes["members"], 1), identities=named).model_dump()
+    async with Hosting.open(config_of(tiny, bayes=bayes, gated=bayes | {"gate": gate})) as hosting:
+        scores = await measure_text(hosting, {"bayes": "bayes", "gated": "gated"}, TEXT, window=WINDOW)
+        expected = await scored_by_prompts(hosting, "gated")
+    np.testing.assert_allclose(scores["gated"].nats, expected.nats, rtol=1e-4)
+    assert abs(scores["gated"].nats - scores["bayes"].nats).min() > 0.01
 
 
 async def test_members_are_read_once_for_all_arms(tiny) -> None:

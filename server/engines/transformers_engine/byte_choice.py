@@ -34,9 +34,10 @@ from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.byte_lookahead import Lookahead, Scored
 from ensemble_server.server.engines.transformers_engine.byte_pool import BytePool
 from ensemble_server.server.engines.transformers_engine.drawing import generator
+from ensemble_server.server.engines.transformers_engine.kv_budget import Spare
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
-from ensemble_server.server.engines.transformers_engine.speller import MAX_ROWS, Speller
+from ensemble_server.server.engines.transformers_engine.speller import Speller
 
 Reread = Callable[[str], list[int]]  # the answer so far -> prompt and answer in one member's tokens
 
@@ -120,22 +121,19 @@ class ByteChoice:
 
     @property
     def num_next(self) -> list[int]:
-        """See `LiveChoice`; what a step's rows take beyond is not asked for."""
-        return [1] * len(self.members)
+        """See `LiveChoice`."""
+        looked_at = self._looked_at()
+        return [speller.num_next(looked_at[k]) for k, speller in enumerate(self.spellers)]
 
-    def next_spans(self) -> list[tuple[Member, Span]]:
-        """The rows that its lattices, or copies that look ahead, want: per member none, mostly one, at most eight."""
-        pairs = []
-        self._num_asked, self._wanted = [], []
-        for k, (member, speller) in enumerate(zip(self.members, self.spellers, strict=True)):
-            spans = speller.next_spans()
-            if (ahead := self._looks_ahead()) is not None:  # nothing else is wanted then
-                wanted = [one for one in ahead.wanted if one[0] == k][:MAX_ROWS]
-                spans = speller.branches([history for _, history in wanted])
-                self._wanted += wanted
-            self._num_asked.append(len(spans))
-            pairs += [(member, span) for span in spans]
-        return pairs
+    def next_spans(self, spare: Spare) -> list[tuple[Member, Span]]:
+        """The rows that its lattices, or copies that look ahead, want: per member none, mostly one, at most eight.
+        `spare`: for those that do not stand where the member's own row does."""
+        if self._looks_ahead() is not None:
+            spans = self._ahead_spans(spare)
+        else:
+            spans, self._wanted = [speller.next_spans(spare) for speller in self.spellers], []
+        self._num_asked = list(map(len, spans))
+        return [(member, span) for member, own in zip(self.members, spans, strict=True) for span in own]
 
     @torch.inference_mode()
     def take(self, rows: Sequence[torch.Tensor]) -> Delta | None:
@@ -181,6 +179,11 @@ class ByteChoice:
         self._show_rest()
         if self.finish_reason is None:
             self._deltas.append(self._shown.expire())
+        return joined(self._deltas)
+
+    def cut(self) -> Delta:
+        """There is no memory for it to go on: it ends with what it has."""
+        self._finish("length")
         return joined(self._deltas)
 
     # --- one byte ---------------------------------------------------------------------------------------------------
@@ -256,6 +259,25 @@ class ByteChoice:
         """What wants forwards before the next byte is drawn."""
         ahead = self._ahead.get(len(self._text))
         return ahead if ahead is not None and ahead.is_waiting else None
+
+    def _looked_at(self) -> list[list[History]]:
+        """What is wanted of each member by copies that look ahead; nothing else is wanted then."""
+        looked_at: list[list[History]] = [[] for _ in self.members]
+        if (ahead := self._looks_ahead()) is not None:
+            for k, history in ahead.wanted:
+                looked_at[k].append(history)
+        return looked_at
+
+    def _ahead_spans(self, spare: Spare) -> list[list[Span]]:
+        """For each member rows of what copies want, one in all if there is no memory for more."""
+        looked_at = self._looked_at()
+        spans = [speller.branches(looked_at[k], spare) for k, speller in enumerate(self.spellers)]
+        self._wanted = [(k, history) for k, own in enumerate(spans) for history in looked_at[k][: len(own)]]
+        if not self._wanted:
+            k = next(k for k, histories in enumerate(looked_at) if histories)
+            history, span = self.spellers[k].rewound(looked_at[k])
+            spans[k], self._wanted = [span], [(k, history)]
+        return spans
 
     def _may_look_ahead(self) -> bool:
         """Whether alternatives are asked for, a piece may begin here, and nobody has looked ahead yet."""

@@ -20,7 +20,7 @@ from ensemble_server.server.engines.transformers_engine.byte_choice import ByteC
 from ensemble_server.server.engines.transformers_engine.byte_prompt import BytePrompt, common_end
 from ensemble_server.server.engines.transformers_engine.generation import Choice, Generation
 from ensemble_server.server.engines.transformers_engine.given_reading import GivenReading, begun, scored_pieces
-from ensemble_server.server.engines.transformers_engine.kv_budget import answer_bytes
+from ensemble_server.server.engines.transformers_engine.kv_budget import Spare, answer_bytes
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey, PrefixCache
@@ -101,6 +101,23 @@ class ByteGeneration(Generation):
     def kv_of_choice(self) -> int:
         return answer_bytes(self.members, self._max_new_tokens * READ_PER_PIECE)
 
+    def choice_spans(self, choice: Choice, spare: Spare) -> list[tuple[Member, Span]]:
+        assert isinstance(choice, ByteChoice), "all that this kind starts are"
+        return choice.next_spans(spare)
+
+    @property
+    def spelling(self) -> list[ByteChoice]:
+        """Its live choices."""
+        return [choice for choice in self.live if isinstance(choice, ByteChoice)]
+
+    def kv_beyond(self, choice: ByteChoice) -> int:
+        """Bytes that `choice` holds beyond what was asked for as many pieces; negative if it holds less."""
+        rows = zip(self.members, choice.caches, self.token_ids, strict=True)
+        claimed = READ_PER_PIECE * choice.num_generated
+        return sum(
+            (cache.length - len(ids) - claimed) * member.backbone.kv_bytes_per_token for member, cache, ids in rows
+        )
+
     def _num_left(self, member: Member, cache: RowCache, choice: Choice) -> int:
         wanted = super()._num_left(member, cache, choice) * READ_PER_PIECE
         return max(0, min(wanted, member.max_model_len - cache.length))
@@ -113,15 +130,15 @@ class ByteGeneration(Generation):
             readings = [begun(member, ids) for member, ids in zip(self.members, self.token_ids, strict=True)]
             self._scoring = GivenReading(self.members, readings, text)
 
-    def next_spans(self, budget: int, being_read: dict[BlockKey, bool]) -> list[tuple[Member, Span]]:
+    def next_spans(self, budget: int, being_read: dict[BlockKey, bool], spare: Spare) -> list[tuple[Member, Span]]:
         if self._scoring is not None:
-            return self._scoring.next_spans(budget)
+            return self._scoring.next_spans(budget, spare)
         if not self.prompt.is_done:
-            return super().next_spans(budget, being_read)
+            return super().next_spans(budget, being_read, spare)
         pairs = []
         self._num_asked = []
         for member, speller in zip(self.members, self._spellers, strict=True):
-            spans = speller.next_spans()
+            spans = speller.next_spans(spare)
             self._num_asked.append(len(spans))
             pairs += [(member, span) for span in spans]
         return pairs

@@ -10,7 +10,7 @@ import torch
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.given_reading import GivenReading, MemberReading
 from ensemble_server.server.engines.transformers_engine.job import Job
-from ensemble_server.server.engines.transformers_engine.kv_budget import prompt_bytes
+from ensemble_server.server.engines.transformers_engine.kv_budget import Spare, prompt_bytes
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey
@@ -60,9 +60,9 @@ class ByteVisit(Job):
     def begin(self) -> None:
         self._reading = GivenReading(self.members, self._readings, self._text)
 
-    def next_spans(self, budget: int, being_read: dict[BlockKey, bool]) -> list[tuple[Member, Span]]:
+    def next_spans(self, budget: int, being_read: dict[BlockKey, bool], spare: Spare) -> list[tuple[Member, Span]]:
         assert self._reading is not None, "it has begun"
-        return self._reading.next_spans(budget)
+        return self._reading.next_spans(budget, spare)
 
     @torch.inference_mode()
     def take(self, rows: Sequence[torch.Tensor]) -> None:

@@ -18,7 +18,7 @@ from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.byte_choice import ByteChoice
 from ensemble_server.server.engines.transformers_engine.choice import LiveChoice
 from ensemble_server.server.engines.transformers_engine.job import Job
-from ensemble_server.server.engines.transformers_engine.kv_budget import answer_bytes, growth, prompt_bytes
+from ensemble_server.server.engines.transformers_engine.kv_budget import Spare, answer_bytes, growth, prompt_bytes
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey, PrefixCache
@@ -101,7 +101,7 @@ class Generation(Job):
         if not self.live:
             return self.kv_of_choice if self.num_started < self.num_choices else 0
         return sum(
-            growth(member, cache, self._num_left(member, cache, choice) + num_next - 1)
+            growth(member, cache, self._num_left(member, cache, choice) + max(0, num_next - 1))
             for choice in self.live
             for member, cache, num_next in zip(choice.members, choice.caches, choice.num_next, strict=True)
         )
@@ -111,6 +111,20 @@ class Generation(Job):
         """Bytes that one more choice may come to take behind the prompt."""
         return answer_bytes(self.members, self._max_new_tokens)
 
+    @property
+    def kv_next(self) -> int:
+        return sum(self.kv_step(choice) for choice in self.live)
+
+    def kv_step(self, choice: Choice) -> int:
+        """Bytes by which the caches of `choice` grow in the next step."""
+        rows = zip(choice.members, choice.caches, choice.num_next, strict=True)
+        return sum(growth(member, cache, num) for member, cache, num in rows)
+
+    def choice_spans(self, choice: Choice, spare: Spare) -> list[tuple[Member, Span]]:
+        """What its members read next for `choice`. `spare`: for rows of this step."""
+        assert isinstance(choice, LiveChoice), "all that this kind starts are"
+        return choice.next_spans()
+
     def _num_left(self, member: Member, cache: RowCache, choice: Choice) -> int:
         """How many tokens `member` has yet to read of a choice, at most."""
         return self._max_new_tokens - choice.num_generated
@@ -118,7 +132,7 @@ class Generation(Job):
     def begin(self) -> None:
         self.prompt = Prompt(self.members, self.token_ids, self.mixture, self.request.prompt_logprobs, self._prefixes)
 
-    def next_spans(self, budget: int, being_read: dict[BlockKey, bool]) -> list[tuple[Member, Span]]:
+    def next_spans(self, budget: int, being_read: dict[BlockKey, bool], spare: Spare) -> list[tuple[Member, Span]]:
         spans = self.prompt.next_spans(budget, being_read)
         self._reads = [span is not None for span in spans]
         return [(member, span) for member, span in zip(self.members, spans, strict=True) if span is not None]

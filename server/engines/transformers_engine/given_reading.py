@@ -19,8 +19,10 @@ from ensemble_server.ensembles.spelling.byte_order import Distribution
 from ensemble_server.ensembles.spelling.given_text import GivenText
 from ensemble_server.ensembles.spelling.lattice import History
 from ensemble_server.server.engines.transformers_engine.attention import Span
+from ensemble_server.server.engines.transformers_engine.kv_budget import Spare
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
+from ensemble_server.server.engines.transformers_engine.trunk import Trunk
 from ensemble_server.server.weights.spelled_vocabulary import SpelledVocabulary, spelled_vocabulary
 
 CHUNK = 64  # tokens of its own reading that a member reads at once, each with its whole distribution
@@ -75,10 +77,11 @@ class GivenReading:
     def caches(self) -> Iterator[RowCache]:
         return (reader.cache for reader in self._readers)
 
-    def next_spans(self, budget: int) -> list[tuple[Member, Span]]:
-        """About `budget` tokens for all members together, at least one row for each that has not read all."""
+    def next_spans(self, budget: int, spare: Spare) -> list[tuple[Member, Span]]:
+        """About `budget` tokens for all members together, at least one row for each that has not read all. `spare`: for
+        rows beside what members read themselves."""
         share = max(1, budget // len(self._readers))
-        asked = [reader.next_spans(share) for reader in self._readers]
+        asked = [reader.next_spans(share, spare) for reader in self._readers]
         self._num_asked = [len(spans) for spans in asked]
         return [(member, span) for member, spans in zip(self._members, asked, strict=True) for span in spans]
 
@@ -108,11 +111,16 @@ class _Reader:
         self._begin, self._path = list(head), list(path)
         self.begins_at = len(text) - sum(len(token_bytes[token_id]) for token_id in path)
         self._text = text[self.begins_at :]
-        self.cache = RowCache()
+        self._trunk = Trunk(member, RowCache(), head)
         self._given: GivenText | None = None
         self._histories: list[History] = []  # of its own reading
         self._wave: list[History] = []
+        self._has_read = False  # its own reading
         self._is_settled = False
+
+    @property
+    def cache(self) -> RowCache:
+        return self._trunk.cache
 
     @property
     def is_done(self) -> bool:
@@ -123,17 +131,23 @@ class _Reader:
         assert self._given is not None, "the beginning of the text is read first"
         return self._given
 
-    def next_spans(self, budget: int) -> list[Span]:
+    def next_spans(self, budget: int, spare: Spare) -> list[Span]:
         adapter, num_read = self._member.adapter, self.cache.length
         ids = [*self._begin, *self._path]
-        if num_read < len(ids):
+        if not self._has_read:
             chunk = ids[num_read : num_read + min(CHUNK, budget)]
             first_kept = max(num_read, len(self._begin) - 1)
             return [Span(self.cache, chunk, max(0, num_read + len(chunk) - first_kept), adapter)]
         if self.is_done:
             return []
-        self._wave = self._given_text.wanted[: max(1, min(WAVE, budget))]
-        return [self._branch(history) for history in self._wave]
+        wanted = self._given_text.wanted
+        self._wave = wanted[: max(1, min(WAVE, budget))]
+        spans = self._trunk.branches(self._wave, spare)
+        self._wave = self._wave[: len(spans)]
+        if not spans:
+            self._wave = [self._trunk.nearest(wanted)]
+            spans = [self._trunk.rewound(self._wave[0])]
+        return spans
 
     def take(self, rows: Sequence[torch.Tensor]) -> None:
         if not rows:
@@ -153,6 +167,9 @@ class _Reader:
                 found = found[1:]
                 first = 0
             histories = self._histories[max(0, first) : max(0, first) + len(found)]
+            if self.cache.length == len(self._begin) + len(self._path):
+                self._trunk = Trunk(self._member, self.cache, self._begin, self._histories)
+                self._has_read = True
         for history, distribution in zip(histories, self._distributions(found), strict=True):
             self._given_text.give(history, distribution)
         if self._given is not None and not self._given.wanted:
@@ -165,15 +182,6 @@ class _Reader:
         rows, evidence = given.rows()[:-1], given.evidence()
         rows[np.arange(len(rows)), np.frombuffer(self._text, dtype=np.uint8)] = evidence
         return rows[skipped:]
-
-    def _branch(self, history: History) -> Span:
-        """A row for a history that leaves the member's own reading somewhere."""
-        path, step = [history.token_id], history.parent
-        while step is not None and not (step.length <= len(self._path) and self._histories[step.length - 1] is step):
-            path.append(step.token_id)
-            step = step.parent
-        cache = self.cache.copy_to(len(self._begin) + (0 if step is None else step.length))
-        return Span(cache, path[::-1], 1, self._member.adapter)
 
     def _distributions(self, rows: torch.Tensor) -> list[Distribution]:
         order = self._vocabulary.order

@@ -12,6 +12,7 @@ import torch
 from ensemble_server.ensembles.base import Event
 from ensemble_server.ensembles.errors import DeadlineError
 from ensemble_server.server.engines.transformers_engine.attention import Span
+from ensemble_server.server.engines.transformers_engine.kv_budget import Spare
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey
@@ -75,6 +76,11 @@ class Job(ABC):
     def kv_left(self) -> int:
         """Bytes that its caches may come to take besides those that they have, or that are reserved."""
 
+    @property
+    def kv_next(self) -> int:
+        """Bytes by which its caches grow in the next step, at most, besides what is reserved."""
+        return 0
+
     def admit(self) -> None:
         """It has got its place."""
         self.waited_s = time.monotonic() - self._arrived
@@ -86,9 +92,9 @@ class Job(ABC):
         """It has been admitted."""
 
     @abstractmethod
-    def next_spans(self, budget: int, being_read: dict[BlockKey, bool]) -> list[tuple[Member, Span]]:
+    def next_spans(self, budget: int, being_read: dict[BlockKey, bool], spare: Spare) -> list[tuple[Member, Span]]:
         """What its members read next, together about `budget` tokens: nothing where one has read all, or waits for what
-        another job is going to read. `being_read`: see `prompt.Prompt.next_spans`."""
+        another job is going to read. `being_read`: see `prompt.Prompt.next_spans`; `spare`: for rows of this step."""
 
     @abstractmethod
     def take(self, rows: Sequence[torch.Tensor]) -> None:

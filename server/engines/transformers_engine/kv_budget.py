@@ -8,12 +8,15 @@ EWD 623, 1977). Whoever would make that impossible waits with its caches; nothin
 - A job is admitted if its whole prompt fits in that sense; reading never stops for want of memory.
 - Background jobs stop at three quarters of the bound, so that interactive ones find some; a single job may have all.
 - What could not run even alone is refused at once (`check`).
+- Rows that live for one step (branches of lattices) have what nobody else needs in that step (`Spare`). They are not
+  put aside: lattices go on without them, only slower (`trunk`).
 
-Not counted: kept prefixes, which have a bound of their own, and rows that live for one step (branches of lattices).
+Not counted: kept prefixes, which have a bound of their own.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -48,6 +51,20 @@ class Account:
         own = sum(cache.num_bytes for cache in caches.values())
         reserved = job.kv_reserved - sum(segment.num_bytes for segment in segments)
         return cls(max(own, reserved), job.kv_left, segments)
+
+
+class Spare:
+    """Memory that no cache needs in this step, for rows that live no longer."""
+
+    def __init__(self, num_bytes: float = math.inf) -> None:
+        self._num_bytes = num_bytes
+
+    def lends(self, num_bytes: int) -> bool:
+        """Whether there is as much left; if so it is gone."""
+        if num_bytes > self._num_bytes:
+            return False
+        self._num_bytes -= num_bytes
+        return True
 
 
 class KvBudget:
@@ -87,6 +104,13 @@ class KvBudget:
     def open(self, jobs: Iterable[Job]) -> None:
         """Take stock of all that runs. What is granted afterwards counts until the next time."""
         self._accounts = {job: Account.of(job) for job in jobs if not job.is_finished}
+
+    @property
+    def free(self) -> int:
+        """Bytes that nobody has, of all that runs."""
+        segments = frozenset().union(*(account.segments for account in self._accounts.values()))
+        of_segments = sum(segment.num_bytes for segment in segments)
+        return self.max_bytes - of_segments - sum(account.own for account in self._accounts.values())
 
     def admits(self, job: Job) -> bool:
         """Whether `job` may begin; if so it has its account."""

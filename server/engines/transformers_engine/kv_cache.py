@@ -40,8 +40,10 @@ class Segment:
 class RowCache:
     """`length`: tokens whose keys are in every layer, shared ones (`num_shared`) included. `num_bytes`: of its own."""
 
-    def __init__(self, shared: tuple[Segment, ...] = ()) -> None:
+    def __init__(self, shared: tuple[Segment, ...] = (), *, num_planned: int = 0) -> None:
+        """`num_planned`: own tokens for which buffers have room at once; behind them they grow by blocks."""
         self.shared = shared
+        self._num_planned = num_planned
         self.num_shared = sum(segment.length for segment in shared)
         self.length = self.num_shared
         self.num_bytes = 0
@@ -112,13 +114,15 @@ class RowCache:
             self.shared, self.num_shared = tuple(kept), num_tokens
         self.length = num_tokens
 
-    def copy_to(self, num_tokens: int) -> RowCache:
-        """Another row that continues after the first `num_tokens`, with memory of its own for what is not shared."""
-        twin = RowCache(self.shared)
+    def copy_to(self, num_tokens: int, num_more: int = 0) -> RowCache:
+        """Another row that continues after the first `num_tokens`, with memory of its own for what is not shared.
+
+        `num_more`: how many tokens it is going to read, if it has memory for these and no others."""
+        num_own = max(0, num_tokens - self.num_shared)
+        twin = RowCache(self.shared, num_planned=num_own + num_more if num_more else 0)
         if num_tokens < self.num_shared:
             twin.truncate(num_tokens)
             return twin
-        num_own = num_tokens - self.num_shared
         for layer, (keys, values) in self._layers.items() if num_own else ():
             twin.extend(layer, keys[:, :num_own], values[:, :num_own])
         twin.commit(num_own)
@@ -153,7 +157,7 @@ class RowCache:
         return len(self._layers)
 
     def _grow(self, layer: int, end: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        capacity = in_blocks(end)
+        capacity = self._num_planned if end <= self._num_planned else in_blocks(end)
         grown = (
             keys.new_empty(keys.shape[0], capacity, keys.shape[2]),
             values.new_empty(values.shape[0], capacity, values.shape[2]),

@@ -27,10 +27,11 @@ from dataclasses import dataclass
 
 from ensemble_server.ensembles.errors import OverloadedError
 from ensemble_server.server.engines.transformers_engine.attention import Span
+from ensemble_server.server.engines.transformers_engine.byte_generation import ByteGeneration
 from ensemble_server.server.engines.transformers_engine.choice import NOTHING, Draft
 from ensemble_server.server.engines.transformers_engine.generation import Choice, Generation
 from ensemble_server.server.engines.transformers_engine.job import Job
-from ensemble_server.server.engines.transformers_engine.kv_budget import KvBudget, growth
+from ensemble_server.server.engines.transformers_engine.kv_budget import KvBudget, Spare
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.pace import Pace
 from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey
@@ -169,11 +170,11 @@ class Scheduler:
     def plan(self) -> list[Work]:
         """What is forwarded in this step: a token of every live choice that does not pause, chunks of what is read."""
         self._kv_budget.open(self.running)
+        spare = Spare(self._kv_budget.free - sum(job.kv_next for job in self.running if not job.is_finished))
         being_read: dict[BlockKey, bool] = {}
 
-        def planned(lane: Lane, max_rows: float, max_tokens: float, *, asks: bool = True) -> list[Work]:
-            kv_budget = self._kv_budget if asks else None
-            return _planned(lane, max_rows, max_tokens, self._prefill_chunk, being_read, kv_budget)
+        def planned(lane: Lane, max_rows: float, max_tokens: float) -> list[Work]:
+            return _planned(lane, max_rows, max_tokens, self._prefill_chunk, being_read, self._kv_budget, spare)
 
         work = planned(self._interactive, math.inf, math.inf)
         num_free = self._max_batch - sum(item.choice is not None for item in work)
@@ -185,11 +186,21 @@ class Scheduler:
         else:
             background = []
         self._num_paused_steps = 0 if background or not self._background.running else self._num_paused_steps + 1
-        if not work and not background:  # claims of lattices are estimates: better a row too many than none for ever
-            return planned(self._interactive, 1, math.inf, asks=False) or planned(
-                self._background, 1, math.inf, asks=False
-            )
-        return work + background
+        return work + background or self._beyond_claims()
+
+    def _beyond_claims(self) -> list[Work]:
+        """Nobody may go on if all are to be able to end: what lattices claim is an estimate. Of those for whom there is
+        memory one goes on that wants least; if there are none, one ends that holds most beyond its claim."""
+        jobs = [job for job in self.running if isinstance(job, Generation) and not job.is_finished]
+        for job in sorted(jobs, key=lambda job: job.kv_left):
+            for choice in job.live:
+                if job.kv_step(choice) <= self._kv_budget.free:
+                    return [Work(job, choice, job.choice_spans(choice, Spare(0)))]
+        by_bytes = [(job, choice) for job in jobs if isinstance(job, ByteGeneration) for choice in job.spelling]
+        if by_bytes:
+            job, choice = max(by_bytes, key=lambda pair: pair[0].kv_beyond(pair[1]))
+            job.emit(choice, choice.cut())
+        return []
 
     def num_spare(self, work: Sequence[Work]) -> float:
         """How many tokens of background work may come on top of the `work` that was planned."""
@@ -224,7 +235,8 @@ def _planned(
     max_tokens: float,
     prefill_chunk: int,
     being_read: dict[BlockKey, bool],
-    kv_budget: KvBudget | None,
+    kv_budget: KvBudget,
+    spare: Spare,
 ) -> list[Work]:
     """One lane's work, its oldest jobs first: at most `max_rows` rows (a choice or a chunk that is read, for all its
     members), about `max_tokens` tokens, of which `prefill_chunk` are read. The first row is not turned away for being
@@ -237,14 +249,12 @@ def _planned(
         for choice in job.live if isinstance(job, Generation) else ():
             if len(work) >= max_rows or num_left < (len(job.members) if work else 1):
                 break
-            if kv_budget is not None:
-                rows = zip(choice.members, choice.caches, choice.num_next, strict=True)
-                if not kv_budget.grants(job, sum(growth(member, cache, num) for member, cache, num in rows)):
-                    continue
-            work.append(Work(job, choice, choice.next_spans()))
+            if not kv_budget.grants(job, job.kv_step(choice)):
+                continue
+            work.append(Work(job, choice, job.choice_spans(choice, spare)))
             num_left -= work[-1].num_tokens
         if job.is_reading and len(work) < max_rows and min(num_left, num_readable) >= 1:
-            item = Work(job, None, job.next_spans(int(min(num_left, num_readable)), being_read))
+            item = Work(job, None, job.next_spans(int(min(num_left, num_readable)), being_read, spare))
             if item.num_tokens:
                 work.append(item)
             num_left -= item.num_tokens

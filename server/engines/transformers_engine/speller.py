@@ -1,10 +1,4 @@
-"""One member that writes by bytes: its lattice, and the KV cache under it.
-
-The cache, the *trunk*, holds the history that was forwarded last. Another one rewinds it to what both have in common
-and adds the rest, a token mostly. Where a lattice wants several distributions at once, the others stand on copies of
-the trunk's beginning that are dropped after the step: not on shared segments, which would send the whole batch through
-attention in parts.
-"""
+"""One member that writes by bytes: its lattice, and the trunk under it, on which its rows stand."""
 
 from __future__ import annotations
 
@@ -19,8 +13,10 @@ from ensemble_server.ensembles.spelling import ROW
 from ensemble_server.ensembles.spelling.byte_order import Distribution
 from ensemble_server.ensembles.spelling.lattice import EPSILON, History, Lattice
 from ensemble_server.server.engines.transformers_engine.attention import Span
+from ensemble_server.server.engines.transformers_engine.kv_budget import Spare
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
+from ensemble_server.server.engines.transformers_engine.trunk import Trunk
 from ensemble_server.server.weights.spelled_vocabulary import SpelledVocabulary
 
 MAX_ROWS = 8  # of one member in one step
@@ -52,9 +48,7 @@ class Speller:
         self.vocabulary = vocabulary
         self.lattice: Lattice | None = Lattice(vocabulary.order.distributions(logprobs[None])[0], epsilon=epsilon)
         self._epsilon = epsilon
-        self._begin = list(begin)
-        self.cache = cache
-        self._held: list[History] = []  # what the trunk holds behind `begin`
+        self._trunk = Trunk(member, cache, begin)
         self._restart: list[int] | None = None  # the reading of the whole text that the lattice begins from anew
         self._asked: list[History] = []
         self._has_just_begun = False  # anew: it could not write the last byte
@@ -64,8 +58,7 @@ class Speller:
         assert not self.is_waiting, "a member that waits for distributions cannot be copied"
         twin = copy.copy(self)
         twin.lattice = self.lattice.fork() if self.lattice is not None else None
-        twin.cache = self.cache.fork()
-        twin._held = list(self._held)
+        twin._trunk = self._trunk.fork()
         twin.num_rows = twin.num_tokens = twin.num_restarts = twin._num_untold = 0
         return twin
 
@@ -85,12 +78,23 @@ class Speller:
         return self.begins_at + (self.lattice.position if self.lattice is not None else 0)
 
     @property
+    def cache(self) -> RowCache:
+        return self._trunk.cache
+
+    @property
     def num_read(self) -> int:
         """How many tokens the longest history that is wanted has, from the prompt's first on."""
         if self._restart is not None:
             return len(self._restart)
         wanted = self.lattice.wanted if self.lattice is not None else []
-        return len(self._begin) + max((history.length for history in wanted), default=0)
+        return max(map(self._trunk.num_tokens, wanted), default=0)
+
+    def num_next(self, looked_at: Sequence[History]) -> int:
+        """By how many tokens its cache may grow in the next step. `looked_at`: by copies of its lattice."""
+        if self._restart is not None:
+            return self._trunk.num_next_anew(self._restart)
+        wanted = self.lattice.wanted if self.lattice is not None else []
+        return max(map(self._trunk.num_next, [*wanted, *looked_at]), default=1)
 
     def feed(self, byte: int) -> None:
         """The text goes on with `byte`."""
@@ -121,24 +125,17 @@ class Speller:
         """log p of the last byte; -inf if it could not be written."""
         return -np.inf if self.lattice is None or self._has_just_begun else self.lattice.evidence
 
-    def next_spans(self) -> list[Span]:
-        """What is forwarded for it in the next step: up to `MAX_ROWS` rows."""
-        adapter = self.member.adapter
+    def next_spans(self, spare: Spare) -> list[Span]:
+        """What is forwarded for it in the next step: up to `MAX_ROWS` rows, one of them in any case. `spare`: for the
+        others."""
         if self._restart is not None:
-            self._begin, self._held, self.cache = self._restart, [], RowCache()
-            return self._counted([Span(self.cache, self._begin, 1, adapter)])
-        if self.lattice is None:
+            return self._counted([self._trunk.anew(self._restart)])
+        if self.lattice is None or not self.lattice.wanted:
             return []
-        self._asked = self.lattice.wanted[:MAX_ROWS]
-        paths = [self._path(history) for history in self._asked]
-        spans = []
-        for num_common, path in paths[1:]:
-            spans.append(self._branch(num_common, path))
-        for num_common, path in paths[:1]:
-            self.cache.truncate(len(self._begin) + num_common)
-            self._held[num_common:] = path
-            spans.insert(0, Span(self.cache, [step.token_id for step in path], 1, adapter))
-        return self._counted(spans)
+        first, *others = self.lattice.wanted[:MAX_ROWS]
+        spans = self._trunk.branches(others, spare)
+        self._asked = [first, *others[: len(spans)]]
+        return self._counted([self._trunk.rewound(first), *spans])
 
     def take(self, rows: Sequence[torch.Tensor]) -> None:
         """The results of the spans just forwarded, in their order: (1, V) each. Raises `MemberError` for NaN."""
@@ -154,9 +151,14 @@ class Speller:
             self.lattice.give(history, distribution)
         self._check_alive()
 
-    def branches(self, histories: Sequence[History]) -> list[Span]:
-        """Rows for histories of copies of its lattice, each on a copy of the trunk's beginning."""
-        return self._counted([self._branch(*self._path(history)) for history in histories])
+    def branches(self, histories: Sequence[History], spare: Spare) -> list[Span]:
+        """Rows for the first ones of `histories`, of copies of its lattice, as far as there is memory for them."""
+        return self._counted(self._trunk.branches(histories[:MAX_ROWS], spare))
+
+    def rewound(self, histories: Sequence[History]) -> tuple[History, Span]:
+        """One of them, and a row for it where its own are: it reads back what it needs of that when it goes on."""
+        history = self._trunk.nearest(histories)
+        return history, self._counted([self._trunk.rewound(history)])[0]
 
     def distributions(self, rows: Sequence[torch.Tensor]) -> list[Distribution]:
         """Of the results of spans, (1, V) each, at least one. Raises `MemberError` for NaN."""
@@ -167,11 +169,7 @@ class Speller:
 
     def has_room_for(self, history: History) -> bool:
         """Whether the member can read that far."""
-        return len(self._begin) + history.length <= self.member.max_model_len
-
-    def _branch(self, num_common: int, path: Sequence[History]) -> Span:
-        cache = self.cache.copy_to(len(self._begin) + num_common)
-        return Span(cache, [step.token_id for step in path], 1, self.member.adapter)
+        return self._trunk.num_tokens(history) <= self.member.max_model_len
 
     def _counted(self, spans: list[Span]) -> list[Span]:
         self.num_rows += len(spans)
@@ -182,12 +180,3 @@ class Speller:
         if self.lattice is not None and self.lattice.is_dead:
             self.begins_at += self.lattice.position
             self.lattice = None
-
-    def _path(self, history: History) -> tuple[int, list[History]]:
-        """How much of the trunk leads to `history`, and the steps behind that, at least the last."""
-        path = [history]
-        step = history.parent
-        while step is not None and not (step.length <= len(self._held) and self._held[step.length - 1] is step):
-            path.append(step)
-            step = step.parent
-        return (0 if step is None else step.length), path[::-1]

@@ -325,7 +325,12 @@ class StepLoop:
             num_cached_tokens=self._prefixes.drain_hits(),
             prefix_cache_bytes=self._prefixes.num_bytes,
             num_restarts=_drained_restarts(work),
-            kv_cache_bytes=held_bytes(cache for job in self._scheduler.running for cache in job.caches),
+            kv_cache_bytes=held_bytes(
+                itertools.chain(
+                    (cache for job in self._scheduler.running for cache in job.caches),
+                    (span.cache for item in work for _, span in item.spans),  # branches, and what has ended
+                )
+            ),
             num_drafted=drafted,
             num_accepted=accepted,
         )

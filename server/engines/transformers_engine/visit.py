@@ -15,7 +15,7 @@ import torch
 from ensemble_server.ensembles.errors import MemberError
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.job import Job
-from ensemble_server.server.engines.transformers_engine.kv_budget import prompt_bytes
+from ensemble_server.server.engines.transformers_engine.kv_budget import Spare, prompt_bytes
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
 from ensemble_server.server.engines.transformers_engine.prefix_cache import BlockKey
@@ -68,7 +68,7 @@ class Visit(Job):
     def begin(self) -> None:
         self._caches = [RowCache() for _ in self.members]
 
-    def next_spans(self, budget: int, being_read: dict[BlockKey, bool]) -> list[tuple[Member, Span]]:
+    def next_spans(self, budget: int, being_read: dict[BlockKey, bool], spare: Spare) -> list[tuple[Member, Span]]:
         num_tokens = min(SCORED_CHUNK, max(1, budget // len(self.members)))
         chunk = self._token_ids[self._num_read : -1][:num_tokens]
         return [

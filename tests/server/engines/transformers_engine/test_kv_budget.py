@@ -12,18 +12,19 @@ import psutil
 import pytest
 import torch
 
-from ensemble_server.ensembles.base import GenerationRequest, Mixture, Sampling, collect
+from ensemble_server.ensembles.base import Answer, GenerationRequest, Mixture, Sampling, collect
 from ensemble_server.ensembles.errors import ContextLengthError, ModelLoadError
 from ensemble_server.server.config.blocks import HostedModel
 from ensemble_server.server.engines.engine import StepStats
+from ensemble_server.server.engines.transformers_engine import byte_generation
 from ensemble_server.server.engines.transformers_engine.engine import TransformersEngine
-from ensemble_server.server.engines.transformers_engine.kv_budget import KvBudget, default_bytes
+from ensemble_server.server.engines.transformers_engine.kv_budget import KvBudget, Spare, default_bytes
 from ensemble_server.server.engines.transformers_engine.kv_cache import GROWTH, RowCache, Segment
 from ensemble_server.server.engines.transformers_engine.members import load_members
 from ensemble_server.server.weights.devices import free_bytes
 from ensemble_server.server.weights.member_views import read_member_files
 from tests.conftest import make_model
-from tests.server.engines.transformers_engine.families import Families
+from tests.server.engines.transformers_engine.families import Families, asked
 from tests.server.engines.transformers_engine.test_numerics import OnEngine
 
 LLAMA, MIX = Mixture({"llama": 1}), Mixture({"llama": 1, "red": 1})
@@ -181,6 +182,73 @@ async def test_members_of_different_vocabularies_answer_within_the_bound(familie
     with families.running(kv_cache_bytes=14 * BLOCK, prefix_cache_bytes=0, on_step=steps.append) as engine:
         assert await texts(engine, mixture, requests) == expected
     assert max(step.kv_cache_bytes for step in steps) <= 14 * BLOCK
+
+
+def long_prompt(index: int, **options: Any) -> GenerationRequest:
+    """So long that a copy of a row, which alternatives want, takes most of a block."""
+    return asked(f"Once {index} upon " + "a quick fox jumps. " * 8, ignore_eos=True, **options)
+
+
+async def test_branches_of_lattices_take_what_nobody_else_needs(families: Families, monkeypatch) -> None:
+    """Where they are not counted they take more; the answers, with their alternatives, are the same."""
+    mixture = Mixture({"llama": 1, "qwen": 1}, vocabulary="bytes")
+    requests = [long_prompt(i, top_logprobs=8, temperature=1, seed=i, max_tokens=5) for i in range(3)]
+    bound = 10 * BLOCK
+
+    async def answers() -> tuple[list[Answer], int]:
+        steps: list[StepStats] = []
+        with families.running(prefix_cache_bytes=0, kv_cache_bytes=bound, on_step=steps.append) as engine:
+            found = await asyncio.gather(*(collect(OnEngine(engine, mixture), one) for one in requests))
+        return list(found), max(step.kv_cache_bytes for step in steps)
+
+    found, held = await answers()
+    monkeypatch.setattr(Spare, "lends", lambda self, num_bytes: True)
+    expected, uncounted = await answers()
+    assert held <= bound < uncounted
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_alike(ours, theirs)
+
+
+@pytest.mark.parametrize("options", [{"top_logprobs": 3}, {"prompt_logprobs": 0}], ids=str)
+async def test_without_memory_for_branches_a_member_rewinds_its_row_for_each(mixed, monkeypatch, options) -> None:
+    mixture, one = (
+        Mixture({"llama": 1, "gemma": 1}),
+        asked("The quick 😀 brown fo", max_tokens=6, explain=True, **options),
+    )
+    expected = await collect(OnEngine(mixed, mixture), one)
+    monkeypatch.setattr(Spare, "lends", lambda self, num_bytes: False)
+    found = await collect(OnEngine(mixed, mixture), one)
+    assert_alike(found, expected)
+    if expected.prompt:
+        ours, theirs = ([token.logprob for token in answer.prompt.tokens[1:]] for answer in (found, expected))
+        assert ours == pytest.approx(theirs, abs=1e-3)
+
+
+def assert_alike(found: Answer, expected: Answer) -> None:
+    ours, theirs = found.choices[0], expected.choices[0]
+    assert ours.token_ids == theirs.token_ids
+    for token, other in zip(ours.tokens, theirs.tokens, strict=True):
+        assert token.logprob == pytest.approx(other.logprob, abs=1e-3)
+        assert [one.bytes for one in token.top] == [one.bytes for one in other.top]
+        assert [one.logprob for one in token.top] == pytest.approx([one.logprob for one in other.top], abs=1e-3)
+
+
+async def test_a_lattice_that_reads_more_than_it_claimed_ends_where_memory_does(
+    families: Families, monkeypatch
+) -> None:
+    """Claims are estimates. Here they are nothing, so that two come to hold all and both want more."""
+    monkeypatch.setattr(byte_generation, "READ_PER_PIECE", 0)
+    monkeypatch.setattr(byte_generation, "answer_bytes", lambda members, num_tokens: 0)
+    mixture, steps = Mixture({"llama": 1, "twin": 1}, vocabulary="bytes"), []
+    prompts = [tuple(5 + (index + place) % 60 for place in range(220)) for index in range(2)]
+    bound = 8 * BLOCK
+    with families.running(kv_cache_bytes=bound, prefix_cache_bytes=0, on_step=steps.append) as engine:
+        requests = [asked(prompt, max_tokens=30, ignore_eos=True) for prompt in prompts]
+        answers = await asyncio.gather(*(collect(OnEngine(engine, mixture), one) for one in requests))
+    assert [answer.choices[0].finish_reason for answer in answers] == ["length", "length"]
+    lengths = [len(answer.choices[0].token_ids) for answer in answers]
+    assert 1 <= min(lengths) < 30
+    assert max(step.kv_cache_bytes for step in steps) <= bound
 
 
 async def test_the_process_grows_by_no_more_than_the_bound(tmp_path: Path) -> None:

@@ -151,3 +151,18 @@ def test_a_copy_of_a_rows_beginning_goes_its_own_way(num_kept: int) -> None:
     third = read(copy, 2, start=200)
     assert torch.equal(known(copy), torch.cat([whole[:, :num_kept], third], dim=1))
     assert torch.equal(known(cache), whole)
+
+
+@pytest.mark.parametrize("num_kept", [1, 4])
+def test_a_copy_that_is_planned_has_memory_for_what_it_reads_and_no_more(num_kept: int) -> None:
+    cache = RowCache()
+    first = read(cache, 3)
+    cache.fork()
+    second = read(cache, 3, start=100)
+    copy = cache.copy_to(num_kept, 2)
+    third = read(copy, 2, start=200)
+    whole = torch.cat([first, second], dim=1)[:, :num_kept]
+    assert torch.equal(known(copy), torch.cat([whole, third], dim=1))
+    assert copy.capacity == max(0, num_kept - 3) + 2
+    read(copy, 1, start=300)
+    assert copy.capacity == GROWTH

@@ -31,5 +31,9 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     # in a thread: a grammar that comes with it is compiled to be checked
     chat = await asyncio.to_thread(Chat.of, body, context_of(request).hosting, terms_of(request), observer_of(request))
     return await generated(
-        chat, request, is_streamed=bool(body.stream), ignored=ignored, unread_tools=chat.unread_tools
+        chat,
+        request,
+        is_streamed=bool(body.stream),
+        ignored=[*ignored, *chat.unheard],
+        unread_tools=chat.unread_tools,
     )

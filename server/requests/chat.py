@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -110,20 +110,24 @@ class Chat:
         terms: Terms,
         observer: Observer = NOBODY,
         *,
-        hints_thoughts: bool = False,
+        must_hear: bool = False,
     ) -> Self:
         """Nothing runs yet. Raises `RequestError` for all that can be told before.
 
-        `hints_thoughts`: what the body says about thoughts is a hint, as agents send it to every model, and is
-        `unheard` where it would be refused.
+        What the body says about thoughts is a hint, which clients send to every model: it is `unheard` where nobody can
+        be told. `must_hear`: it is refused there, as nobody reads the header that would say so.
         """
         model = requested_model(hosting, body.model)
         tools = asked_tools(body, hosting, model.name)
         thoughts = asked_thoughts(body, hosting, model.name)
-        if not hints_thoughts:
+        if must_hear:
             thoughts.check()
         asked = chat_request(body, hosting, model_name=model.name, tools=tools, thoughts=thoughts, terms=terms)
         return cls(body, asked, tools, Generations(model, [asked], hosting, terms, observer), thoughts.unheard)
+
+    def unheard_as(self, names: Mapping[str, str]) -> list[str]:
+        """`unheard`, as a protocol calls it. `names`: of a chat's parameters there."""
+        return [names.get(name, name) for name in self.unheard]
 
     async def answer(self) -> ChatCompletion:
         """The whole answer. Runs the generation to its end."""

@@ -77,7 +77,9 @@ async def _answered(
         )
     match row.url:
         case "/v1/chat/completions":
-            chat = await asyncio.to_thread(Chat.of, row_body(ChatBody, row), hosting, terms, new_observer())
+            chat = await asyncio.to_thread(
+                Chat.of, row_body(ChatBody, row), hosting, terms, new_observer(), must_hear=True
+            )
             if chat.unread_tools:  # a client is told by a header
                 raise UnsupportedError(
                     f"tools: model {chat.unread_tools[0]!r} writes calls in no format that is known here; "

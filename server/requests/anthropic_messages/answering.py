@@ -35,8 +35,8 @@ class ModelMessage:
     def of(cls, body: MessagesBody, hosting: Hosting, terms: Terms, observer: Observer = NOBODY) -> Self:
         """Nothing runs yet. Raises `RequestError` for all that can be told before."""
         with renamed(NAMES):
-            chat = Chat.of(chat_body(body, body.model), hosting, terms, observer, hints_thoughts=True)
-        skipped = [*skipped_tools(body), *(NAMES.get(name, name) for name in chat.unheard)]
+            chat = Chat.of(chat_body(body, body.model), hosting, terms, observer)
+        skipped = [*skipped_tools(body), *chat.unheard_as(NAMES)]
         return cls(chat, MessageWriter(chat.generations.model.name, terms.new_id), skipped)
 
     async def answer(self) -> MessageObject:
@@ -64,7 +64,7 @@ class ModelMessage:
 def counted(body: CountTokensBody, hosting: Hosting, terms: Terms) -> TokenCount:
     """How many tokens the model reads of what a message would ask. Raises `RequestError`. Blocks while it renders."""
     with renamed(NAMES):
-        chat = Chat.of(chat_body(body, body.model), hosting, terms, hints_thoughts=True)
+        chat = Chat.of(chat_body(body, body.model), hosting, terms)
     name = chat.generations.model.name
     surface = hosting.surface(name)
     if surface is None:

@@ -76,8 +76,8 @@ class ModelResponse:
         skipped = [*conversation.skipped, *skipped_tools(body)]
         with renamed(NAMES):
             asked = chat_body(body, conversation.messages)
-            chat = Chat.of(asked, hosting, terms, observer, hints_thoughts=True)
-        skipped += [NAMES.get(name, name) for name in chat.unheard]
+            chat = Chat.of(asked, hosting, terms, observer)
+        skipped += chat.unheard_as(NAMES)
         if body.text is not None and body.text.verbosity not in (None, "medium"):
             skipped.append("text.verbosity")
         stores = body.store is not False and not stored.is_off

@@ -24,6 +24,7 @@ from ensemble_server.server.weights.member_views import MemberFiles, MemberView,
 from ensemble_server.server.weights.quantisation import check_quantisation
 from ensemble_server.server.weights.reranking import CrossEncoderReranker, check_cross_encoder
 from ensemble_server.server.weights.spelled_vocabulary import averaged_over
+from ensemble_server.server.weights.thinking import are_told_apart
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,10 @@ class _Unloaded:
         return min(self._views[name].max_model_len for name in mixture.weights)
 
     def ends_thoughts(self, mixture: Mixture) -> bool:
-        return not self._is_one_model and self.averages_over(mixture) == "tokens"
+        markers = [self._views[name].surface.thinking for name in mixture.weights]
+        if self._is_one_model:
+            return len(markers) == 1 or not any(markers)
+        return self.averages_over(mixture) == "tokens" or are_told_apart(markers)
 
     def generate(self, mixture: Mixture, request: GenerationRequest, *, method: str) -> AsyncGenerator[Event]:
         raise AssertionError("a rehearsal has no weights to answer with")

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 _WHY_UNHEARD = {
     "thinking": "the models here do not think before they answer",
-    "thinking.budget_tokens": "thoughts cannot be ended in vLLM, nor where members are averaged over text; ask one "
-    "member, of engine.kind transformers",
+    "thinking.budget_tokens": "thoughts cannot be ended in an average inside vLLM, nor where members are averaged over "
+    "text of which the first does not think as others do; ask one member",
     "reasoning_effort": "the models here have no levels of effort; max_reasoning_tokens bounds thoughts, and "
     "chat_template_kwargs tells the template what it knows",
 }
@@ -73,9 +73,5 @@ def _may_think(surface: Surface | None) -> bool:
 
 def _can_limit(hosting: Hosting, speakers: Mapping[str, Surface | None]) -> bool:
     """Whether whoever thinks can be made to end it. Remote models are told, and those that do not think never begin."""
-    for name, surface in speakers.items():
-        model = hosting.models[name]
-        thinks = surface is not None and surface.thinking is not None
-        if thinks and isinstance(model, DistributionModel) and not model.host.ends_thoughts(model.mixture):
-            return False
-    return True
+    models = [hosting.models[name] for name in speakers]
+    return all(model.host.ends_thoughts(model.mixture) for model in models if isinstance(model, DistributionModel))

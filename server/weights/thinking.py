@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ensemble_server.ensembles.base import THOUGHT_SWITCHES
@@ -14,6 +15,12 @@ class Markers:
 
     start: str
     end: str
+
+
+def are_told_apart(markers: Sequence[Markers | None]) -> bool:
+    """Whether the first of several models that write one text by bytes thinks as all others do that think: its markers
+    are those that are looked for."""
+    return all(one is None or one == markers[0] for one in markers)
 
 
 KNOWN = tuple(

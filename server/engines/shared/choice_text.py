@@ -67,7 +67,7 @@ class ChoiceText:
         self.num_generated += 1
         self.last_token = token_id
         ids = () if token_id is None else (token_id,)
-        return self._shown(self._stream.add_bytes(data), ids, report, is_complete=False)
+        return self._told_apart(self._shown(self._stream.add_bytes(data), ids, report, is_complete=False))
 
     def add(self, token_id: int, report: TokenLogprob | None = None, *, is_complete: bool = False) -> Delta:
         """What the next token shows. `report`: what the client gets to know of it, if anything. `is_complete`: by the
@@ -83,9 +83,14 @@ class ChoiceText:
         self.last_token = token_id
         return self._told_apart(self._shown(self._stream.add(token_id), (token_id,), report, is_complete=is_complete))
 
+    @property
+    def is_thinking(self) -> bool:
+        """Whether what was added last is of a thought that goes on."""
+        return self._thoughts is not None and self._thoughts.is_thinking
+
     def forced_token(self) -> int | None:
         """The token that must come next, because a thought has had its tokens; None: any may."""
-        if self._thoughts is None or self._thought_limit is None or not self._thoughts.is_thinking:
+        if self._thought_limit is None or not self.is_thinking:
             return None
         return self._thought_limit.next(self.num_reasoning)
 

@@ -85,12 +85,41 @@ class ThoughtLimit:
         return self._end[self._num_forced - 1]
 
 
-def thought_limit(request: GenerationRequest, surface: Surface) -> ThoughtLimit | None:
+class ThoughtBytesLimit:
+    """The same where text is drawn byte by byte. `max_tokens`: pieces; `end`: the marker that closes a thought."""
+
+    def __init__(self, max_tokens: int, end: bytes) -> None:
+        self._max_tokens = max_tokens
+        self._end = end
+
+    def next(self, num_tokens: int, text: bytes, *, is_whole: bool) -> int | None:
+        """The byte that must come behind `text`, in a thought of so many pieces; None: any may. `is_whole`: `text` does
+        not end within a character. What it ends with may be the marker's beginning, of its own accord."""
+        if num_tokens < self._max_tokens or self._end in text:
+            return None
+        num_there = next((n for n in range(len(self._end) - 1, 0, -1) if text.endswith(self._end[:n])), 0)
+        return self._end[num_there] if num_there or is_whole else None
+
+
+def max_thought_tokens(request: GenerationRequest, surface: Surface) -> int | None:
     """None where thoughts may be as long as they like. What is not wanted at all is closed before it begins."""
-    limit = 0 if request.wants_thoughts is False else request.max_reasoning_tokens
+    if surface.thinking is None:
+        return None
+    return 0 if request.wants_thoughts is False else request.max_reasoning_tokens
+
+
+def thought_limit(request: GenerationRequest, surface: Surface) -> ThoughtLimit | None:
+    limit = max_thought_tokens(request, surface)
     if limit is None or surface.thinking is None:
         return None
     return ThoughtLimit(limit, surface.encode(surface.thinking.end, add_special_tokens=False))
+
+
+def thought_bytes_limit(request: GenerationRequest, surface: Surface) -> ThoughtBytesLimit | None:
+    limit = max_thought_tokens(request, surface)
+    if limit is None or surface.thinking is None:
+        return None
+    return ThoughtBytesLimit(limit, surface.thinking.end.encode())
 
 
 def thought_stream(request: GenerationRequest, surface: Surface, prompt: Sequence[int]) -> ThoughtStream | None:

@@ -30,6 +30,7 @@ from ensemble_server.ensembles.spelling import END, ROW, utf8
 from ensemble_server.ensembles.spelling.lattice import EPSILON, History
 from ensemble_server.server.engines.shared.choice_text import ChoiceText, joined
 from ensemble_server.server.engines.shared.grammar import GrammarMask, byte_row
+from ensemble_server.server.engines.shared.thoughts import thought_bytes_limit, thought_stream
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.byte_lookahead import Lookahead, Scored
 from ensemble_server.server.engines.transformers_engine.byte_pool import BytePool
@@ -59,7 +60,7 @@ class ByteChoice:
     """`spellers`: one per member, at the end of the prompt, none of them waiting; the first is the surface's.
 
     `state`: what the weights of the first byte follow from (`ensembles.pooling.following`); `rereads`: for a member
-    that cannot go on from what it has.
+    that cannot go on from what it has; `prompt`: as the first member reads it, which says whether a thought is open.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class ByteChoice:
         max_new_tokens: int,
         grammar: GrammarMask | None,
         rereads: Sequence[Reread],
+        prompt: Sequence[int] = (),
     ) -> None:
         self.index = index
         self.members: Sequence[Member] = [speller.member for speller in spellers]
@@ -92,9 +94,17 @@ class ByteChoice:
         self._has_looked = False  # whether sleepers were woken for what the masks leave at this byte
         self._ahead: dict[int, Lookahead] = {}  # from bytes behind `_num_shown` at which a piece may begin
         self._wanted: list[tuple[int, History]] = []  # by the last of them, in this step
+        surface = self.members[0].surface
         self._shown = ChoiceText(
-            index, self._sampling, self.members[0].surface, max_new_tokens=max_new_tokens, eos_ids=frozenset()
+            index,
+            self._sampling,
+            surface,
+            max_new_tokens=max_new_tokens,
+            eos_ids=frozenset(),
+            thoughts=thought_stream(request, surface, prompt),
         )
+        self._thought_limit = thought_bytes_limit(request, surface)
+        self._is_forced = False  # whether the byte on its way was no draw
         self._deltas: list[Delta] = []  # that were not handed out yet
         self._num_asked: list[int] = []  # rows of each member in this step
         self._generator = generator(self._sampling.seed, index)
@@ -106,7 +116,7 @@ class ByteChoice:
 
     @property
     def num_reasoning(self) -> int:
-        """Thoughts are not told apart in text that is drawn byte by byte."""
+        """Of them, those of a thought and its markers, which are the first member's."""
         return self._shown.num_reasoning
 
     @property
@@ -201,6 +211,10 @@ class ByteChoice:
             mask = mask & (np.arange(ROW) != END)
         if self._grammar is not None:
             mask = mask & byte_row(self._grammar.allowed())
+        forced = self._forced_byte()
+        self._is_forced = forced is not None
+        if forced is not None:
+            mask = np.arange(ROW) == forced
         if not mask.any():
             return END
         logits = pooled.masked_fill(torch.from_numpy(~mask), -math.inf)
@@ -215,6 +229,12 @@ class ByteChoice:
         if self._is_reported and symbol != END:
             self._reports.append(self._report(symbol, pooled, rows, weights))
         return symbol
+
+    def _forced_byte(self) -> int | None:
+        """What must come next because a thought has had its pieces."""
+        if self._thought_limit is None or not self._shown.is_thinking:
+            return None
+        return self._thought_limit.next(self.num_reasoning, bytes(self._text), is_whole=self._state == utf8.START)
 
     def _look(self, mass: float) -> None:
         """Masks leave little of the row: closings that sleep may hold more of what is left than those awake."""
@@ -246,7 +266,8 @@ class ByteChoice:
         self._is_fed = False
         if any(speller.is_lost for speller in self.spellers):
             self._restart_lost()
-        self._pool = self._pool.after([speller.evidence for speller in self.spellers])
+        if not self._is_forced:
+            self._pool = self._pool.after([speller.evidence for speller in self.spellers])
         surface = self.spellers[0]
         if surface.lattice is not None:
             self._show(surface.lattice.settled())

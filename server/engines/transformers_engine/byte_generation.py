@@ -185,6 +185,7 @@ class ByteGeneration(Generation):
             max_new_tokens=self._max_new_tokens,
             grammar=None if self._grammar is None else self._grammar.new_mask(),
             rereads=[view.reread for view in self._views],
+            prompt=self.token_ids[0],
         )
         self.num_started += 1
         self.live.append(choice)

@@ -33,6 +33,7 @@ from ensemble_server.server.engines.transformers_engine.step_loop import StepLoo
 from ensemble_server.server.engines.transformers_engine.text_drafts import TextDrafts
 from ensemble_server.server.engines.transformers_engine.visit import Visit, Visitor
 from ensemble_server.server.weights.spelled_vocabulary import averaged_over
+from ensemble_server.server.weights.thinking import are_told_apart
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,9 @@ class TransformersEngine:
             logger.info("%s have the same weights: drafts come from their text, not from a member", names)
 
     def ends_thoughts(self, mixture: Mixture) -> bool:
-        return self.averages_over(mixture) == "tokens"
+        if self.averages_over(mixture) == "tokens":
+            return True
+        return are_told_apart([self._members[name].surface.thinking for name in mixture.weights])
 
     def max_model_len(self, mixture: Mixture) -> int:
         return min(self._members[name].max_model_len for name in mixture.weights)
@@ -283,9 +286,10 @@ class TransformersEngine:
     ) -> ByteGeneration:
         """`_prepare` for members that are averaged over text."""
         check_request(request)
-        if request.max_reasoning_tokens is not None and any(member.surface.thinking for member in members):
+        if request.max_reasoning_tokens is not None and not self.ends_thoughts(mixture):
             raise UnsupportedError(
-                "max_reasoning_tokens: thoughts are not told apart where members are averaged over text; ask a member",
+                "max_reasoning_tokens: where members are averaged over text, the first one's markers tell thoughts "
+                f"apart, and {members[0].name!r} does not think as others do; put another first, or ask a member",
                 param="max_reasoning_tokens",
             )
         views = byte_views(members, request, heals=mixture.heals, tokenizing=self._reader.tokenizing)

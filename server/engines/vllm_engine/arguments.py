@@ -13,6 +13,7 @@ from ensemble_server.server.engines.vllm_engine.directories import ModelFolder
 from ensemble_server.server.engines.vllm_engine.placement import Placement
 from ensemble_server.server.weights.footprint import read_weights
 from ensemble_server.server.weights.member_views import MemberView
+from ensemble_server.server.weights.thinking import Markers
 
 MAX_LOGPROBS = 20  # the API's own limit
 # Arguments of vLLM that other keys of the config decide, or that this engine relies on.
@@ -27,6 +28,7 @@ DECIDED_ELSEWHERE = {
     "gpu_memory_utilization": "engine.gpu_memory_utilization",
     "kv_cache_memory_bytes": "engine.kv_cache_gb",
     "tensor_parallel_size": "engine.tensor_parallel",
+    "reasoning_config": "models.NAME.reasoning",
 }
 RELIED_ON: Mapping[str, Any] = {
     "scheduling_policy": "priority",
@@ -67,7 +69,16 @@ def engine_arguments(
         arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_gb * memory_share * 2**30)
     if is_cpu and not folder.is_ensemble:
         arguments["worker_cls"] = "ensemble_server.server.one_model.vllm.worker.SeedKeepingWorker"  # ensembles have it
+    if (markers := markers_that_end(folder, placement, views)) is not None:
+        arguments["reasoning_config"] = {"reasoning_start_str": markers.start, "reasoning_end_str": markers.end}
     return arguments | engine.options
+
+
+def markers_that_end(folder: ModelFolder, placement: Placement, views: Mapping[str, MemberView]) -> Markers | None:
+    """Of the thoughts that vLLM can be told to end. None where nobody thinks, where views of the same weights do so in
+    different ways, and in ensembles, whose members' distributions vLLM knows nothing of."""
+    found = {markers for member in placement.slots if (markers := views[member].surface.thinking) is not None}
+    return next(iter(found)) if len(found) == 1 and not folder.is_ensemble else None
 
 
 def check_options(engine: VllmEngineConfig) -> None:

@@ -113,8 +113,11 @@ class VllmEngine:
         return "tokens"
 
     def ends_thoughts(self, mixture: Mixture) -> bool:
-        """vLLM draws tokens in its own process."""
-        return False
+        """In ensembles vLLM knows nothing of their members' thoughts."""
+        if not any(self.views[name].surface.thinking for name in mixture.weights):
+            return True
+        model = self._model_of.get(next(iter(mixture.weights)))
+        return model is not None and model.ends_thoughts
 
     def max_model_len(self, mixture: Mixture) -> int:
         return min(self.views[name].max_model_len for name in mixture.weights)
@@ -187,9 +190,10 @@ class VllmEngine:
                 "conversation: use engine.kind transformers",
                 param="messages",
             )
-        if request.max_reasoning_tokens is not None and views[0].surface.thinking is not None:
+        if request.max_reasoning_tokens is not None and not self.ends_thoughts(mixture):
             raise UnsupportedError(
-                "max_reasoning_tokens: vLLM draws tokens in its own process; engine.kind transformers ends thoughts",
+                "max_reasoning_tokens: inside an ensemble vLLM cannot end thoughts; ask a model that stands in none, "
+                "or use engine.kind transformers",
                 param="max_reasoning_tokens",
             )
         if request.sampling.grammar is not None:

@@ -18,6 +18,7 @@ from ensemble_server.ensembles.errors import DeadlineError
 from ensemble_server.server.engines.shared import usage
 from ensemble_server.server.engines.shared.reading import Reading
 from ensemble_server.server.engines.shared.side_by_side import side_by_side
+from ensemble_server.server.engines.shared.thoughts import max_thought_tokens
 from ensemble_server.server.engines.vllm_engine.choice import VllmChoice, describe_prompt
 from ensemble_server.server.weights.member_views import MemberView
 
@@ -52,6 +53,13 @@ class Prepared:
     @property
     def eos_ids(self) -> frozenset[int]:
         return frozenset().union(*(view.eos_ids for view in self.views))
+
+    @property
+    def max_thought_tokens(self) -> int | None:
+        """As far as thoughts are told apart, in answers to conversations."""
+        if self.request.messages is None or self.request.sampling.grammar is not None:
+            return None
+        return max_thought_tokens(self.request, self.views[0].surface)
 
     def choice(self, index: int) -> VllmChoice:
         names = list(self.mixture.weights)

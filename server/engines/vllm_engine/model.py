@@ -34,6 +34,11 @@ class VllmModel:
         present = {part: weight for part, weight in own.weights.items() if weight}
         self._directory = Directory(tuple(plan.placement.parts), Mixture(present, own.pool, own.share))
 
+    @property
+    def ends_thoughts(self) -> bool:
+        """Whether vLLM can be told how long a thought may be."""
+        return "reasoning_config" in self.plan.arguments
+
     def extra_args(self, mixture: Mixture) -> dict[str, Any] | None:
         """What makes vLLM run `mixture` for a request. Raises `UnsupportedError` for one that this model cannot run."""
         if not self.plan.folder.is_ensemble:
@@ -63,6 +68,7 @@ class VllmModel:
             eos_ids=prepared.eos_ids,
             vocab_size=prepared.vocab_size,
             extra_args=extra_args,
+            max_thought_tokens=prepared.max_thought_tokens if self.ends_thoughts else None,
         )
         self.clock.request_came()
         return llm.generate(

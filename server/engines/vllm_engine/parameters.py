@@ -46,8 +46,10 @@ def sampling_params(
     eos_ids: frozenset[int],
     vocab_size: int,
     extra_args: Mapping[str, Any] | None,
+    max_thought_tokens: int | None = None,
 ) -> SamplingParams:
-    """For choice `index`; the first one also scores the prompt if that is asked for. `max_new_tokens` may be 0."""
+    """For choice `index`; the first one also scores the prompt if that is asked for. `max_new_tokens` may be 0;
+    `max_thought_tokens`: only for a vLLM that knows the model's markers."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     sampling = request.sampling
@@ -70,6 +72,7 @@ def sampling_params(
         logprobs=request.top_logprobs,
         prompt_logprobs=request.prompt_logprobs if index == 0 else None,
         structured_outputs=None if sampling.grammar is None else _structured(sampling.grammar),
+        thinking_token_budget=max_thought_tokens,
         extra_args=None if extra_args is None else dict(extra_args),
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,

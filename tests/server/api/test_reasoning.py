@@ -32,6 +32,7 @@ async def house(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
         "quiet": {"base": "plain", "chat_template": THINKING, "chat_template_kwargs": {"enable_thinking": False}},
         "adaptive": {"method": "probability_average", "members": ["thinker", "plain"], "pool": "posterior"},
         "spelt": {"method": "probability_average", "members": ["thinker", "plain"], "vocabulary": "bytes"},
+        "late": {"method": "probability_average", "members": ["plain", "thinker"], "vocabulary": "bytes"},
         "wordy": {"base": "plain", "chat_template": CHAT_TEMPLATE + "<think>\n"},  # as R1's: it has no switch
         "vote": {"method": "majority", "members": ["thinker"], "samples": 2},
     }
@@ -190,14 +191,14 @@ async def test_thoughts_without_a_switch_are_closed_at_once(house: House, path: 
 
 
 async def test_what_nobody_can_be_told_is_named_in_all_protocols(house: House) -> None:
-    """Clients send it to every model."""
+    """Clients send it to every model. `late`: its first member does not think, and its thoughts cannot be ended."""
     enabled = {"thinking": {"type": "enabled", "budget_tokens": 5}}
     for path, model, said, named in (
         ("/v1/chat/completions", "plain", {"reasoning_effort": "low"}, "reasoning_effort"),
         ("/v1/chat/completions", "plain", enabled, "thinking"),
-        ("/v1/chat/completions", "spelt", enabled, "thinking.budget_tokens"),  # its thoughts cannot be ended
+        ("/v1/chat/completions", "late", enabled, "thinking, thinking.budget_tokens"),
         ("/v1/messages", "plain", enabled, "thinking"),
-        ("/v1/messages", "plain", {"output_config": {"effort": "low"}}, "output_config.effort"),
+        ("/v1/messages", "late", {"output_config": {"effort": "low"}}, "output_config.effort"),
         ("/v1/responses", "plain", {"reasoning": {"effort": "low"}}, "reasoning.effort"),
     ):
         response = await post(house, path, model=model, **said)
@@ -208,9 +209,25 @@ async def test_what_nobody_can_be_told_is_named_in_all_protocols(house: House) -
     assert (response.status_code, response.json()["error"]["details"]["param"]) == (400, "thinking.budget_tokens")
 
 
-async def test_averages_over_text_refuse_a_limit_by_name(house: House) -> None:
-    response = await house.client.post("/v1/chat/completions", json=ASK | {"model": "spelt", "max_reasoning_tokens": 4})
+@pytest.mark.parametrize("limit", [0, 5])
+async def test_averages_over_text_end_a_thought_when_its_pieces_are_used(house: House, limit: int) -> None:
+    answer = await house.chat("spelt", max_reasoning_tokens=limit)
+    message = answer["choices"][0]["message"]
+    assert bool(message.get("reasoning_content", "").strip()) is (limit > 0) and message["content"].strip()
+    assert "think>" not in message["content"] + message.get("reasoning_content", "")
+    num_thought = answer["usage"]["completion_tokens_details"]["reasoning_tokens"]
+    assert limit < num_thought <= limit + len("</think>") + 2  # pieces are told when they have settled
+    assert await streamed(house, model="spelt", max_reasoning_tokens=limit) == (
+        message["content"],
+        message.get("reasoning_content", ""),
+        answer["usage"],
+    )
+
+
+async def test_averages_over_text_refuse_a_limit_where_the_first_member_does_not_think(house: House) -> None:
+    response = await house.client.post("/v1/chat/completions", json=ASK | {"model": "late", "max_reasoning_tokens": 4})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "max_reasoning_tokens")
+    assert "'plain' does not think" in response.json()["error"]["message"]
 
 
 async def test_chat_template_kwargs_may_not_say_what_the_server_says(house: House) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from ensemble_server.ensembles.base import GenerationRequest, Grammar, Sampling
 from ensemble_server.server.engines.shared.choice_text import ChoiceText
-from ensemble_server.server.engines.shared.thoughts import ThoughtStream, thought_stream
+from ensemble_server.server.engines.shared.thoughts import ThoughtBytesLimit, ThoughtStream, thought_stream
 from ensemble_server.server.weights.thinking import KNOWN, Markers, markers_in
 from ensemble_server.server.weights.view import Surface
 from tests.conftest import make_tokenizer
@@ -102,3 +102,20 @@ def test_nothing_is_told_apart_in_raw_texts_under_a_grammar_or_when_it_is_off(su
     assert thought_stream(CHAT, off, prompt) is None
     own = Surface(surface.tokenizer, chat_template="{{ messages[0].content }}", thinking=Markers("((", "))"))
     assert answered(own, "((hm)) 18") == ("18", "hm")
+
+
+def forced(limit: ThoughtBytesLimit, text: bytes, num_tokens: int) -> bytes:
+    """All that comes behind `text` without being drawn."""
+    begin = len(text)
+    while (byte := limit.next(num_tokens, text, is_whole=True)) is not None:
+        text += bytes([byte])
+    return text[begin:]
+
+
+def test_an_end_that_is_forced_by_bytes_goes_on_with_what_is_there_of_it() -> None:
+    limit = ThoughtBytesLimit(3, b"</think>")
+    assert forced(limit, b"well", 2) == b""
+    assert forced(limit, b"well", 3) == b"</think>"
+    assert forced(limit, b"well </th", 3) == b"ink>"
+    assert forced(limit, b"well </think> so", 4) == b"", "its pieces have not settled yet"
+    assert limit.next(3, "caf\N{LATIN SMALL LETTER E WITH ACUTE}".encode()[:-1], is_whole=False) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from ensemble_server.server.engines.vllm_engine.arguments import (
 from ensemble_server.server.engines.vllm_engine.directories import ModelFolder
 from ensemble_server.server.engines.vllm_engine.placement import Placement, Weights
 from ensemble_server.server.weights.member_views import MemberView
+from ensemble_server.server.weights.thinking import Markers
 from tests.conftest import make_model
 
 
@@ -34,11 +36,18 @@ def placement_of(*weights: Weights) -> Placement:
 
 
 def arguments_of(
-    *weights: Weights, is_ensemble: bool = True, is_cpu: bool = False, memory_share: float = 1.0, **engine: Any
+    *weights: Weights,
+    is_ensemble: bool = True,
+    is_cpu: bool = False,
+    memory_share: float = 1.0,
+    thinking: Markers | None = None,
+    **engine: Any,
 ) -> dict[str, Any]:
+    surface: Any = SimpleNamespace(thinking=thinking)
     placement = placement_of(*(weights or [Weights(Path("/a"), "float32")]))
     views = {
-        name: MemberView(name, None, frozenset(), 100 + 50 * place, 320, 320) for name, place in placement.slots.items()
+        name: MemberView(name, surface, frozenset(), 100 + 50 * place, 320, 320)
+        for name, place in placement.slots.items()
     }
     folder = ModelFolder(Path("/folder"), is_ensemble)
     return engine_arguments(
@@ -86,6 +95,14 @@ def test_the_context_is_the_shortest_members() -> None:
 def test_single_models_on_cpus_survive_seeds() -> None:
     assert "worker_cls" not in arguments_of(is_cpu=True)  # an ensemble's own worker does
     assert arguments_of(is_cpu=True, is_ensemble=False)["worker_cls"].endswith(".SeedKeepingWorker")
+
+
+def test_vllm_is_told_how_a_single_model_thinks() -> None:
+    markers = Markers("<think>", "</think>")
+    found = arguments_of(is_ensemble=False, thinking=markers)["reasoning_config"]
+    assert found == {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"}
+    assert "reasoning_config" not in arguments_of(is_ensemble=False)
+    assert "reasoning_config" not in arguments_of(is_ensemble=True, thinking=markers)
 
 
 def test_members_of_one_model_have_one_dtype() -> None:

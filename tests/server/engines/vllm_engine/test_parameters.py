@@ -85,3 +85,19 @@ def test_an_ignored_end_of_text_still_ends_a_grammar() -> None:
 @pytest.mark.vllm
 def test_scoring_alone_asks_for_the_one_token_that_vllm_insists_on() -> None:
     assert params_of(ask(prompt_logprobs=0, sampling={"min_tokens": 0}), max_new_tokens=0).max_tokens == 1
+
+
+@pytest.mark.vllm
+def test_the_bound_of_a_thought_arrives() -> None:
+    pytest.importorskip("vllm")
+    assert params_of(ask()).thinking_token_budget is None
+    bounded = sampling_params(
+        ask(),
+        0,
+        max_new_tokens=5,
+        eos_ids=frozenset(),
+        vocab_size=320,
+        extra_args=None,
+        max_thought_tokens=0,
+    )
+    assert bounded.thinking_token_budget == 0

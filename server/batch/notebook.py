@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import shutil
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -54,7 +56,6 @@ class Answers:
 
     summary: Summary
     output: Path
-    _folder: TemporaryDirectory[str] | None = None
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """The output lines in the input's order: {"id", "custom_id", "response", "error"}."""
@@ -158,22 +159,26 @@ async def run_batch_async(
     options = {name: json.dumps(value, default=str) for name, value in recipe.defaults.items()}
     if template is not None:
         options["template"] = template
-    if output is None:
-        folder = TemporaryDirectory(prefix="ensemble-batch-")
-        path = Path(folder.name) / "answers.jsonl"
-    else:
-        folder, path = None, Path(output)
-    with JobStore.open(job_path(path), Identity(options, seed)) as store:
-        await asyncio.to_thread(store.take_rows, read_rows(_records(rows, recipe), recipe))
-        store.bind_models(model_fingerprints(store.model_names(), settings))  # before minutes go into loading
-        if retry_errors:
-            store.forget_errors()
-        watch = FailureWatch(partial(logger.warning, "%s"), max_errors)
-        summary = await _summary(store, settings, hosting, concurrency, deadline_s, on_progress, watch)
-        await asyncio.to_thread(write_output, store, path)
-        if summary.ended == "failing" and not summary.counts.ok:
-            store.forget_errors()  # the output says what became of them; they were spent on nothing
-    return Answers(summary, path, folder)
+    with ExitStack() as leaving:
+        if output is None:
+            folder = mkdtemp(prefix="ensemble-batch-")
+            leaving.callback(shutil.rmtree, folder, ignore_errors=True)
+            path = Path(folder) / "answers.jsonl"
+        else:
+            path = Path(output)
+        with JobStore.open(job_path(path), Identity(options, seed)) as store:
+            await asyncio.to_thread(store.take_rows, read_rows(_records(rows, recipe), recipe))
+            store.bind_models(model_fingerprints(store.model_names(), settings))  # before minutes go into loading
+            if retry_errors:
+                store.forget_errors()
+            watch = FailureWatch(partial(logger.warning, "%s"), max_errors)
+            summary = await _summary(store, settings, hosting, concurrency, deadline_s, on_progress, watch)
+            await asyncio.to_thread(write_output, store, path)
+            if summary.ended == "failing" and not summary.counts.ok:
+                store.forget_errors()  # the output says what became of them; they were spent on nothing
+        answers = Answers(summary, path)
+        weakref.finalize(answers, leaving.pop_all().close)
+    return answers
 
 
 async def _summary(

@@ -84,9 +84,11 @@ def test_a_folder_that_failed_to_open_can_be_opened_once_that_is_mended(tmp_path
 def test_leftovers_of_a_crash_go_and_everything_else_stays(tmp_path):
     folder = BatchFolder.open(tmp_path / "kept", retention_days=1)
     file = keep(folder, b"abc")
-    folder.new_file().write(b"half")
+    half = folder.new_file()
+    half.write(b"half")
     folder.job_path("batch_gone").write_bytes(b"rows")
     folder.close()
+    half._file.close()  # as the end of a process does
     folder = BatchFolder.open(tmp_path / "kept", retention_days=1)
     assert [path.name for path in (folder.path / "files").iterdir()] == [file.id]
     assert list((folder.path / "jobs").iterdir()) == []

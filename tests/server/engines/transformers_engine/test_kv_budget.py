@@ -26,6 +26,7 @@ from ensemble_server.server.weights.member_views import read_member_files
 from tests.conftest import make_model
 from tests.server.engines.transformers_engine.families import Families, asked
 from tests.server.engines.transformers_engine.test_numerics import OnEngine
+from tests.thinned import first_fast
 
 LLAMA, MIX = Mixture({"llama": 1}), Mixture({"llama": 1, "red": 1})
 TOKEN = 2 * 2 * 2 * 8 * 4  # bytes of one token of the tiny llama: layers, keys and values, heads, dim, float32
@@ -119,7 +120,7 @@ async def texts(engine: TransformersEngine, mixture: Mixture, requests: Sequence
 
 
 @pytest.mark.parametrize(
-    ("mixture", "n", "prefix_cache_bytes"), [(LLAMA, 1, 0), (MIX, 1, 2**20), (LLAMA, 3, 0)], ids=str
+    ("mixture", "n", "prefix_cache_bytes"), first_fast([(LLAMA, 1, 0), (MIX, 1, 2**20), (LLAMA, 3, 0)]), ids=str
 )
 async def test_a_full_engine_stays_below_the_bound_and_answers_as_without_one(running, mixture, n, prefix_cache_bytes):
     requests = [request(index, n=n) for index in range(8)]
@@ -135,6 +136,7 @@ async def test_a_full_engine_stays_below_the_bound_and_answers_as_without_one(ru
     assert max(step.num_waiting for step in steps) > 0 or n > 1
 
 
+@pytest.mark.slow
 async def test_interactive_requests_do_not_wait_for_the_memory_of_a_batch(running):
     bound, ended = 16 * BLOCK, []
 
@@ -189,6 +191,7 @@ def long_prompt(index: int, **options: Any) -> GenerationRequest:
     return asked(f"Once {index} upon " + "a quick fox jumps. " * 8, ignore_eos=True, **options)
 
 
+@pytest.mark.slow
 async def test_branches_of_lattices_take_what_nobody_else_needs(families: Families, monkeypatch) -> None:
     """Where they are not counted they take more; the answers, with their alternatives, are the same."""
     mixture = Mixture({"llama": 1, "qwen": 1}, vocabulary="bytes")
@@ -251,6 +254,7 @@ async def test_a_lattice_that_reads_more_than_it_claimed_ends_where_memory_does(
     assert max(step.kv_cache_bytes for step in steps) <= bound
 
 
+@pytest.mark.slow
 async def test_the_process_grows_by_no_more_than_the_bound(tmp_path: Path) -> None:
     """With heads so wide that caches are all that counts: 128 kB per token, 16 MB per block."""
     wide: dict[str, Any] = {"head_dim": 512, "num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 4}

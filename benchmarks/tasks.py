@@ -7,7 +7,8 @@
 
 Every run is one job over several models, item after item: killed at any moment, all models have answered the same first
 items, but for those that were in work. It goes on where it was when the same command comes again, also with more items.
-Votes and choices by likelihood are made of the samples that are there. `times.jsonl` has the seconds of each run, and
+Votes and choices by likelihood are made of the samples that are there, merges (of about 2.5 GB each, in `$MERGED`, by
+default `merged`) before they answer. `times.jsonl` has the seconds of each run, and
 those of its processor: on a busy machine only the latter say much.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import shlex
 import subprocess
@@ -42,24 +44,37 @@ class Run:
     models: tuple[str, ...]
     options: tuple[str, ...] = ("--temperature", "0")
     votes: tuple[str, ...] = ()
+    merge: str | None = None  # a recipe in configs/tasks, by which the model is made if it is not there
 
 
+CHOICE = ROOT / "configs/tasks/choice.txt"
 TASKS = {
     "gsm8k": Task(ROOT / "data/tasks/gsm8k_test_200.jsonl", ROOT / "configs/tasks/number.txt", "number", 320),
     "svamp": Task(ROOT / "data/tasks/svamp_150.jsonl", ROOT / "configs/tasks/number.txt", "number", 256),
     "svamp-direct": Task(ROOT / "data/tasks/svamp_150.jsonl", ROOT / "configs/tasks/direct.txt", "number", 32),
-    "aqua": Task(ROOT / "data/tasks/aqua_dev_120.jsonl", ROOT / "configs/tasks/choice.txt", "choice", 320),
+    "aqua": Task(ROOT / "data/tasks/aqua_dev_120.jsonl", CHOICE, "choice", 320),
+    "dates": Task(ROOT / "data/tasks/bbh_date_understanding_120.jsonl", CHOICE, "choice", 320),
+    "order": Task(ROOT / "data/tasks/bbh_logical_deduction_120.jsonl", CHOICE, "choice", 320),
 }
 SAMPLED = ("--temperature", "0.7", "--samples", "5", "--set", "logprobs=true")
 RUNS = {
     "half": Run(("half",)),
     "sampled": Run(("half",), SAMPLED, votes=("majority", "by-probability", "crowd", "likeliest")),
     "pair": Run(("big", "average")),
+    "tuned": Run(("math", "options", "tuned-average")),
+    "tuned-posterior": Run(("tuned-posterior",)),
+    "math-sampled": Run(("math",), SAMPLED, votes=("majority",)),
+    "linear": Run(("linear",), merge="linear"),
+    "ties": Run(("ties",), merge="ties"),
+    "dare": Run(("dare",), merge="dare"),
+    "widen": Run(("widen",), merge="widen"),
+    "proxy": Run(("tuned-proxy",)),
     "pools": Run(("posterior", "contrast")),
     "alone": Run(("corrected",)),
     "talk": Run(("talk",)),
     "small": Run(("smol",)),
 }
+POLLS = {"half+tuned": ("half", "math", "options")}  # runs, and the models of theirs that vote, one answer each
 VOTES = {
     "majority": ("--answer", "{answer}"),
     "by-probability": ("--answer", "{answer}", "--by-probability"),
@@ -75,12 +90,16 @@ class Bench:
     out: Path
     num_items: int
     is_dry: bool = False
-    commands: list[list[str]] = field(default_factory=list)
+    merged: Path = field(default_factory=lambda: Path(os.environ.get("MERGED", ROOT / "merged")))
 
     def run(self, name: str, task_name: str) -> None:
         run, task = RUNS[name], TASKS[task_name]
         output = self.out / f"{name}.{task_name}.jsonl"
         source = self.out / f"{task_name}.jsonl"
+        if run.merge is not None and not (self.merged / run.merge).is_dir():
+            recipe = ROOT / "configs" / "tasks" / f"{run.merge}.yml"
+            made = self.merged / run.merge
+            self._call(["ensemble", "merge", str(recipe), "--config", str(CONFIG), "--out", str(made)], of=made.name)
         command = ["ensemble", "batch", str(source), "-o", str(output), "-c", str(CONFIG)]
         command += ["--model", ",".join(run.models), "--template", str(task.template)]
         command += ["--max-tokens", str(task.max_tokens), *run.options]
@@ -89,6 +108,20 @@ class Bench:
             options = [option.format(answer=task.answer) for option in VOTES[vote]]
             voted = self.out / f"{name}.{vote}.{task_name}.jsonl"
             self._call(["ensemble", "vote", str(output), *options, "-o", str(voted)], of=voted.name)
+
+    def poll(self, name: str, task_name: str) -> None:
+        """The majority over models of several runs, where all of these are there."""
+        parts = [self.out / f"{run}.{task_name}.jsonl" for run in name.split("+")]
+        if not self.is_dry and not all(part.is_file() for part in parts):
+            print(f"{name}: not all of {', '.join(part.name for part in parts)} are there", flush=True)
+            return
+        answers, voted = self.out / f"{name}.{task_name}.jsonl", self.out / f"{name}.majority.{task_name}.jsonl"
+        if not self.is_dry:
+            lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines(keepends=True)]
+            answers.write_text("".join(line for line in lines if _model_of(line) in POLLS[name]), encoding="utf-8")
+        self._call(
+            ["ensemble", "vote", str(answers), "--answer", TASKS[task_name].answer, "-o", str(voted)], of=voted.name
+        )
 
     def write_rows(self, task_name: str) -> None:
         rows = TASKS[task_name].data.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -109,6 +142,10 @@ class Bench:
             raise SystemExit(code)
 
 
+def _model_of(line: str) -> str | None:
+    return ((json.loads(line).get("response") or {}).get("body") or {}).get("model")
+
+
 def _processor_s() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
@@ -124,7 +161,7 @@ def named(text: str | None, known: dict[str, object]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--runs", help=f"default: {','.join(RUNS)}")
+    parser.add_argument("--runs", help=f"default: {','.join([*RUNS, *POLLS])}")
     parser.add_argument("--tasks", help=f"default: {','.join(TASKS)}")
     parser.add_argument("--items", type=int, default=1000, help="the first so many questions of a task; default: all")
     parser.add_argument("--dry-run", action="store_true", help="say the commands, and run none")
@@ -132,8 +169,8 @@ def main() -> None:
     bench = Bench(options.out, options.items, options.dry_run)
     for task_name in named(options.tasks, {**TASKS}):
         bench.write_rows(task_name)
-        for name in named(options.runs, {**RUNS}):
-            bench.run(name, task_name)
+        for name in named(options.runs, {**RUNS, **POLLS}):
+            (bench.run if name in RUNS else bench.poll)(name, task_name)
 
 
 if __name__ == "__main__":

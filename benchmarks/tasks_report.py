@@ -26,8 +26,9 @@ from ensemble_server.server.compare.report.figures import COLOURS, INK, MARKERS,
 from ensemble_server.server.compare.report.pareto import pareto_front
 
 ROOT = Path(__file__).parent.parent
-SIZES = {"half": 0.494, "big": 1.544, "smol": 0.135}  # billions of parameters
 UNIT = "half"
+TUNED = ("math", "options", "linear", "ties", "dare", "widen")  # of the size of `UNIT`
+SIZES = {"half": 0.494, "big": 1.544, "smol": 0.135, **dict.fromkeys(TUNED, 0.494)}  # billions of parameters
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,22 @@ def cost_of(source: AnswersSource, num_items: int, *, is_one_sample: bool) -> Co
     path = Path(source.path)
     run, *_, task = path.name.removesuffix(".jsonl").split(".")
     spent: dict[str, list[float]] = {}
-    num_rows = 0
+    asked: set[str] = set()
     for line in path.with_name(f"{run}.{task}.jsonl").read_text(encoding="utf-8").splitlines():
-        body: Mapping[str, Any] = (json.loads(line).get("response") or {}).get("body") or {}
+        row = json.loads(line)
+        body: Mapping[str, Any] = (row.get("response") or {}).get("body") or {}
         if "usage" not in body or (source.system is not None and body["model"] != source.system):
             continue
-        num_rows += 1
+        if row["custom_id"] not in asked and len(asked) == num_items:
+            continue  # of several runs in one file each has its rows after those of the one before
+        asked.add(row["custom_id"])
         share = len(body["choices"]) if is_one_sample else 1
         for member, usage in body["ensemble"]["usage"].items():
             both = spent.setdefault(member, [0.0, 0.0])
             both[0] += usage["prompt_tokens"]
             both[1] += usage["completion_tokens"] / share
-        if num_rows == num_items:
-            break
-    read, written = (sum(both[place] for both in spent.values()) / num_rows for place in (0, 1))
-    work = sum(SIZES[member] / SIZES[UNIT] * sum(both) for member, both in spent.items()) / num_rows
+    read, written = (sum(both[place] for both in spent.values()) / len(asked) for place in (0, 1))
+    work = sum(SIZES[member] / SIZES[UNIT] * sum(both) for member, both in spent.items()) / len(asked)
     return Cost(read, written, work)
 
 

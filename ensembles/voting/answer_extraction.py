@@ -19,6 +19,7 @@ Reference: Wang et al., "Self-consistency improves chain of thought reasoning", 
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Callable
@@ -27,12 +28,17 @@ from typing import Literal
 
 from ensemble_server.ensembles.thoughts import without_thoughts
 from ensemble_server.ensembles.voting import latex
-from ensemble_server.ensembles.voting.numerals import Numeral, canonical, numerals
+from ensemble_server.ensembles.voting.numerals import Numeral, canonical, exact_value, numerals
 from ensemble_server.ensembles.voting.options import NoChoice, chosen_option, is_ruled_out, leading_option
 
 AnswerKind = Literal["number", "choice", "yes_no", "text"]
 
 _TAGGED = re.compile(r"<(?P<tag>(?:final_?)?answer)>(?P<content>.*?)(?:</(?P=tag)>|\Z)", re.IGNORECASE | re.DOTALL)
+_JSON_ANSWER = re.compile(r'"(?:final_?)?answer"\s*:\s*(?P<content>"(?:[^"\\\n]|\\.){0,4000}")', re.IGNORECASE)
+_END_OF_TURN = re.compile(
+    r"(?:<\|(?:im_end|eot_id|eom_id|end|return|endoftext|end_of_text|end_of_turn|END_OF_TURN_TOKEN|user)\|>|</s>|<eos>"
+    r"|<end_of_turn>|<turn\|>|<｜end▁of▁sentence｜>|\[/?INST\])"
+)
 _MARKER = re.compile(
     r"^[ \t*_#>-]{0,9}(?:final |correct |my )?(?:answer|ans)\.?[ \t]*(?=[(\[*]*[A-J][)\]*.]*[ \t]*$)"
     r"|\bfinal answer\b|\b(?:answers?|ans)\b[^\n.:=]{0,40}?(?:\bis\b|\bare\b|\bbe\b|:|=)"
@@ -48,27 +54,39 @@ _AFTER_MARKER = re.compile(r"[\s*_:=>\"“]*([^\n]*)")
 _CLAUSE_END = re.compile(r"[,;.](?=\s|$)")
 _REFUSAL = re.compile(
     r"\W*(?:I (?:do not|don['’]t|cannot|can['’]t|am not|have no)|I['’]m not|not sure"
-    r"|unsure|unknown|unclear|none\b|no idea|(?:cannot|can['’]t|could not) be|impossible to|there is no)",
+    r"|unsure|unknown|unclear|none\b(?! other)|no idea|(?:cannot|can['’]t|could not) be|impossible to|there is no)",
     re.IGNORECASE,
 )
 
-_ASIDE = re.compile(r"\([^()]*\)")
+_ASIDE = re.compile(r"(?<=\s)\([^()]*\)")
+_BRACKETED = re.compile(r"\s*[(\[]\s*(?P<inside>[^()\[\],;]*?)\s*[)\]]\s*(?P<power>\^\s?\d{1,3})?[\s.]*")
+_TWO_VALUES = re.compile(r"±|[^=]=[^=]{1,40}(?:\b(?:or|and|oder|ou)\b|[,;]\s)[^=]{1,20}=|[<>]")
+_LIST_OF_TWO = re.compile(r"\s*(?:or|oder|ou|o|或)\s*[$€£]?", re.IGNORECASE)
+_RANGE = re.compile(r"\s{0,3}(?:-|–|—|to|bis|à|~|～)\s*[$€£]?", re.IGNORECASE)
 _DENIED = re.compile(r"\W*not [^,;.]*?(?:,|;|\.\s)?\s*(?:but|it is|it's)\b|\W*not [^;.]*(?:\.(?!\d)|$)", re.IGNORECASE)
 _RULED_OUT = re.compile(r"(?:\bnot|n['’]t|\binstead of|\brather than|[≠±]|!=)\s*[$€£]?\s*\Z", re.IGNORECASE)
 MAX_RULING_CHARS = 20
+MAX_POWER = 100
 _OPERATED = re.compile(r"(?<![A-Za-z])[xyzn]\s?[-+*/^×·]|[-+*/^×·]\s?[xyzn](?![A-Za-z])")
 _SPACED_SIGN = re.compile(r"((?:\A|[=(:≈])\s*)[-–]\s+(?=[\d.$€£])")
 
-_NEGATION = r"\b(?:not|never|cannot be|\w+n['’]t(?: be)?)\s+(?:\w+ly\s+|a |an |the )?"
+_NEGATION = (
+    r"\b(?:(?:not|never|cannot be|\w+n['’]t(?: be)?)\s+(?:\w+ly\s+|a |an |the )?"
+    r"|(?:neither|none|nothing)(?: \w+){0,4}? (?:is|are|was|were|seems?) (?:\w+ly )?)"
+)
 _YES = "yes|true|correct|yep|yeah|oui|sí|ja|да|sì"
 _NO = "no|false|incorrect|nope|non|nein|нет|untrue"
+_YES_ELSEWHERE = "sim|tak|evet|ano|igen"
+_NO_ELSEWHERE = "não|nie|hayır|nee|nej|ne|nem"
 _YES_NO = re.compile(rf"(?P<negation>{_NEGATION})?\b(?P<word>{_YES}|{_NO})\b", re.IGNORECASE)
 _LEADING_YES_NO = re.compile(
-    r"[\W_]*(?P<word>yes|yep|yeah|true|no|nope|false|oui|non|nein|sí|sì|ja|да|нет)\b", re.IGNORECASE
+    r"[\W_]*(?P<word>yes|yep|yeah|true|no|nope|false|oui|non|nein|sí|sì|ja|да|нет"
+    rf"|(?:{_YES_ELSEWHERE}|{_NO_ELSEWHERE})(?=[.,!;\n]|\W*\Z))\b(?!\?)",
+    re.IGNORECASE,
 )
 _BOTH = re.compile(
-    r"\b(?:yes|true|correct)\W{0,3}(?:or|and|/|,|vs\.?)\W{0,3}(?:no|false|incorrect)\b"
-    r"|\b(?:no|false|incorrect)\W{0,3}(?:or|and|/|,|vs\.?)\W{0,3}(?:yes|true|correct)\b",
+    r"\b(?:yes|true|correct)\W{0,3}(?:n?or|and|/|,|vs\.?)\W{0,3}(?:no|false|incorrect)\b"
+    r"|\b(?:no|false|incorrect)\W{0,3}(?:n?or|and|/|,|vs\.?)\W{0,3}(?:yes|true|correct)\b",
     re.IGNORECASE,
 )
 _NO_AS_DETERMINER = re.compile(
@@ -77,7 +95,8 @@ _NO_AS_DETERMINER = re.compile(
     re.IGNORECASE,
 )
 _HAN_YES_NO = re.compile(r"(?P<no>不是|不对|否|错误?|いいえ|아니[요오])|(?P<yes>是的?|对|正确|はい|네)")
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_ARTICLES = re.compile(r"(?<![\w.'’])(?:a|an|the)(?=\s+\S)|^\W*(?:an|the)\W*$")
+_INITIALS = re.compile(r"(?<!\w)(?:[^\W\d_]\.){2,}(?!\w)|(?<!\w)(?:[^\W\d_]\.)+[^\W\d_](?!\w)")
 
 
 @dataclass(frozen=True)
@@ -103,7 +122,8 @@ def extract(text: str, kind: AnswerKind) -> str | None:
     "2/6" -> "1/3"). choice: an upper-case letter A to J. yes_no: "yes" or "no" (true and false count as these).
     text: lower case, without punctuation and English articles ("The Eiffel Tower." -> "eiffel tower").
     """
-    text = latex.normalized(unicodedata.normalize("NFC", without_thoughts(text)))  # not NFKC: 25 m² would read 25 m2
+    text = _own_turn(without_thoughts(text))
+    text = latex.normalized(unicodedata.normalize("NFC", text))  # not NFKC: 25 m² would read 25 m2
     found = _found(text, kind, depth=0)
     return found if isinstance(found, str) else None
 
@@ -112,6 +132,11 @@ def same_answer(left: str, right: str, kind: AnswerKind) -> bool:
     """Whether both texts give an answer and it is the same: ("18.00", "It costs $18", "number") -> True."""
     answer = extract(left, kind)
     return answer is not None and answer == extract(right, kind)
+
+
+def _own_turn(text: str) -> str:
+    """The text up to the marker that ends the turn, where special tokens were recorded with it."""
+    return next((text[: end.start()] for end in _END_OF_TURN.finditer(text) if text[: end.start()].strip()), text)
 
 
 def _found(text: str, kind: AnswerKind, depth: int) -> _Found:
@@ -136,8 +161,18 @@ def _last_box(text: str) -> _Passage | None:
     """What stands in the last box, or between the last tags, whichever ends later; blank ones do not count."""
     boxes = [(box.end, _Passage(box.content, True)) for box in latex.boxed(text)]
     tags = [(match.end(), _Passage(match.group("content"), False)) for match in _TAGGED.finditer(text)]
-    filled = [(end, passage) for end, passage in (*boxes, *tags) if passage.text.strip()]
+    members = [
+        (match.end(), _Passage(_unquoted(match.group("content")), False)) for match in _JSON_ANSWER.finditer(text)
+    ]
+    filled = [(end, passage) for end, passage in (*boxes, *tags, *members) if passage.text.strip()]
     return max(filled, key=lambda found: found[0])[1] if filled else None
+
+
+def _unquoted(content: str) -> str:
+    try:
+        return json.loads(content)
+    except ValueError:  # an escape that JSON does not know, as in LaTeX
+        return content[1:-1]
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------
@@ -163,6 +198,12 @@ def _number_in_passage(passage: str, is_whole: bool) -> _Found:
 
 def _only_number(passage: str) -> _Found:
     """The number of a passage that is the answer. Several of different value are none: (3, 4), or 1 or 2."""
+    if _TWO_VALUES.search(passage):
+        return ABSTAINS
+    if bracketed := _BRACKETED.fullmatch(passage):
+        if power := bracketed.group("power"):
+            return _power(bracketed.group("inside"), int(power.lstrip("^ ")))
+        passage = bracketed.group("inside")
     for part in (passage[passage.rfind("=") + 1 :], passage):
         part = _ASIDE.sub(" ", part) if re.match(r"\W*\d", part) else part
         found = list(numerals(part))
@@ -174,16 +215,28 @@ def _only_number(passage: str) -> _Found:
     return None
 
 
+def _power(base: str, power: int) -> _Found:
+    """ "1/2", 2 -> "0.25" """
+    value = exact_value(base)
+    return ABSTAINS if value is None or power > MAX_POWER else canonical(value**power) or ABSTAINS
+
+
 def _are_alternatives(part: str, found: list[Numeral]) -> bool:
-    """ "3 or 4", "between 3 and 4": two numbers and no more between them than that."""
+    """ "3 or 4", "between 3 and 4", "3-4 hours": two numbers and no more between them than that."""
     if len(found) < 2:
         return False
-    between = part[found[0].end : found[1].start].strip(" $").lower()
-    return between in ("or", "oder", "ou", "o", "或") or part[: found[0].start].strip(" $").lower().endswith("between")
+    between = part[found[0].end : found[1].start]
+    if _LIST_OF_TWO.fullmatch(between) or part[: found[0].start].strip(" $").lower().endswith("between"):
+        return True
+    is_rising = found[0].value is not None and found[1].value is not None and found[0].value < abs(found[1].value)
+    return is_rising and _RANGE.fullmatch(between) is not None
 
 
 def _last_number(text: str) -> _Found:
-    for number in reversed(list(numerals(text))):
+    found = list(numerals(text))
+    for place, number in reversed(list(enumerate(found))):
+        if place and _LIST_OF_TWO.fullmatch(text, found[place - 1].end, number.start):
+            return ABSTAINS
         if _RULED_OUT.search(text[max(0, number.start - MAX_RULING_CHARS) : number.start]):
             continue
         if number.is_symbolic and not _is_factor(text, number):
@@ -222,7 +275,7 @@ def _choice_in_text(text: str) -> _Found:
 
 
 def _alone(text: str) -> str | None:
-    match = re.fullmatch(r"[\W_]*([A-Ja-j])[\W_]*", text)
+    match = re.fullmatch(r"[\W_]*([A-Ja-j])(?![+#'’°%&]|-\Z)[\W_]*", text)
     return match.group(1).upper() if match else None
 
 
@@ -254,7 +307,7 @@ def _yes_no(text: str, *, takes_first: bool) -> str | None:
 
 
 def _as_yes_no(word: str, is_negated: bool) -> str:
-    return "yes" if (word.lower() in _YES.split("|")) != is_negated else "no"
+    return "yes" if (word.lower() in f"{_YES}|{_YES_ELSEWHERE}".split("|")) != is_negated else "no"
 
 
 # --- short texts -------------------------------------------------------------------------------------------------
@@ -265,9 +318,9 @@ def _text_in_passage(passage: str, is_whole: bool) -> _Found:
 
 
 def _bare_text(text: str) -> str | None:
-    text = text.lower()
+    text = _INITIALS.sub(lambda initials: initials.group().replace(".", ""), _ARTICLES.sub(" ", text.lower()))
     letters = "".join(char if char.isalnum() or unicodedata.category(char)[0] == "M" else " " for char in text)
-    return " ".join(_ARTICLES.sub(" ", letters).split()) or None
+    return " ".join(letters.split()) or None
 
 
 _FINDERS: dict[AnswerKind, tuple[Callable[[str, bool], _Found], Callable[[str], _Found]]] = {

@@ -37,6 +37,8 @@ _SYMBOLS = {
 }  # fmt: skip
 _MARKS = {",": "\u202f", " ": "\u00a0", ";": " ", ":": " ", "!": "", "(": "", ")": "", "[": "", "]": "", "\\": "\n"}
 _NUMBER_OR_EXPONENT = re.compile(r"[-+]?\s?\d+")
+_GROUP_OF_DIGITS = re.compile(r"(?<![\w}])\{(?P<digits>\d{1,100})\}(?![{\d])|\{(?P<comma>,)\}")
+_UNIT = re.compile(r"\\(?:text|mathrm|textrm|rm)\s?\{[^\d{}]*\}(?:\^\{?\d\}?)?")
 _ORDINAL = re.compile(r"(?:\\(?:text|mathrm)\s?\{?)?\s?(?:st|nd|rd|th)\}?")
 _BOXED = re.compile(r"(?:\\f?boxed|\bboxed(?=\s*\{))(?![A-Za-z])")
 
@@ -122,9 +124,9 @@ class _Reader:
             elif char == "~":
                 out.append("\u00a0")
                 place += 1
-            elif char == "{" and self._text[place : place + 3] == "{,}":
-                out.append(",")
-                place += 3
+            elif char == "{" and (group := _GROUP_OF_DIGITS.match(self._text, place, end)):
+                out.append(group.group("digits") or ",")
+                place = group.end()
             else:
                 out.append(char)
                 place += 1
@@ -177,9 +179,14 @@ class _Reader:
 
     def _fraction(self, place: int, end: int, depth: int, out: list[str]) -> int:
         parts = []
+        sources = []
         for _ in range(2):
             first, last, place = self.argument(place, end, depth)
+            sources.append(self._text[first:last].strip())
             parts.append(self.read(first, last, depth + 1).strip())
+        if all(map(_UNIT.fullmatch, sources)):
+            out.append(f" {parts[0]}/{parts[1]}")
+            return place
         above, below = (exact_value(part.strip("$ ")) for part in parts)
         if above is None or below is None:
             out.append(f"({parts[0]})/({parts[1]}){UNKNOWN}")

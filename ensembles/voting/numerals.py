@@ -3,7 +3,8 @@
 Read are signs (also "minus 3"), currencies, thousands in groups ("1,234.5", "1.234,5", "1 234", "1'234", "1,00,000"),
 decimal commas ("0,5"), fractions and mixed numbers ("3/4", "3 1/2", "3½", "3 and a half"), powers ("2^10", "10⁶"),
 scientific notation ("1.5e3", "1.5 × 10^3"), repeating decimals ("0.(3)"), square roots that come out even ("√16"), and
-magnitudes ("3 million", "5k", "3万"). Units and percent signs are not part of a number: "18 %" and "18 km" are 18.
+magnitudes ("3 million", "5k", "3万", "$2.5M"). Units and percent signs are not part of a number: "18 %" and "18 km"
+are 18.
 
 What is written next to a symbol ("2π", "3√2", "2x", "10^n") is no number, and no digits inside it are one. Nor are
 times and ratios ("10:30"), dates ("2024-12-24", "24.12.2024"), versions and addresses ("1.2.3", "10.0.0.1") and the
@@ -65,7 +66,7 @@ _TOKEN = re.compile(
            |\s?/\s?(?P<divisor>{_PLAIN})(?![.,]?\d))?
       )
       (?P<after>\s?(?:thousand|tausend|million(?:en|es|s)?|mill[oó]n(?:es)?|milliard(?:en|s|er)?|billions?|trillions?)\b
-        |k\b|\s?[万亿億])?
+        |k\b|\s?[万亿億]|(?(money)\s?(?:[KMB]|[mb]n)(?!\w)|(?!)))?
       (?P<symbol>[ {_GAP}]?[*·⋅×]?[ {_GAP}]?(?:[π∞]|pi\b|(?:[√∛]|sqrt\b){_OPERAND})|\s?/\s?[π√xyz](?![{_LETTER}])
         |[xyzni](?![{_LETTER}\d])|\s?\^{_OPERAND}|{JOINED})?
     )
@@ -77,7 +78,8 @@ _TOKEN = re.compile(
 )
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _MAGNITUDES = {
-    "k": 10**3, "thousand": 10**3, "tausend": 10**3, "mill": 10**6, "milliard": 10**9, "billion": 10**9,
+    "k": 10**3, "K": 10**3, "M": 10**6, "mn": 10**6, "B": 10**9, "bn": 10**9,
+    "thousand": 10**3, "tausend": 10**3, "mill": 10**6, "milliard": 10**9, "billion": 10**9,
     "trillion": 10**12, "万": 10**4, "亿": 10**8, "億": 10**8,
 }  # fmt: skip
 _IS_MONEY_AFTER = re.compile(rf"[ {_GAP}]?(?:[€$£¥₹₽₩₪₺]|EUR|USD|zł|kr\b|Kč|CHF)")

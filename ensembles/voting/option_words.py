@@ -29,13 +29,20 @@ VERBS = _words(
 )
 
 # What stands before an option that something is said to be; a sentence may begin after some of them.
-COPULAS = _words("is be was are been being it's that's here's es est ist è é jest is: são seems = : → => -> ⇒ ≈ — –")
+COPULAS = _words(
+    "is be was are been being it's that's here's es est ist è é jest is: são seems 是 选 = : → => -> ⇒ ≈ — –"
+)
+
+# Words that no surname is, where they begin a sentence behind a letter: "Surely A. The ..."
+NOT_SURNAMES = _words(
+    "the this that it its he she they we you so because since as not no but and or if in on by for all both there"
+)
 
 # Nouns whose letter is a part of their name: vitamin C.
 ENTITIES = _words(
     """
     train pipe machine city vitamin vitamins plan hepatitis type types grade grades class section figure fig
-    appendix point points line
+    appendix point points line let
     lines angle segment side matrix vector set sets event events node team room level part mr mrs dr prof note
     key
     """
@@ -63,7 +70,9 @@ AFTER = _words(
 )
 
 # Words that follow an option's name where no noun comes after them: "C alone.", "C right"; but "A right angle".
-AFTER_AT_END = _words("right wrong true false correct incorrect only alone too even yet please again anyway obviously")
+AFTER_AT_END = _words(
+    "right wrong true false correct incorrect only alone too even yet please again anyway obviously yes no"
+)
 
 # Words that follow an option's name together with another: "C given the text".
 PAIRS_AFTER = {
@@ -115,7 +124,7 @@ AFTER_I_AND_COMMA = _words(
 )
 
 # What joins options that are named together.
-CONNECTORS = _words("and or / & nor y o et ou und oder e 或 和 、 与 及 plus")
+CONNECTORS = _words("and or / & nor y o et ou und oder e + 或 和 、 与 及 plus")
 
 # Nouns of which "A to D" means all.
 RANGES = _words("options choices from answers letters between")
@@ -130,7 +139,7 @@ NEGATIONS = _words(
     """
     not cannot never neither nor unlike except excluding exclude excludes excluded eliminate eliminates
     eliminated eliminating reject rejects rejected rejecting discard discarded dismiss dismissed rule ruled
-    rules ruling against without beats avoid wrong incorrect false ≠ nicht kein pas ni nunca no
+    rules ruling against without beats avoid wrong incorrect false ≠ nicht kein pas ni nunca no 不 非
     """
 )
 
@@ -140,7 +149,7 @@ BETWEEN_NEGATION_AND_LETTER = _words(
     think believe the answer answers is be it its it's that a an option options choice could can would correct
     likely letter choose pick select go going with for to say necessarily out of being been clearly really
     definitely quite right simply just was as are in this case i we both either ( [ which obviously one la est
-    es ist
+    es ist 是 选
     """
 )
 
@@ -157,7 +166,7 @@ ASSERTING = (COPULAS - _words("— –")) | _words(
 TURNS = _words(
     """
     but however actually so therefore thus hence final finally conclusion instead wait overall ultimately after
-    then answer reflection conclude settle though yet correction sorry still
+    then answer reflection conclude settle though yet correction sorry still no nope hmm
     """
 )
 
@@ -165,7 +174,8 @@ TURNS = _words(
 LEADING = _words(
     """
     option options choice letter the number clearly definitely probably likely most that it is be would must
-    therefore simply just in fact either both indeed answer ( [ : = - – — it's ' " > “ la el le die der das est
+    therefore simply just in fact none other than either both indeed answer ( [ : = - – — it's ' " > “
+    la el le die der das est
     ist es correct a, obviously thus hence , . → => # final alternative opción réponse respuesta antwort und \n
     certainly surely again
     """

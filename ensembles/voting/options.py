@@ -34,6 +34,7 @@ from ensemble_server.ensembles.voting.option_words import (
     FIRST_PERSON,
     LEADING,
     NEGATIONS,
+    NOT_SURNAMES,
     NOUNS,
     PAIRS_AFTER,
     RANGES,
@@ -45,6 +46,8 @@ from ensemble_server.ensembles.voting.option_words import (
 
 LETTERS = "ABCDEFGHIJ"
 MAX_MENTIONS = 500  # letters that are looked at, the last of a text; the rest would only cost time
+MAX_TAKEN_BACK = 4  # times that a choice is taken back, the last of a passage
+MAX_CHARS_TAKEN_BACK = 200
 NUM_TOKENS_AROUND = 10  # how far what is said of a letter is looked for
 
 _LATIN = r"A-Za-z\u00c0-\u024f"
@@ -57,6 +60,16 @@ _EMPHASIS = re.compile(r"[*`\"“”„«»]|(?<!\w)_|_(?!\w)|</?[a-zA-Z]{1,6}>"
 _ROMAN = re.compile(r"\b(?:II|III|IV|ii|iii|iv)\b")
 _OPTION_LINE = re.compile(
     r"^[ \t>*_#-]*[(\[]?(?:option |choice )?\**(?P<letter>[A-J])\**[)\].:](?!\w)[^\n]*", re.MULTILINE | re.IGNORECASE
+)
+_LABELLED = re.compile(  # an option that speaks of others: "D) Both A and B", "D (A and B are right)"
+    r"[\W_]*(?:(?:option|choice|answer)\W+)?(?P<letter>[A-J])[\W_]{0,3}"
+    r"(?:[).:][\W_]{0,4}(?:(?:both|all|neither|none|either|only)\b|\(?[A-J]\)?\W{0,2}(?:and|or|&|nor)\b)"
+    r"|(?<=\s)\((?:both |neither |either )?\(?[A-J]\)?\W{0,2}(?:and|or|&|nor)\b)",
+    re.IGNORECASE,
+)
+_TAKEN_BACK = re.compile(  # "(A)... no wait, (B)."
+    r"\b(?:wait|actually|scratch that|correction|on second thought|i mean|sorry|rather|no(?=\W{0,3}[\s(]?[A-J]\b))\b",
+    re.IGNORECASE,
 )
 _SAID_CORRECT = re.compile(
     r"[)\].:*\s–—-]*(?:correct|right|true|yes)\b|[^\n]*(?:✓|✔|✅|\(correct\)|←\s*correct)", re.IGNORECASE
@@ -75,14 +88,15 @@ _NEGATED_AFTER = re.compile(
     r"|ignored|irrelevant|unlikely|implausible|untrue|off|mistaken|distractor|unrelated|no|too (?!\W|$)\w)"
     r"|\w+n['’]t\b|(?:do|does|did|is|are|was|can|could|should|would|will|has|have|must|may) not\b|cannot\b"
     r"|(?:can|could|must|should|may|has to) (?:also |\w+ly )*never|fails?\b|contradicts?\b|lacks?\b|makes? no\b"
-    r"|(?:has|have) no\b|ignores?\b|violates?\b|confuses?\b|(?:wrong|incorrect|false|no|not|out|nicht|no es)\b)"
+    r"|(?:has|have) no\b|ignores?\b|violates?\b|confuses?\b|(?:wrong|incorrect|false|no|not|out|nicht|no es)\b"
+    r"|(?:是 )?(?:错|不(?! 选))|で は な|じ ゃ な|[가이] 아 니|✗|✘|❌|×)"
 )
 _ASSERTED_AFTER = re.compile(
     rf"{_GLUE}(?:"
-    rf"{_BEING}(?: \S+){{0,4}}? (?:correct|right|true|best|better|stronger|answers?|one|choice|option|pick|winner"
+    rf"{_BEING}(?: [^\s@]+){{0,4}}? (?:correct|right|true|best|better|stronger|answers?|one|choice|option|pick|winner"
     r"|solution|it|accurate|valid|fits?)\b"
     r"|remains\b|stands\b|it is\b|wins\b|fits\b|works\b|makes (?:the most |more )?sense|matches\b|satisfies\b|holds\b"
-    r"|gets my\b|(?:best|correctly) |correct\b|right\b|true\b|✓|✔|✅)"
+    r"|gets my\b|(?:best|correctly) |correct\b|right\b|true\b|yes\b|对|正 确|是 (?:对|正 确)|✓|✔|✅)"
 )
 _I_WOULD_BE_RIGHT = re.compile(  # said of option I; "I would be happy" is not
     r"(?:would|must|should|could|can|will|may|might) (?:clearly |definitely |then |therefore |also )*"
@@ -93,6 +107,7 @@ _I_WOULD_BE_RIGHT = re.compile(  # said of option I; "I would be happy" is not
 _CLAUSE_ENDS = frozenset(".;!?\n") | {"but", "because", "since", "so", "although", "though", "while", "whereas"}
 _MARKS_AFTER = frozenset(".,;:!?)]\n=→-–—/…⇒&+") | {"=>", "->"}
 _MARKS_OF_LIST_END = frozenset(".;!?)\n")
+_BEFORE_EQUALS = NOUNS | {"is", "be", "choose", "pick", "select", ":", "=>", "so", "thus", "therefore", "hence"}
 _NO_CLAUSE_BEFORE = ("\n", ".", ",", ";", ":")
 
 
@@ -126,6 +141,8 @@ class _Mention:
     end: int
     is_negated: bool = False
     is_asserted: bool = False
+    is_asked: bool = False  # "is it C?"
+    is_also: bool = False  # "C is also right"
 
     def choice(self) -> str | NoChoice:
         return next(iter(self.letters)) if len(self.letters) == 1 else NO_CHOICE
@@ -133,6 +150,8 @@ class _Mention:
 
 def chosen_option(text: str) -> str | NoChoice | None:
     """The option that a text without LaTeX chooses; NO_CHOICE if it names several, None if it names none."""
+    if labelled := _LABELLED.match(text):
+        return labelled.group("letter").upper()
     prose, marked_right = _without_option_list(text)
     tokens = _tokens(prose)
     found = _decided(_mentions(tokens, prose), tokens)
@@ -142,13 +161,29 @@ def chosen_option(text: str) -> str | NoChoice | None:
 def leading_option(text: str) -> str | NoChoice | None:
     """The option that a text begins with, save for words like "most likely option": "(B), since ..." -> "B".
 
-    NO_CHOICE if it begins with several ("either C or D"); None if with something else.
+    NO_CHOICE if it begins with several ("either C or D"); None if with something else. What is taken back at once
+    ("B. No wait, C") does not count.
     """
+    first, end = _leading(text)
+    if not isinstance(first, str):
+        return first
+    for taken_back in list(_TAKEN_BACK.finditer(text, end))[: -MAX_TAKEN_BACK - 1 : -1]:
+        said = text[taken_back.end() : taken_back.end() + MAX_CHARS_TAKEN_BACK]
+        instead, _ = _leading(said)
+        if isinstance(instead, str) and not re.match(r"[^.!\n]*\?", said):
+            return instead
+    return first
+
+
+def _leading(text: str) -> tuple[str | NoChoice | None, int]:
+    """What `text` begins with, and where that ends."""
+    if labelled := _LABELLED.match(text):
+        return labelled.group("letter").upper(), labelled.end()
     tokens = _tokens(text)
     first = next(iter(_mentions(tokens, text)), None)
     if first is None or first.is_negated or any(token.word not in LEADING for token in tokens[: first.start]):
-        return None
-    return first.choice()
+        return None, 0
+    return first.choice(), tokens[first.end - 1].start + 1
 
 
 def is_ruled_out(text: str) -> bool:
@@ -189,8 +224,9 @@ def _mentions(tokens: Sequence[_Token], text: str) -> list[_Mention]:
         ]
         if places:
             mentions: list[_Mention] = []
+            named = frozenset(places)
             for group in _groups(places[-MAX_MENTIONS:], tokens):
-                mentions.append(_judged(group, tokens, mentions[-1] if mentions else None))
+                mentions.append(_judged(group, tokens, named, mentions[-1] if mentions else None))
             return mentions
     return []
 
@@ -202,6 +238,8 @@ def _is_option(tokens: Sequence[_Token], place: int, is_roman: bool) -> bool:
     after = tokens[place + 1] if place + 1 < len(tokens) else _Token("\n", "\n", token.start + 2)
     is_i = token.word == "i"
     if before.text in "([" and after.text in ")]":
+        if _is_called(tokens, place - 1):
+            return False
         return not (is_roman and token.text == "i")
     if is_i and is_roman:
         return before.word in NOUNS
@@ -220,14 +258,44 @@ def _is_option(tokens: Sequence[_Token], place: int, is_roman: bool) -> bool:
     return before.word in COPULAS and after.text[0].isupper() and len(after.text) > 1
 
 
+def _is_called(tokens: Sequence[_Token], bracket: int) -> bool:
+    """P(A), f(B): a bracket right behind a symbol or a short name."""
+    name = tokens[bracket - 1] if bracket else None
+    is_close = name is not None and name.is_before(tokens[bracket]) and _is_latin(name) and name.text[0].isalpha()
+    return is_close and name is not None and len(name.text) < 4 and name.word not in NOUNS | VERBS | COPULAS | LEADING
+
+
+def _is_initial(tokens: Sequence[_Token], place: int, before: _Token) -> bool:
+    """ "Franklin D. Roosevelt": a point after the letter, and around both words with capitals that say nothing else."""
+    if place + 2 >= len(tokens) or not before.text[0].isupper() or len(before.text) < 2:
+        return False
+    point, name = tokens[place + 1 : place + 3]
+    return (
+        point.text == "."
+        and tokens[place].is_before(point)
+        and len(name.text) > 1
+        and name.text[0].isupper()
+        and not name.text.isupper()
+        and name.word not in NOT_SURNAMES
+        and before.word not in NOUNS | VERBS | COPULAS | LEADING | TURNS | CONNECTORS | ADVERBS
+        and not before.word.endswith("ly")
+    )
+
+
 def _is_part_of_a_name(tokens: Sequence[_Token], place: int, before: _Token, after: _Token) -> bool:
     """ "vitamin C", "C++", "e.g.", "A-level", "5 C", "R&D" """
     token = tokens[place]
     if before.word in ENTITIES or before.text[0].isdecimal() or before.text in _NOT_BEFORE:
         return True
+    if _is_initial(tokens, place, before):
+        return True
+    if after.text == "=" and before.word not in _BEFORE_EQUALS and place + 2 < len(tokens):
+        return tokens[place + 2].text[0].islower()  # F = ma, but not C = Paris
     if token.is_before(after):
         if after.text in "'’+#&°^_%" or after.text[0].isdecimal():
             return True
+        if after.text == "/" and len(tokens) > place + 2 and after.is_before(tokens[place + 2]):
+            return tokens[place + 2].text.upper() not in _LETTERS
         beyond = tokens[place + 2] if place + 2 < len(tokens) else None
         if beyond is not None and after.is_before(beyond):
             if after.text in "-–":
@@ -289,7 +357,8 @@ def _is_pronoun(tokens: Sequence[_Token], place: int, before: str, after: str) -
             earlier = tokens[place - 2].text if place > 1 else ""
             return earlier not in (*LETTERS, *LETTERS.lower(), ")")
         if before in SUBJECTS_BEFORE_I and not is_named:
-            return True
+            earlier = [token.text for token in tokens[max(0, place - 3) : place - 1] if token.text not in ",)"]
+            return before != "but" or not _LETTERS & set(earlier[-1:])  # "not B but I"
         if after == "," and not is_named:
             follows, beyond = (*rest[1:], "", "")[:2]
             if follows == "for":
@@ -351,7 +420,9 @@ def _groups(places: Sequence[int], tokens: Sequence[_Token]) -> list[_Mention]:
             is_complete = False
     mentions = []
     for group in groups:
-        inside = {token.word for token in tokens[group[0] : group[-1]]}
+        inside = {
+            token.word for number, token in enumerate(tokens[group[0] : group[-1]], group[0]) if number not in group
+        }
         is_at_end = group[-1] + 1 == len(tokens) or tokens[group[-1] + 1].text in _MARKS_OF_LIST_END
         parts = [group] if inside & (CONNECTORS | {"to"}) or is_at_end else [[place] for place in group]
         mentions += [
@@ -360,17 +431,46 @@ def _groups(places: Sequence[int], tokens: Sequence[_Token]) -> list[_Mention]:
     return mentions
 
 
-def _judged(mention: _Mention, tokens: Sequence[_Token], previous: _Mention | None) -> _Mention:
-    """`mention` with what its clause says of it: "... and so is D" says what was said of `previous`."""
+def _judged(mention: _Mention, tokens: Sequence[_Token], named: frozenset[int], previous: _Mention | None) -> _Mention:
+    """`mention` with what its clause says of it: "... and so is D" says what was said of `previous`.
+
+    `named`: the places of all options, which stand as "@" in what is said.
+    """
     before = _clause_before(tokens, mention.start)
     if previous is not None and [token.word for token in tokens[mention.start - 2 : mention.start]] in _LIKEWISE:
         return replace(mention, is_negated=previous.is_negated, is_asserted=previous.is_asserted)
-    after = " ".join(token.word for token in tokens[mention.end : mention.end + NUM_TOKENS_AROUND])
-    after = re.split(r" ?[.;!?\n]", after, maxsplit=1)[0].removeprefix(") ")
+    beyond = range(mention.end, min(mention.end + NUM_TOKENS_AROUND, len(tokens)))
+    said = " ".join("@" if place in named else tokens[place].word for place in beyond)
+    after = re.split(r" ?[.;!?\n]", said, maxsplit=1)[0].removeprefix(") ")
+    if reply := _ASKED.match(said):
+        is_yes = reply.group("yes") is not None
+        return replace(mention, is_asked=True, is_asserted=is_yes, is_negated=reply.group("no") is not None)
     is_negated = _is_negation(before) or _NEGATED_AFTER.match(after) is not None
     is_said = bool(before and before[-1] in ASSERTING) or _ASSERTED_AFTER.match(after) is not None
-    is_alone = not before and not after
-    return replace(mention, is_negated=is_negated, is_asserted=not is_negated and (is_said or is_alone))
+    is_alone = set(before) <= _TURNING and not after  # "Wait, no, B."
+    return replace(
+        mention,
+        is_negated=is_negated,
+        is_asserted=not is_negated and (is_said or is_alone) and not _is_conceded(tokens, mention.start),
+        is_also="also" in after.split()[:3],
+    )
+
+
+_ASKED = re.compile(
+    r"[^.;!?\n]*\?(?: (?:(?P<yes>yes|yeah|correct|right|exactly|indeed)|(?P<no>no|nope|not|never|wrong))\b)?"
+)
+_TURNING = TURNS | frozenset((",", "…", "-", "–", "—"))
+
+
+def _is_conceded(tokens: Sequence[_Token], place: int) -> bool:
+    """ "Although C seems right, ..." """
+    words = [token.word for token in tokens[max(0, place - 3) : place] if token.text not in "()"]
+    if words and words[-1] in NOUNS:
+        words.pop()
+    return bool(words) and words[-1] in _CONCEDING
+
+
+_CONCEDING = frozenset(("although", "though", "while", "whilst", "whereas"))
 
 
 _LIKEWISE = (["so", "is"], ["so", "are"], ["so", "does"], ["neither", "is"], ["nor", "is"], ["neither", "does"])
@@ -417,13 +517,16 @@ def _is_negation(before: Sequence[str]) -> bool:
 
 
 def _decided(mentions: Sequence[_Mention], tokens: Sequence[_Token]) -> str | NoChoice | None:
-    kept = [mention for mention in mentions if not mention.is_negated]
+    stated = [mention for mention in mentions if not mention.is_asked or mention.is_asserted or mention.is_negated]
+    kept = [mention for mention in stated or mentions if not mention.is_negated]
     asserted = [mention for mention in kept if mention.is_asserted]
     if not asserted:
         letters = frozenset[str]().union(*(mention.letters for mention in kept))
         return None if not letters else next(iter(letters)) if len(letters) == 1 else NO_CHOICE
     last = asserted[-1]
     others = [mention for mention in asserted if mention.letters != last.letters]
+    if others and last.is_also:
+        return NO_CHOICE
     if others and not TURNS & {token.word for token in tokens[others[-1].end : last.start]}:
         return NO_CHOICE
     return last.choice()

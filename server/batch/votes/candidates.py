@@ -32,6 +32,7 @@ from ensemble_server.server.batch.votes.rows import (
     read_text,
 )
 
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 NO_TEXT = "has no text to vote on"
 
 
@@ -153,7 +154,7 @@ def read_systems(paths: Sequence[Path]) -> list[Row]:
 
 
 def _system_answers(path: Path) -> list[tuple[RowId, str]]:
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() not in JSON_SUFFIXES:
         # str.splitlines would also split at U+2028 and its like
         lines = io.StringIO(read_text(path), newline=None)
         return [(None, line.rstrip("\n").removeprefix("\ufeff")) for line in lines]

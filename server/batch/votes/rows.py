@@ -21,7 +21,9 @@ from ensemble_server.ensembles.errors import RequestError
 RowId = str | int | float | None
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_OTHER_FORMS = {
+_OTHER_FORMS = {  # the longer first: UTF-32's mark begins with UTF-16's
+    b"\xff\xfe\0\0": "is UTF-32; save it as UTF-8",
+    b"\0\0\xfe\xff": "is UTF-32; save it as UTF-8",
     b"\xff\xfe": "is UTF-16; save it as UTF-8",
     b"\xfe\xff": "is UTF-16; save it as UTF-8",
     b"\x1f\x8b": "is compressed; unpack it first",

@@ -149,7 +149,10 @@ def _matrix_of_pairs(name: str, labels: Sequence[str], records: Iterable[tuple[i
             raise ValueError(f"line {line}: {name} must be a number, got {record[name]!r}") from None
         if not np.isfinite(score):
             raise ValueError(f"line {line}: {name} must be a finite number, got {record[name]!r}")
-        matrix[place[record["candidate"]], place[record["reference"]]] = score
+        pair = place[record["candidate"]], place[record["reference"]]
+        if not np.isnan(matrix[pair]):
+            raise ValueError(f"line {line}: a second {name} of {record['candidate']!r} and {record['reference']!r}")
+        matrix[pair] = score
     matrix = np.where(np.isnan(matrix), matrix.T, matrix)
     np.fill_diagonal(matrix, np.where(np.isnan(matrix.diagonal()), 1.0, matrix.diagonal()))
     for i, j in np.argwhere(np.isnan(matrix)):

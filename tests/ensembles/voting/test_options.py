@@ -784,10 +784,56 @@ def test_a_text_that_names_no_option_or_several_abstains(text: str) -> None:
         ("Final answer: I would choose B", "B"),
         ("The answer isn't A, it's C", "C"),
         ("Answer: Not A; C", "C"),
+        ("A. No, B!", "B"),
+        ("Is it A? No. Is it B? Yes.", "B"),
+        ("A or B? A.", "A"),
+        ("I choose A. But B is also right.", None),
+        ("D) Both A and B", "D"),
+        ("Answer: (D) A and B", "D"),
+        ("The answer is D (A and B are both right).", "D"),
+        ("C: A and B only", "C"),
+        (r"\boxed{D. \text{Both A and B}}", "D"),
+        ("B<|im_end|>", "B"),
+        ("B<|eot_id|><|start_header_id|>user: is it A?", "B"),
+        ("Franklin D. Roosevelt", None),
+        ("The answer is Robert E. Lee.", None),
+        ("F = ma", None),
+        ("P(A) = 0.5", None),
+        ("Let A be a set.", None),
+        ("Answer: I/O", None),
+        ("Answer: C#", None),
+        ("不是A，是B", "B"),
+        ("答案不是A，而是B。", "B"),
+        ("选 A 不选 B", "A"),
     ],
 )
 def test_what_is_said_of_the_letters_decides(text: str, expected: str | None) -> None:
     assert extract(text, "choice") == expected
+
+
+@pytest.mark.parametrize(
+    "phrasing",
+    [
+        "The answer is none other than X.",
+        "The answer is not Y but X.",
+        "The answer is not Y, but X.",
+        "Unlike Y, X is correct.",
+        "While Y is tempting, X is right.",
+        "Although Y seems right, X is better.",
+        "The answer is (Y)... no wait, (X).",
+        "The answer is Y. Hmm, actually X.",
+        "Between Y and X, I choose X.",
+        "Of Y, X and Z, X is best.",
+        "Neither Y nor Z: X.",
+        "Y: wrong\nZ: wrong\nX: correct",
+    ],
+)
+def test_every_letter_is_chosen_beside_every_other(phrasing: str) -> None:
+    places = str.maketrans("XYZ", "\x01\x02\x03")
+    for shift, letter in enumerate("ABCDEFGHIJ"):
+        others = ["ABCDEFGHIJ"[(shift + step) % 10] for step in (3, 5)]
+        text = phrasing.translate(places).translate({1: letter, 2: others[0], 3: others[1]})
+        assert extract(text, "choice") == letter, text
 
 
 def test_texts_of_two_voters_are_not_outvoted_for_their_letter() -> None:

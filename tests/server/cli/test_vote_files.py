@@ -98,6 +98,22 @@ def test_a_null_candidate_keeps_its_place_and_has_no_part(ensemble: Callable, tm
     assert read_lines(ensemble("vote", "--systems", ann, bob, cas).out)[0]["winner"] == 1
 
 
+@pytest.mark.parametrize("ending", ["ndjson", "json", "JSONL"])
+def test_lines_of_json_are_no_texts_whatever_their_file_is_called(
+    ensemble: Callable, tmp_path: Path, ending: str
+) -> None:
+    ann = write_lines(tmp_path / f"ann.{ending}", [{"id": 1, "text": "a b"}, {"id": 2, "text": "c"}])
+    bob = write_lines(tmp_path / f"bob.{ending}", [{"id": 2, "text": "c"}, {"id": 1, "text": "a b"}])
+    rows = read_lines(ensemble("vote", "--systems", ann, bob).out)
+    assert [(row["id"], row["text"]) for row in rows] == [(1, "a b"), (2, "c")]
+
+
+def test_a_pair_with_two_scores_is_an_error_of_its_row(ensemble: Callable, tmp_path: Path) -> None:
+    (tmp_path / "s.csv").write_text("id,candidate,reference,bleu\np,a,b,0.5\np,a,b,0.6\n")
+    run = ensemble("vote", "--scores", tmp_path / "s.csv")
+    assert (run.code, read_lines(run.out)[0]["error"]) == (3, "line 3: a second bleu of 'a' and 'b'")
+
+
 def test_the_only_similarity_of_scores_need_not_be_named(ensemble: Callable, tmp_path: Path) -> None:
     matrix = [[1, 0.2], [0.9, 1]]
     one = write_lines(tmp_path / "one.jsonl", [{"id": 1, "similarity": {"bleu": matrix}}])

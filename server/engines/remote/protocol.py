@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from ensemble_server.ensembles.base import (
     FinishReason,
@@ -230,25 +230,45 @@ class CallPiece(BaseModel):
 
     index: int | None = Field(default=None, ge=0)
     id: str | None = None
-    function: CalledFunction = Field(default_factory=CalledFunction)
+    function: Annotated[CalledFunction, BeforeValidator(lambda value: {} if value is None else value)] = Field(
+        default_factory=CalledFunction
+    )
+
+
+def _texts(parts: Any) -> str:
+    """ "a" -> "a"; [{"type": "text", "text": "a"}, "b"] -> "ab"; what is no text is left out."""
+    if isinstance(parts, list):
+        return "".join(_texts(part.get("text") if isinstance(part, dict) else part) for part in parts)
+    return parts if isinstance(parts, str) else ""
 
 
 class Said(BaseModel):
+    """Mistral's reasoning models send `content` as a list of parts, thoughts among them."""
+
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     tool_calls: list[CallPiece] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _join_parts(cls, said: Any) -> Any:
+        parts = said.get("content") if isinstance(said, dict) else None
+        if not isinstance(parts, list):
+            return said
+        thoughts = "".join(_texts(part["thinking"]) for part in parts if isinstance(part, dict) and "thinking" in part)
+        return {"reasoning_content": thoughts or None, **said, "content": _texts(parts)}
+
 
 class ChunkChoice(BaseModel):
     """One choice: of a chat (`delta` if streamed, else `message`) or of a completion (`text`)."""
 
-    index: int = Field(default=0, ge=0)
+    index: Annotated[int, BeforeValidator(lambda value: 0 if value is None else value)] = Field(default=0, ge=0)
     delta: Said | None = None
     message: Said | None = None
     text: str | None = None
     logprobs: Logprobs | None = None
-    finish_reason: str | None = None
+    finish_reason: Annotated[str | None, BeforeValidator(lambda value: value or None)] = None  # some send "" until then
     stop_reason: str | int | None = None
 
     @property
@@ -282,7 +302,9 @@ class Chunk(BaseModel):
     """One streamed event, or a whole answer."""
 
     choices: list[ChunkChoice] | None = None
-    usage: ChunkUsage | None = None
+    usage: Annotated[ChunkUsage | None, BeforeValidator(lambda value: value if isinstance(value, dict) else None)] = (
+        None
+    )
     ensemble: Any = None
     error: Any = None
 

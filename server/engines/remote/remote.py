@@ -74,8 +74,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+NUM_TELLING_BYTES = 8  # no whole event is shorter; from these a stream is told from an answer in one piece
 MAX_MESSAGE_CHARS = 500  # of what a remote end says of a failure
 
+_FIELDS_OF_EVENTS = (b"data:", b"event:", b"id:", b"retry:", b":")
 _TAKES_NO_REQUESTS = frozenset(
     {
         HTTPStatus.TOO_MANY_REQUESTS,
@@ -494,11 +496,11 @@ class RemoteChat:
     async def _chunks(self, response: httpx.Response, progress: _Progress) -> AsyncGenerator[Chunk]:
         """The events of the stream. Raises `TimeoutError` at the deadline, or if none comes for `timeout_s`."""
         loop = asyncio.get_running_loop()
-        is_stream = response.headers.get("Content-Type", "").startswith("text/event-stream")
+        kind = response.headers.get("Content-Type", "")
+        is_stream: bool | None = None  # until enough is there to tell
         decoder, whole = EventDecoder(), bytearray()
         stalls_at = loop.time() + self._config.timeout_s
-        limit = MAX_STREAM_BYTES if is_stream else MAX_ANSWER_BYTES
-        async with aclosing(pieces_of(response, limit)) as pieces:
+        async with aclosing(pieces_of(response, MAX_STREAM_BYTES)) as pieces:
             while True:
                 async with progress.until(stalls_at):
                     piece = await anext(pieces, None)
@@ -506,16 +508,32 @@ class RemoteChat:
                     break
                 if not is_stream:
                     whole += piece
-                    continue
+                    if len(whole) > MAX_ANSWER_BYTES and is_stream is False:
+                        raise ValueError(f"it is longer than {MAX_ANSWER_BYTES} bytes")
+                    if is_stream is None and len(whole) >= NUM_TELLING_BYTES:
+                        is_stream = _is_stream(kind, bytes(whole[:NUM_TELLING_BYTES]))
+                    if not is_stream:
+                        continue
+                    piece = bytes(whole)
                 for data in decoder.feed(piece):
                     stalls_at = loop.time() + self._config.timeout_s
                     if data.strip() == "[DONE]":
                         progress.is_over = True
                         return
                     yield Chunk.model_validate_json(data)
+        if is_stream is None:
+            is_stream = _is_stream(kind, bytes(whole))
         if not is_stream:  # the remote end does not stream: the whole answer is one chunk
             progress.is_over = True
             yield Chunk.model_validate_json(bytes(whole))
+
+
+def _is_stream(content_type: str, beginning: bytes) -> bool:
+    """Whether a body that begins so is a stream of events: as it looks, or else as it is called."""
+    beginning = beginning.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if beginning.startswith(b"{"):
+        return False
+    return beginning.startswith(_FIELDS_OF_EVENTS) or content_type.lower().startswith("text/event-stream")
 
 
 def _words(exc: Exception) -> str:

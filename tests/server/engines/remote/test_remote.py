@@ -190,6 +190,30 @@ async def test_reasoning_is_kept_apart_from_the_answer(remote_of: Callable[..., 
     assert (answer.choices[0].reasoning, answer.text) == ("hm", "18")
 
 
+async def test_thoughts_among_the_parts_of_a_content_are_kept_apart(remote_of: Callable[..., Any]) -> None:
+    """As Mistral's reasoning models answer."""
+    thinking = {"type": "thinking", "thinking": [{"type": "text", "text": "is it "}, {"type": "text", "text": "99?"}]}
+    parts: list[list[Any]] = [
+        [thinking],
+        [{"type": "text", "text": "1"}],
+        ["8"],
+        [{"type": "image_url", "image_url": {}}],
+    ]
+    events = [{"choices": [{"index": 0, "delta": {"content": part}}]} for part in parts]
+    model, _ = await remote_of(streaming(*events, content("", finish_reason="stop"), "[DONE]"))
+    answer = await collect(model, ASK)
+    assert (answer.choices[0].reasoning, answer.text) == ("is it 99?", "18")
+
+
+@pytest.mark.parametrize("nothing", ["", None])
+async def test_a_reason_of_nothing_is_no_end(remote_of: Callable[..., Any], nothing: Any) -> None:
+    pieces = [content("1"), content("8")]
+    for one in pieces:
+        one["choices"][0] |= {"finish_reason": nothing, "index": None}
+    model, _ = await remote_of(streaming(*pieces, content("", finish_reason="stop"), "[DONE]"))
+    assert (await collect(model, ASK)).text == "18"
+
+
 async def test_effort_and_the_bound_of_thoughts_reach_the_remote_end(remote_of: Callable[..., Any]) -> None:
     model, server = await remote_of(saying("18"))
     await collect(model, ask(reasoning_effort="low", max_reasoning_tokens=64))
@@ -303,6 +327,20 @@ async def test_a_server_that_does_not_stream_is_understood(remote_of: Callable[.
     model, _ = await remote_of(refusing(200, {"choices": [choice], "usage": usage}))
     answer = await collect(model, ASK)
     assert (answer.text, answer.done.usage.prompt_tokens) == ("18", 4)
+
+
+@pytest.mark.parametrize(
+    "kind", ["text/event-stream", "Text/Event-Stream; charset=utf-8", "application/json", "text/plain"]
+)
+@pytest.mark.parametrize("is_stream", [True, False])
+async def test_a_body_is_read_as_what_it_is_and_not_as_what_it_is_called(
+    remote_of: Callable[..., Any], kind: str, is_stream: bool
+) -> None:
+    choice = {"index": 0, "message": {"content": "18"}, "finish_reason": "stop"}
+    body = json.dumps({"choices": [choice]}).encode()
+    pieces = (b": hello\n", b"\ndata: ", body, b"\n\ndata: [DONE]\n\n") if is_stream else (body[:5], body[5:])
+    model, _ = await remote_of(sending(f"200 OK\r\nContent-Type: {kind}", *pieces))
+    assert (await collect(model, ASK)).text == "18"
 
 
 async def test_logprobs_of_a_chat_are_mapped(remote_of: Callable[..., Any]) -> None:
@@ -493,17 +531,16 @@ async def test_packing_that_is_unknown_or_broken_is_said(remote_of: Callable[...
 
 
 @pytest.mark.parametrize(
-    "usage", [{"prompt_tokens": 10**30, "completion_tokens": 3}, {"prompt_tokens": -1}, {"prompt_tokens": "x"}]
+    "usage",
+    [{"prompt_tokens": 10**30, "completion_tokens": 3}, {"prompt_tokens": -1}, {"prompt_tokens": "x"}, [], "none", 7],
 )
-async def test_a_usage_that_cannot_be_does_not_cost_the_answer(
-    remote_of: Callable[..., Any], usage: dict[str, Any]
-) -> None:
+async def test_a_usage_that_cannot_be_does_not_cost_the_answer(remote_of: Callable[..., Any], usage: Any) -> None:
     model, _ = await remote_of(
         streaming(content("18", finish_reason="stop"), {"choices": [], "usage": usage}, "[DONE]")
     )
     answer = await collect(model, ASK)
     assert (answer.text, answer.done.usage.prompt_tokens) == ("18", 0)
-    assert answer.done.usage.completion_tokens == usage.get("completion_tokens", 0)
+    assert answer.done.usage.completion_tokens == (usage.get("completion_tokens", 0) if isinstance(usage, dict) else 0)
 
 
 # --- choices that do not come -----------------------------------------------------------------------------------

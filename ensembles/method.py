@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ def _names_to_weights(value: Any) -> Any:
         if len(set(value)) < len(value):
             raise ValueError("the same member is listed twice; give it a weight instead")
         return dict.fromkeys(value, 1.0)
+    if not isinstance(value, dict):
+        raise ValueError(f"must be a list of names, or a map from names to weights, got {reprlib.repr(value)}")
     return value
 
 

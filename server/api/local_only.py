@@ -57,7 +57,7 @@ class LocalOnly:
         self._is_open = is_open
         self._origins = frozenset(origins)
         own = {socket.gethostname().lower(), f"{socket.gethostname().lower()}.local"} if is_open else set()
-        self._hosts = {urlsplit(origin).hostname for origin in origins} | own
+        self._hosts = {name for name in map(_hostname, origins) if name is not None} | own
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_checked = scope["type"] == "http" and (not self._is_open or _comes_over_loopback(scope))

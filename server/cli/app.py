@@ -87,6 +87,7 @@ app = typer.Typer(
     cls=_CommandGroup,
     help="Several language models answer as one, behind an OpenAI-compatible API.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )

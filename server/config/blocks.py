@@ -17,6 +17,7 @@ from ensemble_server.server.config.values import (
     Dtype,
     EmbeddedEngine,
     LocalPath,
+    Origin,
     Price,
     Reasoning,
     Seconds,
@@ -196,7 +197,7 @@ class ServerConfig(Block):
     max_queue: Annotated[Count, Unit("requests")] = Field(
         default=256, description="how many may wait; more are refused with 429"
     )
-    cors_origins: tuple[str, ...] = Field(
+    cors_origins: tuple[Origin, ...] = Field(
         default=(), description='origins that browsers may call from; ["*"] for any; if empty, pages on this machine'
     )
     web: bool = Field(default=True, description="whether browsers get a page at `/`; false leaves the API and `/docs`")

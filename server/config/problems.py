@@ -54,6 +54,11 @@ def _sentence(details: ErrorDetails, block: type[BaseModel], data: Any, at: str)
             return f"{path}: {context['error']}"
         case "model_type" | "dict_type" | "model_attributes_type":
             return f"{path}: must be a map of keys, got {_short.repr(details['input'])}"
+        case "tuple_type" | "list_type":
+            got = "" if _is_secret(block, keys) else f", got {_short.repr(details['input'])}"
+            return f"{path}: must be a list such as [one, another]{got}"
+        case _:
+            pass
     rule = re.sub(r"^(Input|String|List|Tuple|Dictionary|Value) should ", "must ", details["msg"])
     hint = ""
     if details["type"] == "literal_error" and isinstance(details["input"], str):

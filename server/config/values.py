@@ -21,6 +21,8 @@ from ensemble_server.server.config.problems import nearest
 ENGINE_KINDS = ("transformers", "vllm")
 SPECULATION = ("off", "text", "member")
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[^\s/?#@:*\[\]]+|\[[0-9a-f:.]+\])(?::\d{1,5})?")
+_DEFAULT_PORTS = {"http": "80", "https": "443"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -67,6 +69,22 @@ def _base_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def _origin(origin: str) -> str:
+    """As browsers write it: " HTTP://LocalHost:80/" -> "http://localhost". Raises for what no page's origin can be."""
+    if origin == "*":
+        return origin
+    written = origin.strip().lower().rstrip("/")
+    if written == "null":
+        raise ValueError("'null' is the origin of every page that hides its own; serve that page from an address")
+    if not _ORIGIN.fullmatch(written):
+        raise ValueError(
+            'must be origins as browsers send them, a scheme and a host, such as "https://example.org" or '
+            f'"http://localhost:5173", or "*", got {without_credentials(origin)!r}'
+        )
+    port = _DEFAULT_PORTS.get(written.partition("://")[0])
+    return written if port is None else written.removesuffix(f":{port}")
+
+
 def _variable_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise ValueError("must be the name of an environment variable, not its value")
@@ -95,6 +113,7 @@ class Unit:
 CheckpointPath = Annotated[str, Field(min_length=1), AfterValidator(_absolute_unless_hub_id)]
 LocalPath = Annotated[str, Field(min_length=1), AfterValidator(_absolute)]
 TemplateText = Annotated[str, AfterValidator(_template_text)]
+Origin = Annotated[str, AfterValidator(_origin)]
 BaseUrl = Annotated[str, AfterValidator(_base_url)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Annotated[str, AfterValidator(_device)]

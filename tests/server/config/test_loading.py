@@ -267,6 +267,11 @@ def test_an_unknown_key_comes_with_the_nearest_and_all_known(tmp_path: Path) -> 
         ("{url: 'http://h/v1', api_key_env: sk-123}", "must be the name of an environment variable"),
         ("{url: 'http://h/v1', timeout_s: .inf}", "models.x.timeout_s: must be a finite number"),
         ("{method: probability_average}", "models.x.members: is required"),
+        (
+            "{method: probability_average, members: ok}",
+            "members: must be a list of names, or a map from names to weights",
+        ),
+        ("{method: probability_average, members: [ok, null]}", "members: must be a list of names, or a map"),
         ("{method: probability_average, members: [ok, ok]}", "the same member is listed twice"),
         ("{method: probability_average, members: {ok: -1}}", "takes no negative weight"),
         ("{method: probability_average, members: {ok: .nan}}", "models.x.members.ok: must be a finite number"),
@@ -292,6 +297,15 @@ def test_a_wrong_entry_is_explained(tmp_path: Path, entry: str, part: str) -> No
         ("models: {a: {path: org/name}}\nserver: 3", "server: must be a map of keys, got 3"),
         ("models: {a: {path: org/name}}\nserver: []", "server: must be a map of keys, got []"),
         (
+            "models: {a: {path: org/name}}\nserver: {cors_origins: x}",
+            "cors_origins: must be a list such as [one, another]",
+        ),
+        ("models: {a: {path: org/name}}\nserver: {cors_origins: [x.org]}", "must be origins as browsers send them"),
+        ("models: {a: {path: org/name}}\nserver: {cors_origins: ['http://me:pw@x']}", "@x'"),
+        ("models: {a: {path: org/name}}\nserver: {cors_origins: ['http://x/app']}", "must be origins as browsers send"),
+        ("models: {a: {path: org/name}}\nserver: {cors_origins: ['http://*.x']}", "must be origins as browsers send"),
+        ("models: {a: {path: org/name}}\nserver: {cors_origins: ['null']}", "every page that hides its own"),
+        (
             "models: {a: {path: org/name}}\nengine: {kind: vlm}",
             "engine.kind: must be one of transformers, vllm, got 'vlm'; did you mean 'vllm'",
         ),
@@ -306,6 +320,14 @@ def test_a_wrong_entry_is_explained(tmp_path: Path, entry: str, part: str) -> No
 )
 def test_a_wrong_file_is_explained(tmp_path: Path, text: str, part: str) -> None:
     assert part in problems(tmp_path, text)
+
+
+def test_origins_are_kept_as_browsers_write_them(tmp_path: Path) -> None:
+    text = "['HTTP://LocalHost:5173/', 'https://x.org:443', 'http://[::1]:3000', 'app://here', '*']"
+    config = parsed(tmp_path, f"models: {{a: {{path: org/name}}}}\nserver: {{cors_origins: {text}}}")
+    assert config.server.cors_origins == (
+        "http://localhost:5173", "https://x.org", "http://[::1]:3000", "app://here", "*",
+    )  # fmt: skip
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:

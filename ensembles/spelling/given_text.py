@@ -14,7 +14,7 @@ is found late counts in full.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,14 +51,22 @@ class Walk:
         return 0 if self.history is None or self.history.parent is None else self.history.parent.end
 
 
+Watch = Callable[["GivenText", Walk, Distribution], None]
+"""Is told of every history that is looked at, with what the member expects behind it. Its `logprob` is known only when
+all is settled."""
+
+
 class GivenText:
     """See the module's docstring. `distribution`: what the member expects where `text` begins.
 
     `wanted` lists histories whose distributions are to be given, all of them before `settle` asks for the next wave.
     """
 
-    def __init__(self, distribution: Distribution, text: bytes, *, epsilon: float = EPSILON) -> None:
+    def __init__(
+        self, distribution: Distribution, text: bytes, *, epsilon: float = EPSILON, watch: Watch | None = None
+    ) -> None:
         self.text = text
+        self._watch = watch
         self.wanted: list[History] = []
         self._epsilon = epsilon
         self._walks: dict[Key, Walk] = {BEGIN: self._walk(None, distribution)}
@@ -85,6 +93,11 @@ class GivenText:
         assert not self.wanted, "distributions are wanted before weights can be told"
         weights, parents = self._weigh()
         self.wanted = self._looked_at(weights, parents)
+
+    @property
+    def totals(self) -> np.ndarray:
+        """(T + 1,) float64: log P of the text up to each byte."""
+        return self._totals
 
     def evidence(self) -> np.ndarray:
         """(T,) float64: log p of each byte of the text; its sum is log P(text)."""
@@ -128,6 +141,8 @@ class GivenText:
                 break
             walk.masses.append((node.bytes, masses))
             walk.log_masses.append(log_mass)
+        if self._watch is not None:
+            self._watch(self, walk, distribution)
         return walk
 
     def _weigh(self) -> tuple[dict[Key, float], dict[Key, History | None]]:

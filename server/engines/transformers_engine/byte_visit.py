@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ensemble_server.ensembles.spelling.given_text import Watch
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.given_reading import GivenReading, MemberReading
 from ensemble_server.server.engines.transformers_engine.job import Job
@@ -18,7 +19,8 @@ from ensemble_server.server.engines.transformers_engine.visit import Visitor
 
 
 class ByteVisit(Job):
-    """`visit` is shown all of the text at once, when it is read: rows of 257 and the bytes that came."""
+    """`visit` is shown all of the text at once, when it is read: rows of 257 and the bytes that came. `watches`: of
+    each member, who is told of its own distributions meanwhile."""
 
     def __init__(
         self,
@@ -29,8 +31,10 @@ class ByteVisit(Job):
         loop: asyncio.AbstractEventLoop,
         *,
         priority: int,
+        watches: Sequence[Watch] | None = None,
     ) -> None:
         super().__init__(members, loop, priority=priority)
+        self._watches = watches
         self._readings = readings
         self._text = text
         self._visit = visit
@@ -58,7 +62,7 @@ class ByteVisit(Job):
         return 0
 
     def begin(self) -> None:
-        self._reading = GivenReading(self.members, self._readings, self._text)
+        self._reading = GivenReading(self.members, self._readings, self._text, self._watches)
 
     def next_spans(self, budget: int, being_read: dict[BlockKey, bool], spare: Spare) -> list[tuple[Member, Span]]:
         assert self._reading is not None, "it has begun"

@@ -12,6 +12,7 @@ from typing import Literal
 
 from ensemble_server.ensembles.base import AveragedOver, Done, Event, GenerationRequest, Message, Mixture
 from ensemble_server.ensembles.errors import ContextLengthError, ModelLoadError, RequestError, UnsupportedError
+from ensemble_server.ensembles.spelling.given_text import Watch
 from ensemble_server.server.engines.engine import StepStats
 from ensemble_server.server.engines.shared import grammar
 from ensemble_server.server.engines.shared.reading import RequestReader
@@ -199,8 +200,10 @@ class TransformersEngine:
         *,
         after: Sequence[Message] | None = None,
         priority: int = 1,
+        watches: Sequence[Watch] | None = None,
     ) -> None:
-        """See `ensembles.base.MixtureHost`. `visit` runs on the engine's thread."""
+        """See `ensembles.base.MixtureHost`. `visit` runs on the engine's thread, and so do `watches`, one for each
+        member: they are told of its own distributions."""
         self.averages_over(Mixture(dict.fromkeys(members, 1.0), vocabulary="bytes"))
         asked = [self._members[name] for name in members]
         readings = await asyncio.to_thread(self._read_bytes, asked, text, after)
@@ -208,7 +211,7 @@ class TransformersEngine:
         if not text:
             return
         loop = asyncio.get_running_loop()
-        job = ByteVisit(asked, readings, text.encode(), visit, loop, priority=priority)
+        job = ByteVisit(asked, readings, text.encode(), visit, loop, priority=priority, watches=watches)
         await self._visit(job)
 
     def _read_bytes(

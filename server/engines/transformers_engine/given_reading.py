@@ -16,7 +16,7 @@ from ensemble_server.ensembles.base import Mixture, TokenLogprob
 from ensemble_server.ensembles.errors import MemberError
 from ensemble_server.ensembles.pooling import effective_weights, following, pool
 from ensemble_server.ensembles.spelling.byte_order import Distribution
-from ensemble_server.ensembles.spelling.given_text import GivenText
+from ensemble_server.ensembles.spelling.given_text import GivenText, Watch
 from ensemble_server.ensembles.spelling.lattice import History
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.kv_budget import Spare
@@ -61,12 +61,23 @@ def begun(member: Member, token_ids: Sequence[int]) -> tuple[list[int], list[int
 
 
 class GivenReading:
-    """`readings`: how each member reads `text`. What stands before it may be all of a conversation, or a part of it."""
+    """`readings`: how each member reads `text`. What stands before it may be all of a conversation, or a part of it.
+    `watches`: who is told what, of each member; nobody."""
 
-    def __init__(self, members: Sequence[Member], readings: Sequence[MemberReading], text: bytes) -> None:
+    def __init__(
+        self,
+        members: Sequence[Member],
+        readings: Sequence[MemberReading],
+        text: bytes,
+        watches: Sequence[Watch] | None = None,
+    ) -> None:
         self._members = members
         self._text = text
-        self._readers = [_Reader(member, *reading, text) for member, reading in zip(members, readings, strict=True)]
+        told = watches or [None] * len(members)
+        self._readers = [
+            _Reader(member, *reading, text, watch)
+            for member, reading, watch in zip(members, readings, told, strict=True)
+        ]
         self._num_asked: list[int] = []  # rows of each member in this step
 
     @property
@@ -104,8 +115,11 @@ class _Reader:
     """One member. `begins_at`: the byte of the text before which it expects nothing: behind its first token, if its
     tokenizer puts none before a text."""
 
-    def __init__(self, member: Member, head: Sequence[int], path: Sequence[int], text: bytes) -> None:
+    def __init__(
+        self, member: Member, head: Sequence[int], path: Sequence[int], text: bytes, watch: Watch | None
+    ) -> None:
         self._member = member
+        self._watch = watch
         self._vocabulary: SpelledVocabulary = spelled_vocabulary(member)
         token_bytes = self._vocabulary.token_bytes
         self._begin, self._path = list(head), list(path)
@@ -162,7 +176,7 @@ class _Reader:
             first = self.cache.length - len(found) - len(self._begin)
             if len(found) and self._given is None:
                 (distribution,) = self._vocabulary.order.distributions(found[:1])
-                self._given = GivenText(distribution, self._text)
+                self._given = GivenText(distribution, self._text, watch=self._watch)
                 self._histories = self._given.follow(self._path, self._vocabulary.token_bytes)
                 found = found[1:]
                 first = 0

@@ -79,14 +79,22 @@ def distill(
         Literal["token", "window", "document"] | None,
         typer.Option(help="min_ce, avg_ce: over what cross entropies are taken; default window."),
     ] = None,
+    align: Annotated[
+        Literal["exact", "mined", "em"] | None,
+        typer.Option(
+            help="Members of other vocabularies: exact (default; their ways to spell the text are summed out), mined "
+            "(FuseLLM: tokens to the nearest by edit distance), em (to equal tokens alone)."
+        ),
+    ] = None,
     clm: Annotated[
         float | None, typer.Option(min=0, max=1, help="Part of the loss that is the text itself; default 0.5.")
     ] = None,
     init: Annotated[
         str | None,
         typer.Option(
-            metavar="zero|merge|MEMBER",
-            help="Start as the student is (default), as the linear merge of the members, or as one of them.",
+            metavar="zero|merge|MEMBER|RECIPE.yml|./FOLDER",
+            help="Start as the student is (default), as the linear merge of the members, as one of them, or as another "
+            "merge: mergekit's recipe, or the folder of a model (with a slash in it).",
             autocompletion=model_names,
         ),
     ] = None,
@@ -128,6 +136,7 @@ def distill(
     given: dict[str, Any] = {
         "target": target,
         "level": level,
+        "align": align,
         "clm": clm,
         "init": init,
         "rank": rank,
@@ -200,8 +209,16 @@ def report_lines(card: Card, out: Path) -> Iterator[str]:
     if card.share_seen > 0.1:
         yield f"{card.share_seen:.0%} of what is held out stands in what was trained on, too: no evidence of other text"
     name = out.name.replace(" ", "-")
-    entry = f"base: {card.base}, adapter: {out.absolute()}" if card.is_adapter else f"path: {out.absolute()}"
-    yield f"In the config: models: {{{name}: {{{entry}}}}}"
+    entries: dict[str, str] = {}
+    if card.start_folder is not None:
+        start = f"{name}-start"
+        entries[start] = f"path: {out.absolute() / card.start_folder}"
+        entries[name] = f"base: {start}, adapter: {out.absolute()}"
+    elif card.is_adapter:
+        entries[name] = f"base: {card.base}, adapter: {out.absolute()}"
+    else:
+        entries[name] = f"path: {out.absolute()}"
+    yield f"In the config: models: {{{', '.join(f'{name}: {{{entry}}}' for name, entry in entries.items())}}}"
 
 
 @contextmanager

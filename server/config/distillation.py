@@ -4,18 +4,29 @@ they can be held to without looking at a config or a text.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from ensemble_server.server.config.blocks import Block
-from ensemble_server.server.config.values import Count, LocalPath, Tokens, Unit
+from ensemble_server.server.config.values import Count, LocalPath, Tokens, Unit, absolute
 
 Target = Literal["mixture", "min_ce", "avg_ce"]
 Level = Literal["token", "window", "document"]
+Align = Literal["exact", "mined", "em"]
 
 LORA_LEARNING_RATE = 1e-3
 FULL_LEARNING_RATE = 2e-5
+
+
+def _is_path(init: str) -> bool:
+    """A recipe or a folder, told from a model's name by how it is written."""
+    return "/" in init or init.endswith((".yml", ".yaml"))
+
+
+def _absolute_if_path(init: str, info: ValidationInfo) -> str:
+    return absolute(init, info) if _is_path(init) else init
 
 
 class Distillation(Block):
@@ -49,12 +60,17 @@ class Distillation(Block):
     level: Level = Field(
         default="window", description="min_ce, avg_ce: over what cross entropies are taken: token | window | document"
     )
+    align: Align = Field(
+        default="exact",
+        description="members of other vocabularies than the student's: exact (their ways to spell the text are summed "
+        "out) | mined (tokens to the nearest by edit distance, as FuseLLM) | em (to equal ones alone)",
+    )
     clm: float = Field(default=0.5, ge=0, le=1, description="part of the loss that is the text itself; 1: no teacher")
-    init: str = Field(
+    init: Annotated[str, AfterValidator(_absolute_if_path)] = Field(
         default="zero",
         min_length=1,
         description="where the student starts: zero (as it is) | merge (the linear merge of the ensemble's members) | "
-        "a member's name",
+        "a model's name | a merge: mergekit's recipe (.yml), or the folder of one that was made (with a slash in it)",
     )
     rank: Count = Field(default=12, description="of the LoRA adapter that is trained")
     full: bool = Field(default=False, description="train all weights instead of an adapter")
@@ -93,6 +109,11 @@ class Distillation(Block):
         if "rank" in given and self.full:
             raise ValueError("`rank` belongs to an adapter; `full` trains all weights")
         return self
+
+    @property
+    def init_path(self) -> Path | None:
+        """The recipe or the folder of the merge that the student starts from, if it starts from one."""
+        return Path(self.init) if _is_path(self.init) else None
 
     @property
     def peak_learning_rate(self) -> float:

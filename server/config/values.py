@@ -26,7 +26,7 @@ _DEFAULT_PORTS = {"http": "80", "https": "443"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def _absolute(path: str, info: ValidationInfo) -> str:
+def absolute(path: str, info: ValidationInfo) -> str:
     """The path as seen from the config's folder; as it is where no folder is known (a block made in code)."""
     folder = (info.context or {}).get("folder")
     return path if folder is None else os.path.abspath(folder / Path(path).expanduser())
@@ -34,10 +34,10 @@ def _absolute(path: str, info: ValidationInfo) -> str:
 
 def _absolute_unless_hub_id(path: str, info: ValidationInfo) -> str:
     """ "org/name" and "name" are hub ids unless there is such a file or folder; all else is a path."""
-    absolute = _absolute(path, info)
-    if _HUB_ID.fullmatch(path) and not path.endswith(".gguf") and not os.path.exists(absolute):
+    place = absolute(path, info)
+    if _HUB_ID.fullmatch(path) and not path.endswith(".gguf") and not os.path.exists(place):
         return path
-    return absolute
+    return place
 
 
 def _template_text(value: str, info: ValidationInfo) -> str:
@@ -48,7 +48,7 @@ def _template_text(value: str, info: ValidationInfo) -> str:
     if "\n" in value or any(mark in value for mark in ("{{", "{%", "{#")):
         return value
     try:
-        return Path(_absolute(value, info)).read_text(encoding="utf-8")
+        return Path(absolute(value, info)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
         raise ValueError(
             f"the template file {value!r} cannot be read ({exc}); a template that is no file has {{{{ }}}} in it"
@@ -111,7 +111,7 @@ class Unit:
 
 
 CheckpointPath = Annotated[str, Field(min_length=1), AfterValidator(_absolute_unless_hub_id)]
-LocalPath = Annotated[str, Field(min_length=1), AfterValidator(_absolute)]
+LocalPath = Annotated[str, Field(min_length=1), AfterValidator(absolute)]
 TemplateText = Annotated[str, AfterValidator(_template_text)]
 Origin = Annotated[str, AfterValidator(_origin)]
 BaseUrl = Annotated[str, AfterValidator(_base_url)]

@@ -22,6 +22,11 @@ def distilled_entry(config: Config, wanted: Distillation, say: Callable[[str], N
     for name in (wanted.ensemble, wanted.student):
         if name not in config.models:
             raise ConfigError(f"distill: there is no model {name!r}")
+    if wanted.init_path is not None and wanted.init not in config.models and not wanted.full:
+        raise ConfigError(
+            f"distill: init {wanted.init_path.name} is a merge, and an arm's adapter stands on a model of the config; "
+            "name what `ensemble merge` makes of it there and take it as the student, or give `full: true`"
+        )
     out = cache_folder() / "distilled" / fingerprint(config, wanted)
     out.parent.mkdir(parents=True, exist_ok=True)
     card = distill(config, wanted, out, _Saying(say))

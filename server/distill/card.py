@@ -34,8 +34,12 @@ class Figures(BaseModel):
 class Card(BaseModel):
     """`settings`: what was asked for; `teacher`: the ensemble's entry; `files`: SHA-256 of each text.
 
+    `align`: how members of other vocabularies were told in the student's tokens; None: there is one vocabulary.
     `has_targets`: whether the teacher's distributions were learnt from; answers and texts alone otherwise. `answers`:
     of each file of prompts. `ensemble_bits_per_byte`: None if the ensemble gives text alone.
+
+    `start`: the merge that the student started from; `start_folder`: of its weights under an adapter, where no model of
+    the config is (relative: inside the student's folder).
 
     `fingerprint`: of all that decides the result but the time that there was. `share_seen`: of the sequences of 13
     words that were held out, those that stand in the text trained on as well.
@@ -48,10 +52,13 @@ class Card(BaseModel):
     student: str
     base: str
     is_adapter: bool
+    start: str | None = None
+    start_folder: str | None = None
     settings: dict[str, Any]
     teacher: dict[str, Any]
     files: dict[str, str]
     has_targets: bool = True
+    align: str | None = None
     answers: dict[str, AnswerCounts] = {}
     num_train_tokens: int
     num_held_out_tokens: int
@@ -84,11 +91,9 @@ class Card(BaseModel):
     def page(self, *, has_figure: bool) -> str:
         """Markdown."""
         settings = self.settings
-        what = (
-            f"A LoRA adapter of rank {settings['rank']} on `{self.base}`"
-            if self.is_adapter
-            else f"`{self.base}`, all weights"
-        )
+        start = f"`{settings['init']}`" if self.start is None else self.start
+        under = f"`{self.base}`" if self.start is None else "that start"
+        what = f"A LoRA adapter of rank {settings['rank']} on {under}" if self.is_adapter else f"All weights of {under}"
         reached = self.ensemble_bits_per_byte
         if reached is None:
             taught, loss = f"the answers of `{self.ensemble}`", "the answers' text."
@@ -97,10 +102,12 @@ class Card(BaseModel):
                 "the text alone" if settings["clm"] == 1 else f"the ensemble `{self.ensemble}` ({settings['target']})"
             )
             loss = f"{settings['clm']:g} of the text, {1 - settings['clm']:g} of the teacher."
+        if self.align is not None:
+            loss += f" What members of other vocabularies expect was told in the student's tokens: {self.align}."
         lines = [
             f"# {self.student}, taught by {taught}",
             "",
-            f"{what}, started from `{settings['init']}`, {self.steps} steps of {settings['batch_size']} windows of "
+            f"{what}, started from {start}, {self.steps} steps of {settings['batch_size']} windows of "
             f"{settings['window']} tokens in {self.minutes:.1f} minutes. Loss: {loss}",
             "",
             "On the held-out end of every file:",

@@ -49,12 +49,18 @@ class Dialogues:
 
 
 def rendered(
-    prompts: Sequence[Prompt], student: MemberView, *, limit: int, strange: Collection[int] = ()
+    prompts: Sequence[Prompt],
+    student: MemberView,
+    *,
+    limit: int,
+    answer_tokens: int = 1,
+    strange: Collection[int] = (),
 ) -> list[list[int]]:
     """The tokens of each prompt in the student's template, up to where the answer begins.
 
-    `limit`: tokens that all who read it can take. `strange`: ids that one of them does not know. Raises `ConfigError`
-    that names the line which cannot be read.
+    `limit`: tokens that all who read it can take; an engine would shorten an answer to what the prompt leaves of it, so
+    one that leaves less than `answer_tokens` is refused. `strange`: ids that one of them does not know. Raises
+    `ConfigError` that names the line which cannot be read.
     """
     found = []
     for prompt in prompts:
@@ -62,10 +68,11 @@ def rendered(
             ids = student.surface.render(prompt.messages)
         except EnsembleError as exc:
             raise ConfigError(f"{prompt.place}: {student.name!r} cannot read it: {exc}") from exc
-        if len(ids) >= limit:
+        if len(ids) + answer_tokens > limit:
             raise ConfigError(
-                f"{prompt.place}: has {len(ids)} tokens as {student.name!r} reads it, and with an answer only {limit} "
-                "fit into the context; shorten it, or take it out"
+                f"{prompt.place}: has {len(ids)} tokens as {student.name!r} reads it, and an answer may have "
+                f"{answer_tokens}; only {limit} fit into the context together. Shorten it, take it out, or ask for "
+                "shorter answers (--answer-tokens)"
             )
         if unknown := sorted(set(ids).intersection(strange)):
             token = student.surface.tokenizer.convert_ids_to_tokens(unknown[0])

@@ -12,7 +12,7 @@ from ensemble_server.ensembles.base import Mixture
 from ensemble_server.server.compare.measures.windows import Window
 from ensemble_server.server.config.distillation import Distillation
 from ensemble_server.server.distill.loss import Batch
-from ensemble_server.server.distill.records import Records
+from ensemble_server.server.distill.records import Records, WindowRecord
 from ensemble_server.server.distill.targets import (
     FusedTarget,
     Weights,
@@ -60,13 +60,21 @@ def lessons_of(
     of_tokens = [record.of_tokens for record in records]
     only_top = None if wanted.tail or is_test else wanted.top_k
     if wanted.target == "mixture" or is_test:
-        weights = [pool_weights(mixture, nats) for nats in of_tokens]
+        weights = [_pool_weights(mixture, record) for record in records]
         return Lessons(windows, records, weights, only_top)
     weigh = min_ce_weights if wanted.target == "min_ce" else avg_ce_weights
     num_members = len(mixture.weights)
     entropies = cross_entropies(of_tokens, [window.documents for window in windows], wanted.level)
     weights = [_only_members(weigh(nats[:num_members]), len(nats)) for nats in entropies]
     return Lessons(windows, records, weights, only_top)
+
+
+def _pool_weights(mixture: Mixture, record: WindowRecord) -> Weights:
+    """Where members have other vocabularies a pool's weights move at every byte; those at a token's first one count."""
+    if not record.is_over_bytes:
+        return pool_weights(mixture, record.of_tokens)
+    begins = np.cumsum(record.num_bytes) - record.num_bytes
+    return pool_weights(mixture, np.nan_to_num(record.of_bytes))[:, np.minimum(begins, record.of_bytes.shape[1] - 1)]
 
 
 def _only_members(weights: Weights, num_rows: int) -> Weights:

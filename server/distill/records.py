@@ -10,7 +10,7 @@ per position.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 WINDOWS_PER_SHARD = 16
+Row = tuple[np.ndarray, np.ndarray]  # ids of tokens, and their probabilities
 FLOOR = float(np.finfo(np.float16).min)  # stands for minus infinity, whose exponential is the same
 
 
@@ -32,6 +33,8 @@ class WindowRecord:
 
     `ids`: (N,) int32, the tokens that are kept, position after position; `counts`: (T,) how many each position has;
     `logprobs`: (R, N) nats; `tail`: (R, T) nats of all other tokens together; `of_tokens`: (R, T) nats of what came.
+    `of_bytes`: (R, B) nats of each byte of it, NaN where nothing was expected, and `num_bytes`: (T,) of each token,
+    where members have other vocabularies; else there is no byte.
     """
 
     ids: np.ndarray
@@ -39,6 +42,12 @@ class WindowRecord:
     logprobs: np.ndarray
     tail: np.ndarray
     of_tokens: np.ndarray
+    of_bytes: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.float32))
+    num_bytes: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+
+    @property
+    def is_over_bytes(self) -> bool:
+        return self.of_bytes.size > 0
 
     def dense(self) -> tuple[np.ndarray, np.ndarray]:
         """`ids` (T, M) and `logprobs` (R, T, M) float32; places that a position does not fill repeat its first token,
@@ -76,6 +85,53 @@ def condensed(logprobs: torch.Tensor, targets: torch.Tensor, *, top_k: int) -> W
     )
 
 
+def recorded(
+    rows: Sequence[Sequence[Row | None]],
+    of_bytes: np.ndarray,
+    begins: np.ndarray,
+    targets: Sequence[int],
+    *,
+    top_k: int,
+) -> WindowRecord:
+    """As `condensed`, of rows that are known in part. rows: of R members at T tokens, None where nothing was expected;
+    of_bytes: (R, B) nats, NaN where nothing was; begins: (T + 1,) bytes of B; targets: (T,) ids that came.
+
+    A token of which some member expects nothing is certain for all.
+    """
+    of_bytes = np.where(np.isnan(of_bytes).any(axis=0), np.nan, of_bytes)
+    counts, ids, probs = [], [], []
+    of_tokens = np.zeros((len(rows), len(targets)))
+    for place, target in enumerate(targets):
+        found = [row[place] for row in rows]
+        nats = of_bytes[:, begins[place] : begins[place + 1]]
+        told = [row for row in found if row is not None]
+        if len(told) < len(found) or np.isnan(nats).any():
+            told = [(np.array([target]), np.array([1.0]))] * len(found)
+        else:
+            of_tokens[:, place] = nats.sum(axis=1)
+        best = [row_ids[np.argsort(-row_probs, kind="stable")[:top_k]] for row_ids, row_probs in told]
+        union = np.unique(np.concatenate(best))
+        given = np.zeros((len(told), len(union)))
+        for row, (row_ids, row_probs) in zip(given, told, strict=True):
+            kept = np.isin(row_ids, union)
+            np.add.at(row, np.searchsorted(union, row_ids[kept]), row_probs[kept])
+        counts.append(len(union))
+        ids.append(union)
+        probs.append(given / np.maximum(given.sum(axis=1, keepdims=True), 1.0))
+    bounds = np.cumsum(counts) - counts
+    whole = np.concatenate(probs, axis=1)
+    with np.errstate(divide="ignore"):
+        return WindowRecord(
+            np.concatenate(ids).astype(np.int32),
+            np.asarray(counts, dtype=np.int32),
+            np.maximum(np.log(whole), FLOOR).astype(np.float16),
+            np.maximum(np.log(np.maximum(1 - np.add.reduceat(whole, bounds, axis=1), 0)), FLOOR).astype(np.float16),
+            of_tokens.astype(np.float32),
+            of_bytes[:, begins[0] :].astype(np.float32),
+            np.diff(begins).astype(np.int32),
+        )
+
+
 def joined(parts: Sequence[WindowRecord]) -> WindowRecord:
     """One after the other."""
     return WindowRecord(
@@ -84,6 +140,8 @@ def joined(parts: Sequence[WindowRecord]) -> WindowRecord:
         np.concatenate([part.logprobs for part in parts], axis=1),
         np.concatenate([part.tail for part in parts], axis=1),
         np.concatenate([part.of_tokens for part in parts], axis=1),
+        np.concatenate([part.of_bytes for part in parts], axis=1),
+        np.concatenate([part.num_bytes for part in parts]),
     )
 
 
@@ -105,6 +163,7 @@ def write_shard(folder: Path, number: int, records: Sequence[WindowRecord]) -> N
 
     whole = joined(records)
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in vars(whole).items()}
+    tensors["bytes_of_window"] = np.asarray([record.of_bytes.shape[1] for record in records], dtype=np.int32)
     tensors["num_tokens"] = np.asarray([len(record.counts) for record in records], dtype=np.int32)
     write_whole(shard_file(folder, number), save(tensors))
 
@@ -136,6 +195,8 @@ def _cut(tensors: dict[str, np.ndarray]) -> Iterator[WindowRecord]:
     counts = tensors["counts"]
     tokens = np.concatenate([[0], np.cumsum(tensors["num_tokens"])])
     kept = np.concatenate([[0], np.cumsum(counts)])[tokens]
+    bytes_ = np.concatenate([[0], np.cumsum(tensors["bytes_of_window"])])
+    has_bytes = bytes_[-1] > 0
     for window in range(len(tokens) - 1):
         here, there = slice(*tokens[window : window + 2]), slice(*kept[window : window + 2])
         yield WindowRecord(
@@ -144,4 +205,6 @@ def _cut(tensors: dict[str, np.ndarray]) -> Iterator[WindowRecord]:
             tensors["logprobs"][:, there],
             tensors["tail"][:, here],
             tensors["of_tokens"][:, here],
+            tensors["of_bytes"][:, bytes_[window] : bytes_[window + 1]],
+            tensors["num_bytes"][here] if has_bytes else tensors["num_bytes"],
         )

@@ -16,7 +16,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,20 @@ from ensemble_server.server.distill.chats import Prompts, read_prompts
 from ensemble_server.server.distill.dialogues import Dialogues, cut_dialogues, rendered
 from ensemble_server.server.distill.lessons import Lessons, lessons_of
 from ensemble_server.server.distill.listener import Listener
+from ensemble_server.server.distill.merged_start import check_tokens, merged_start
 from ensemble_server.server.distill.records import Records
 from ensemble_server.server.distill.scoring import ensemble_bits_per_byte, score
-from ensemble_server.server.distill.student import Student, load_student, origin_of
+from ensemble_server.server.distill.student import Origin, Student, load_student, origin_of
 from ensemble_server.server.distill.teacher import Teacher, check_room, kept_records, read_records
-from ensemble_server.server.distill.texts import Material, check_unseen, read_material, windows_sha256
+from ensemble_server.server.distill.texts import (
+    Material,
+    check_unseen,
+    read_material,
+    read_tests,
+    windows_sha256,
+)
 from ensemble_server.server.distill.training import CHECKPOINT_FILE, Progress, train
+from ensemble_server.server.distill.translation import Translation
 from ensemble_server.server.hosting import Hosting
 from ensemble_server.server.rehearsal import rehearse
 from ensemble_server.server.weights.checkpoints import cache_folder
@@ -76,7 +84,8 @@ def distill(
     origin = origin_of(config, wanted, mixture)
     material, prompts = _learnt_from(wanted)
     taught = material.train.whole_texts
-    check_unseen([*taught, *prompts.texts(held_out=False)], tests)
+    measured = read_tests(tests)
+    check_unseen([*taught, *prompts.texts(held_out=False)], measured)
     made_of = _made_of(config, wanted, material, prompts)
     if (out / CARD_FILE).is_file() and (card := Card.load(out)).fingerprint == digest(made_of):
         return card
@@ -85,16 +94,20 @@ def distill(
     with _work_folder(out, made_of) as work:
         cache = cache or cache_folder()
         readers = _readers(config, wanted, mixture, listener)
+        if wanted.chat and readers.translation is not None:
+            mixture = None  # members would have to read each conversation in templates and tokens of their own
         dialogues = _dialogues(config, wanted, material, prompts, readers, cache, listener)
-        taught += dialogues.texts_train
-        check_unseen(taught, tests)
+        if dialogues.texts_train:
+            taught += dialogues.texts_train
+            check_unseen(taught, measured)
         reading = _read(config, wanted, mixture, material, dialogues, readers, cache, records_bytes, listener)
         _hold_to(work, [*reading.train, *reading.held_out])
         if config.engine.num_threads is not None:
             import torch
 
             torch.set_num_threads(config.engine.num_threads)
-        listener.stage(f"loading {origin.base}")
+        origin = _begun(origin, config, wanted, readers, cache, listener)
+        listener.stage(f"loading {origin.base if origin.merge is None else origin.merge.path.name}")
         student = load_student(origin, rank=wanted.rank, is_full=wanted.full, seed=wanted.seed)
         before = _before(student, reading, wanted, work, listener)
         progress = _train(student, reading, wanted, work, listener)
@@ -106,10 +119,13 @@ def distill(
             student=wanted.student,
             base=origin.base,
             is_adapter=not wanted.full,
+            start=None if origin.merge is None else origin.merge.told,
+            start_folder=None if wanted.full else origin.start_folder,
             settings=_settings(wanted),
             teacher=config.models[wanted.ensemble].model_dump(mode="json", exclude_defaults=True, exclude={"url"}),
             files=material.sha256 | dict(zip((Path(path).name for path in wanted.chat), prompts.sha256, strict=True)),
             has_targets=reading.lessons.records is not None,
+            align=None if mixture is None or readers.translation is None else wanted.align,
             answers=dict(dialogues.counts),
             num_train_tokens=sum(len(window.documents) for window in reading.train),
             num_held_out_tokens=sum(len(window.documents) for window in reading.held_out),
@@ -166,6 +182,10 @@ def _learnt_from(wanted: Distillation) -> tuple[Material, Prompts]:
 def _settings(wanted: Distillation) -> dict[str, Any]:
     """As cards and fingerprints have them: files by name, and what is said of chats only where there are some."""
     settings = wanted.model_dump(mode="json", exclude=None if wanted.chat else {"chat", "answer_tokens", "temperature"})
+    if wanted.align == "exact":
+        del settings["align"]  # as in cards from before there were others
+    if wanted.init_path is not None:
+        settings["init"] = wanted.init_path.name
     return settings | {key: [Path(path).name for path in settings[key]] for key in ("text", "chat") if key in settings}
 
 
@@ -178,11 +198,15 @@ def _made_of(config: Config, wanted: Distillation, material: Material, prompts: 
     """All that decides the result, but the time that there is for it."""
     settings = {key: value for key, value in _settings(wanted).items() if key not in ("minutes", "text", "chat")}
     models = [wanted.ensemble, wanted.student, *([wanted.init] if wanted.init in config.models else [])]
+    merge = merged_start(config, wanted)
     chats = {"chats": list(prompts.sha256)} if wanted.chat else {}
     return {
         "settings": settings,
         "texts": list(material.sha256.values()),
-        "models": [identity(config, name) for name in models],
+        "models": [
+            *(identity(config, name) for name in models),
+            *([] if merge is None else [merge.digest(config, cache_folder())]),
+        ],
         **chats,
     }
 
@@ -247,12 +271,13 @@ def _hold_to(work: Path, windows: Sequence[Window]) -> None:
 class _Readers:
     """Who reads what is taught. `views`: the student's, and those of an average's members before it, by name.
 
-    `strange`: ids that one of them does not know.
+    `strange`: ids that one of them does not know; `translation`: where one has another vocabulary than the student.
     """
 
     student: MemberView
     views: Mapping[str, MemberView]
     strange: frozenset[int]
+    translation: Translation | None
 
     @property
     def shortest(self) -> MemberView:
@@ -280,7 +305,10 @@ def _readers(config: Config, wanted: Distillation, mixture: Mixture | None, list
     rehearsal.check(part)
     names = dict.fromkeys([*(mixture.weights if mixture is not None else ()), wanted.student])
     views = {name: rehearsal.files.views[name] for name in names}
-    readers = _Readers(views[wanted.student], views, _strange_tokens(wanted, list(views.values())))
+    is_over_bytes = rehearsal.averaged_over.get(wanted.ensemble) == "bytes"
+    translation = None if mixture is None else _translation(wanted, mixture, views, is_over_bytes=is_over_bytes)
+    strange = frozenset[int]() if translation else _strange_tokens(wanted, list(views.values()))
+    readers = _Readers(views[wanted.student], views, strange, translation)
     shortest = readers.shortest
     if wanted.text and shortest.max_model_len < wanted.window:
         raise ConfigError(
@@ -307,7 +335,13 @@ def _dialogues(
     if not wanted.chat:
         return Dialogues()
     limit = readers.shortest.max_model_len
-    ids = rendered(prompts.prompts, readers.student, limit=limit, strange=readers.strange)
+    ids = rendered(
+        prompts.prompts,
+        readers.student,
+        limit=limit,
+        answer_tokens=wanted.answer_tokens,
+        strange=readers.strange,
+    )
     answers = answers_to(prompts.prompts, config, wanted, cache=cache, listener=listener)
     num_before = sum(len(documents) for part in (material.train, material.held_out) for documents in part.texts)
     return cut_dialogues(prompts, ids, answers, readers.student, limit=limit, num_before=num_before)
@@ -324,7 +358,9 @@ def _read(
     records_bytes: int,
     listener: Listener,
 ) -> _Reading:
-    surface = next(iter(readers.views.values())).surface  # of a text: as the ensemble's first member reads it
+    translation = readers.translation
+    reader = next(iter(readers.views.values())) if translation is None else readers.student
+    surface = reader.surface  # of a text: as the ensemble's first member reads it, or a student of other tokens
     train = [*material.train.windows(surface, window=wanted.window), *dialogues.train]
     held_out = [*material.held_out.windows(surface, window=wanted.window), *dialogues.held_out]
     if not train or not held_out:
@@ -340,10 +376,11 @@ def _read(
         limit_bytes=records_bytes,
     )
     records = {
-        what: kept_records(mixture, config, windows, top_k=wanted.top_k, cache=cache) for what, windows in wants.items()
+        what: kept_records(mixture, config, windows, top_k=wanted.top_k, cache=cache, translation=translation)
+        for what, windows in wants.items()
     }
     if missing := {what: wants[what] for what, found in records.items() if found is None}:
-        records |= asyncio.run(_ask(config, wanted, missing, cache, listener))
+        records |= asyncio.run(_ask(config, wanted, missing, translation, cache, listener))
     of_held_out, of_train = records["held out"], records.get("trained on")
     assert of_held_out is not None, "what was missing has been read"
     return _Reading(
@@ -354,6 +391,37 @@ def _read(
         of_held_out,
         vocab_size,
     )
+
+
+def _translation(
+    wanted: Distillation, mixture: Mixture, views: Mapping[str, MemberView], *, is_over_bytes: bool
+) -> Translation | None:
+    """None if all have one vocabulary. Raises `ConfigError` for what cannot be told in other tokens."""
+    try:
+        family_of(list(views.values()))
+        if not is_over_bytes:
+            if "align" in wanted.model_fields_set:
+                raise ConfigError(
+                    f"align: {wanted.student!r} and the members of {wanted.ensemble!r} have one vocabulary"
+                )
+            return None
+    except ModelLoadError:  # of no family
+        pass
+    if mixture.pool == "geometric":
+        raise ConfigError(
+            f"{wanted.ensemble!r} cannot teach {wanted.student!r} across vocabularies: its geometric pool is "
+            "normalised over bytes, and is no average of what its members expect of a token; take an arithmetic "
+            "or a posterior one"
+        )
+    if wanted.chat and (wanted.text or wanted.model_fields_set & {"target", "level", "clm", "align"}):
+        raise ConfigError(
+            f"chat: answers of {wanted.ensemble!r} are taught to {wanted.student!r} as plain text, since they have "
+            "different vocabularies; leave out target, level, clm, align and --text"
+        )
+    try:
+        return Translation(wanted.align, views[wanted.student], [views[name] for name in mixture.weights])
+    except ModelLoadError as exc:
+        raise ConfigError(f"{wanted.ensemble!r} cannot teach {wanted.student!r} across vocabularies: {exc}") from exc
 
 
 def _strange_tokens(wanted: Distillation, views: Sequence[MemberView]) -> frozenset[int]:
@@ -372,13 +440,18 @@ def _strange_tokens(wanted: Distillation, views: Sequence[MemberView]) -> frozen
 
 
 async def _ask(
-    config: Config, wanted: Distillation, missing: Mapping[str, Sequence[Window]], cache: Path, listener: Listener
+    config: Config,
+    wanted: Distillation,
+    missing: Mapping[str, Sequence[Window]],
+    translation: Translation | None,
+    cache: Path,
+    listener: Listener,
 ) -> dict[str, Records | None]:
     listener.stage(f"loading the members of {wanted.ensemble}")
     async with Hosting.open(excerpt(config, [wanted.ensemble])) as hosting:
         model = hosting.models[wanted.ensemble]
         assert isinstance(model, ProbabilityAverage), "as its config says"
-        teacher = Teacher(wanted.ensemble, model.mixture, model)
+        teacher = Teacher(wanted.ensemble, model.mixture, model, translation)
         found: dict[str, Records | None] = {}
         for what, windows in missing.items():
             listener.stage(f"{wanted.ensemble} reads what is {what}")
@@ -389,6 +462,17 @@ async def _ask(
 
 
 # --- the student ---
+
+
+def _begun(
+    origin: Origin, config: Config, wanted: Distillation, readers: _Readers, cache: Path, listener: Listener
+) -> Origin:
+    """With the weights of the merge that it starts from, where it starts from one. Raises what making them raises."""
+    if origin.merge is None:
+        return origin
+    folder = origin.merge.folder(config, cache, listener.stage)
+    check_tokens(folder, readers.student.surface.token_ids, wanted.student)
+    return replace(origin, folder=folder, path=str(folder))
 
 
 def _before(student: Student, reading: _Reading, wanted: Distillation, work: Path, listener: Listener) -> Figures:

@@ -47,10 +47,20 @@ def score(
 
 
 def ensemble_bits_per_byte(mixture: Mixture, windows: Sequence[Window], records: Records) -> float:
-    """Of the ensemble as it serves, on the tokens that are scored in `windows`."""
-    nats = 0.0
+    """Of the ensemble as it serves, on the tokens that are scored in `windows`; where its members have different
+    vocabularies, on those of their bytes that all members expect."""
+    nats, num_bytes = 0.0, 0
     for window, record in zip(windows, records, strict=True):
+        if record.is_over_bytes:
+            num_scored = int(record.num_bytes[len(record.num_bytes) - len(window.documents) :].sum())
+            of_bytes = record.of_bytes.astype(np.float64)
+            pooled = mixture_logprobs(mixture, np.nan_to_num(of_bytes))
+            scored = (~np.isnan(of_bytes[0]))[of_bytes.shape[1] - num_scored :]
+            nats -= float(pooled[of_bytes.shape[1] - num_scored :][scored].sum())
+            num_bytes += int(scored.sum())
+            continue
         of_members = record.of_tokens.astype(np.float64)
         pooled = of_members[-1] if mixture.pool == "geometric" else mixture_logprobs(mixture, of_members)
         nats -= float(scored_part(window, pooled).sum())
-    return nats / np.log(2) / sum(int(window.num_bytes.sum()) for window in windows)
+        num_bytes += int(window.num_bytes.sum())
+    return nats / np.log(2) / num_bytes

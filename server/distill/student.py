@@ -26,6 +26,7 @@ from ensemble_server.server.compare.merges.merge_process import TOKENIZER_FILES
 from ensemble_server.server.config.blocks import Config, HostedModel
 from ensemble_server.server.config.distillation import Distillation
 from ensemble_server.server.config.problems import nearest
+from ensemble_server.server.distill.merged_start import MergedStart, merged_start
 from ensemble_server.server.weights.causal_lm import load_causal_lm
 from ensemble_server.server.weights.devices import resolve_device
 from ensemble_server.server.weights.quantisation import quantisation_of
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 SCALING = 4.0  # alpha / rank of an adapter that does not start from others, as the demo's experts have it
 ADAPTER = "default"  # PEFT's name for an adapter that has none
+START_FOLDER = "start"  # inside that of an adapter: a merge that stands nowhere else
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Source:
 class Origin:
     """Where a student stands before it learns. `base`: its weights as the config calls them; `folder`: where they lie.
 
-    `sources`: what is merged into its start; none for the weights as they are.
+    `sources`: what is merged into its start; none for the weights as they are. `merge`: what stands in their place;
+    `folder` and `path` are its own once it is made.
     """
 
     base: str
@@ -59,6 +62,15 @@ class Origin:
     folder: Path
     device: str
     sources: tuple[Source, ...]
+    merge: MergedStart | None = None
+
+    @property
+    def start_folder(self) -> str | None:
+        """Of a merge under an adapter: where it will lie, seen from the student's folder. None: a model of the config
+        is under it."""
+        if self.merge is None:
+            return None
+        return str(self.merge.path.absolute()) if self.merge.recipe is None else START_FOLDER
 
 
 def origin_of(config: Config, wanted: Distillation, mixture: Mixture | None) -> Origin:
@@ -71,6 +83,8 @@ def origin_of(config: Config, wanted: Distillation, mixture: Mixture | None) -> 
         )
     base = wanted.student if entry.base is None else entry.base
     assert root.path is not None, "weights have a path"
+    if (merge := merged_start(config, wanted)) is not None:
+        return Origin(base, root.path, folder, resolve_device(root.device), (), merge)
     sources = [_source(config, name, weight) for name, weight in _start(config, wanted, mixture, base).items()]
     if not wanted.full:
         for source in sources:
@@ -151,7 +165,10 @@ class Student:
         """As an ordinary adapter, or as a model folder, in the number format of the weights that it came from."""
         folder.mkdir(parents=True, exist_ok=True)
         if not self.is_full:
-            save_adapter(self.model, folder, base=self.origin.path)
+            start = self.origin.start_folder
+            save_adapter(self.model, folder, base=start or self.origin.path)
+            if start == START_FOLDER:
+                shutil.copytree(self.origin.folder, folder / START_FOLDER)
             return
         from transformers import AutoConfig
 

@@ -34,6 +34,8 @@ from ensemble_server.server.distill.records import (
     write_shard,
 )
 from ensemble_server.server.distill.texts import windows_sha256
+from ensemble_server.server.distill.translation import Translation
+from ensemble_server.server.engines.transformers_engine.engine import TransformersEngine
 
 if TYPE_CHECKING:
     import torch
@@ -42,17 +44,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECORDS_VERSION = 1  # part of the cache key: raise it when the same reading is written otherwise
+RECORDS_VERSION = 2  # part of the cache key: raise it when the same reading is written otherwise
 DESCRIPTION_FILE = "teacher.json"
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """An ensemble ready to be asked. `mixture`: as it is configured."""
+    """An ensemble ready to be asked. `mixture`: as it is configured; `translation`: into the student's tokens, where
+    members have others."""
 
     name: str
     mixture: Mixture
     model: ProbabilityAverage
+    translation: Translation | None = None
 
     @property
     def members(self) -> list[str]:
@@ -76,10 +80,16 @@ def check_room(windows: Sequence[Window], mixture: Mixture, *, top_k: int, limit
 
 
 def kept_records(
-    mixture: Mixture, config: Config, windows: Sequence[Window], *, top_k: int, cache: Path
+    mixture: Mixture,
+    config: Config,
+    windows: Sequence[Window],
+    *,
+    top_k: int,
+    cache: Path,
+    translation: Translation | None = None,
 ) -> Records | None:
     """What `read_records` has kept, if all of it is there and whole."""
-    folder = _folder(mixture, config, windows, top_k, cache)
+    folder = _folder(mixture, config, windows, top_k, cache, translation)
     return Records(folder, len(windows)) if is_whole(folder) else None
 
 
@@ -99,7 +109,7 @@ async def read_records(
     """
     from filelock import FileLock, Timeout
 
-    folder = _folder(teacher.mixture, config, windows, top_k, cache)
+    folder = _folder(teacher.mixture, config, windows, top_k, cache, teacher.translation)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder.with_name(folder.name + ".lock"), timeout=0):
@@ -114,11 +124,19 @@ async def read_records(
     return Records(folder, len(windows))
 
 
-def _folder(mixture: Mixture, config: Config, windows: Sequence[Window], top_k: int, cache: Path) -> Path:
+def _folder(
+    mixture: Mixture,
+    config: Config,
+    windows: Sequence[Window],
+    top_k: int,
+    cache: Path,
+    translation: Translation | None,
+) -> Path:
     key = digest(
         {
             "members": [identity(config, member) for member in mixture.weights],
             "pool": list(mixture.weights.values()) if mixture.pool == "geometric" else None,
+            "translation": None if translation is None else translation.key,
             "windows": windows_sha256(windows),
             "top_k": top_k,
             "versions": [RECORDS_VERSION, *(version(package) for package in ("torch", "transformers"))],
@@ -151,6 +169,9 @@ async def _read_missing(
 
 
 async def _read(teacher: Teacher, window: Window, top_k: int) -> WindowRecord:
+    if teacher.translation is not None:
+        assert isinstance(teacher.model.host, TransformersEngine), "others are refused"
+        return await teacher.translation.read(teacher.model.host, window, top_k=top_k)
     parts: list[WindowRecord] = []
 
     def visit(logprobs: torch.Tensor, targets: torch.Tensor) -> None:

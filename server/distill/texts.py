@@ -7,7 +7,7 @@ in each, as they do with each prompt that is served.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -91,9 +91,14 @@ def _continuous(text: str) -> Documents:
     return Documents(tuple(cut_into_documents(text)) if text else (), is_continuous=True)
 
 
-def check_unseen(taught: Sequence[str], tests: Sequence[Path]) -> None:
+def read_tests(paths: Sequence[Path]) -> dict[Path, list[str]]:
+    """Texts that will be measured on, whole. Raises what `read_documents` raises."""
+    return {path: Part((read_documents(path),)).whole_texts for path in paths}
+
+
+def check_unseen(taught: Sequence[str], tests: Mapping[Path, Sequence[str]]) -> None:
     """Raises `ConfigError` that names every file of `tests` of which too much stands in what is trained on."""
-    shares = {path: shared_sequences(Part((read_documents(path),)).whole_texts, taught) for path in tests}
+    shares = {path: shared_sequences(texts, taught) for path, texts in tests.items()}
     if refused := {path: share for path, share in shares.items() if share > MAX_SHARE}:
         told = ", ".join(f"{share:.0%} of {path}" for path, share in refused.items())
         raise ConfigError(

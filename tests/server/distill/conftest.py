@@ -11,7 +11,8 @@ import pytest
 from ensemble_server.server.config.blocks import Config
 from ensemble_server.server.config.distillation import Distillation
 from ensemble_server.server.config.loading import load_config
-from tests.conftest import SAMPLE
+from tests.conftest import SAMPLE, make_model
+from tests.server.engines.transformers_engine.vocabularies import byte_fallback
 
 CONFIG = """\
 models:
@@ -75,3 +76,11 @@ def wanted(config_file: Path) -> Callable[..., Distillation]:
         return Distillation.model_validate(usual | settings)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of another vocabulary: SentencePiece with byte fallback."""
+    folder = tmp_path_factory.mktemp("other") / "gemma"
+    byte_fallback(make_model(folder, "gemma3_text", seed=5, vocab_size=440))
+    return folder

@@ -236,6 +236,12 @@ def test_a_student_without_a_template_is_refused(config, chat, tiny, tmp_path, m
         distill(config, chat(), tmp_path / "all", Quiet())
 
 
+def test_a_prompt_too_long_for_its_answer_is_refused_before_anything_is_asked(config, chat, asked, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"prompts.jsonl, line 1: has .* an answer may have 500; only 512 fit"):
+        distill(config, chat(answer_tokens=500), tmp_path / "all", Quiet())
+    assert asked == []
+
+
 @pytest.mark.slow
 def test_other_answers_than_the_checkpoints_are_refused(config, chat, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", 0)

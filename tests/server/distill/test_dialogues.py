@@ -105,5 +105,14 @@ def test_prompts_that_cannot_be_read_are_named(student: MemberView) -> None:
         rendered(prompts.prompts, student, limit=512, strange={1})
 
 
+def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused_with_the_way_out(student: MemberView) -> None:
+    """An engine would have shortened the answer to what is left."""
+    prompts = asked("To be?")
+    length = len(rendered(prompts.prompts, student, limit=512)[0])
+    assert rendered(prompts.prompts, student, limit=length + 9, answer_tokens=9)
+    with pytest.raises(ConfigError, match=rf"line 1: has {length} tokens .* may have 10; only {length + 9} fit"):
+        rendered(prompts.prompts, student, limit=length + 9, answer_tokens=10)
+
+
 def test_the_end_of_a_turn_is_the_templates_own(student: MemberView) -> None:
     assert end_of_turn(student) == 2  # <|im_end|>, and not the text's <|endoftext|>, which ends generation too

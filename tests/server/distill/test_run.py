@@ -255,6 +255,17 @@ def test_text_that_will_be_measured_on_is_refused(config, wanted, config_file, t
         )
 
 
+def test_a_text_that_will_be_measured_on_is_read_once(config, wanted, config_file, tmp_path, monkeypatch) -> None:
+    from ensemble_server.server.distill import texts
+
+    found: list[Path] = []
+    read = texts.read_documents
+    monkeypatch.setattr(texts, "read_documents", lambda path: found.append(path) or read(path))
+    (tmp_path / "test.txt").write_text("another text\n" * 9)
+    distill(config, wanted(steps=1), tmp_path / "all", Quiet(), tests=[tmp_path / "test.txt"])
+    assert found.count(tmp_path / "test.txt") == 1
+
+
 def test_a_text_that_leaves_nothing_to_hold_out_is_refused(config, wanted, tmp_path) -> None:
     (tmp_path / "line.txt").write_text("one line only")
     with pytest.raises(ConfigError, match="nothing to hold out"):

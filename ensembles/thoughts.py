@@ -5,10 +5,10 @@ aggregators and peers in an exchange read what `without_thoughts` leaves; what a
 
 A block stands between an opening and a closing marker: `<think>`, `<thinking>`, `<thought>`, `<reasoning>` and their
 like, `[THINK]` (Magistral), `◁think▷` (Kimi), `<|START_THINKING|>` (Command A), `<|begin_of_thought|>` (OpenThinker),
-`<|channel>thought` (Gemma), the channels of gpt-oss. All count as one kind of bracket, and blocks may nest. Chat
-templates often end with the opening marker, and an answer may be cut off in its thoughts, so either end may be missing:
-what stands before a closing marker that nothing opened is thought, and so is all after an opening one that nothing
-closes. A marker in `backticks` is a word about markers.
+`<|channel>thought` (Gemma), `<unused94>thought` (MedGemma), the channels of gpt-oss. All count as one kind of bracket,
+and blocks may nest. Chat templates often end with the opening marker, and an answer may be cut off in its thoughts, so
+either end may be missing: what stands before a closing marker that nothing opened is thought, and so is all after an
+opening one that nothing closes. A marker in `backticks` is a word about markers.
 """
 
 from __future__ import annotations
@@ -17,16 +17,21 @@ import re
 
 Span = tuple[int, int]  # start and end, counted in characters
 
-_NAMES = r"(?:seed:|ant)?(?:think|thinking|thoughts?|reasoning|reflection|scratchpad|inner_monologue)"
+_NAMES = (  # also of one maker: <seed:think>, <longcat_think>
+    r"(?:(?:ant|(?:[a-z]{1,12}[:_]){1,2})?(?:think|thinking|thoughts?|monologue)(?:_process)?"
+    r"|reasoning|reflection|scratchpad|cot)"
+)
 _MARKER = re.compile(
     rf"""(?<!`)(?:
       (?P<opens>
           <\s*{_NAMES}(?:\s+\w+=[^<>]*)?\s*> | \[(?:THINK|THINKING)\] | ◁think▷ | <\|start_thinking\|>
-        | <\|begin_of_thought\|> | <\|channel>thought\b | <\|channel\|>\s*(?:analysis|commentary)\b[^<]*<\|message\|>
+        | <\|begin_of_(?:thought|thinking)\|> | <\|channel>thought\b | <unused94>\s*thought\b
+        | <\|channel\|>\s*(?:analysis|commentary)\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>
       )
     | (?P<closes>
-          <\s*/\s*{_NAMES}\s*> | \[/(?:THINK|THINKING)\] | ◁/think▷ | <\|end_thinking\|>
-        | <\|end_of_thought\|> | <channel\|> | (?-i:assistantfinal)
+          <\s*/\s*{_NAMES}\s*> | \[/(?:THINK|THINKING)\] | ◁/think▷ | <\|end_thinking\|>(?:\s*<\|start_response\|>)?
+        | <\|end_of_(?:thought|thinking)\|>(?:\s*<\|begin_of_solution\|>)?
+        | <channel\|> | <unused95> | (?-i:assistantfinal)
         | (?:<\|end\|>\s*)?(?:<\|start\|>\s*assistant\s*)?<\|channel\|>\s*final\b[^<]*<\|message\|>
       ))(?!`)""",
     re.IGNORECASE | re.VERBOSE,

@@ -36,7 +36,8 @@ AnswerKind = Literal["number", "choice", "yes_no", "text"]
 _TAGGED = re.compile(r"<(?P<tag>(?:final_?)?answer)>(?P<content>.*?)(?:</(?P=tag)>|\Z)", re.IGNORECASE | re.DOTALL)
 _JSON_ANSWER = re.compile(r'"(?:final_?)?answer"\s*:\s*(?P<content>"(?:[^"\\\n]|\\.){0,4000}")', re.IGNORECASE)
 _END_OF_TURN = re.compile(
-    r"(?:<\|(?:im_end|eot_id|eom_id|end|return|endoftext|end_of_text|end_of_turn|END_OF_TURN_TOKEN|user)\|>|</s>|<eos>"
+    r"(?:<\|(?:im_end|eot_id|eom_id|end|return|endoftext|end_of_text|end_of_turn|END_OF_TURN_TOKEN"
+    r"|END_RESPONSE|end_of_solution|user)\|>|</s>|<eos>"
     r"|<end_of_turn>|<turn\|>|<｜end▁of▁sentence｜>|\[/?INST\])"
 )
 _MARKER = re.compile(

@@ -27,6 +27,14 @@ from ensemble_server.ensembles.thoughts import thought_spans, without_thoughts
         "◁think▷99◁/think▷She makes $18.",
         "<|START_THINKING|>99<|END_THINKING|>She makes $18.",
         "<|begin_of_thought|>99<|end_of_thought|>She makes $18.",
+        "<|START_THINKING|>99<|END_THINKING|><|START_RESPONSE|>She makes $18.",
+        "<|begin_of_thought|>99<|end_of_thought|>\n<|begin_of_solution|>She makes $18.",
+        "<longcat_think>99</longcat_think>She makes $18.",
+        "<internal_monologue>99</internal_monologue>She makes $18.",
+        "<thinking_process>99</thinking_process>She makes $18.",
+        "<unused94>thought\n99<unused95>She makes $18.",
+        "<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>"
+        "<|channel|>final<|message|>She makes $18.",
         "<|channel>thought\n99<channel|>She makes $18.",
         "<|channel|>analysis<|message|>99<|end|><|start|>assistant<|channel|>final<|message|>She makes $18.",
         "<|channel|>analysis<|message|>9<|end|><|start|>assistant<|channel|>commentary<|message|>99<|end|>"
@@ -61,6 +69,7 @@ def test_thoughts_without_an_answer_leave_nothing(text: str) -> None:
         "I think[1] of 18 <b>things</b>",
         "a < think and b > 18",
         "<thinker>18</thinker>",
+        "<analysis>18</analysis><think_tank>18</think_tank><unused95x>",
         "Rethink this: 18 <answer>18</answer>",
     ],
 )
@@ -77,7 +86,9 @@ def test_spans_are_in_order_apart_and_inside_the_text(pieces: list[str]) -> None
     assert all(0 <= place <= len(text) for place in ends)
 
 
-@pytest.mark.parametrize("piece", ["<think>", "</think>", "<think a=", "<|channel|>analysis", "[THINK]x[/THINK]", "< "])
+@pytest.mark.parametrize(
+    "piece", ["<think>", "</think>", "<think a=", "<|channel|>analysis", "[THINK]x[/THINK]", "< ", "<a_"]
+)
 def test_long_hostile_texts_take_no_long_time(piece: str) -> None:
     started = time.process_time()
     without_thoughts(piece * (50_000 // len(piece)))

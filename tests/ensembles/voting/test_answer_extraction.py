@@ -320,6 +320,7 @@ def test_short_texts(text: str, expected: str | None) -> None:
         ("$3bn", "3000000000"),
         ("5 M", "5"),
         ("18<|im_end|>", "18"),
+        ("<|START_THINKING|>99<|END_THINKING|><|START_RESPONSE|>18<|END_RESPONSE|>", "18"),
         ("18</s> Question 2: 7", "18"),
         ('{"answer": "18", "confidence": 0.9}', "18"),
     ],

@@ -2,10 +2,11 @@
 
     python benchmarks/comparison_levels.py [TRIALS]
 
-"Before" are the rules of version 0.1, written down here as formulas; "after" are the functions that reports are made
-with. Each part prints a Markdown table: false verdicts where nothing differs (single items, clusters, many arms), "no
-difference shown" where something does, power against what was promised, documents of one text that resemble their
-neighbours, few documents, three seeds of training. docs/statistics.md quotes them.
+"Before" are the rules of earlier versions, written down here as formulas; "after" are the functions that reports are
+made with. Each part prints a Markdown table: false verdicts where nothing differs (single items, clusters, many arms),
+intervals over few clusters and of win rates, "no difference shown" where something does, power against what was
+promised, documents of one text that resemble their neighbours, few documents, three seeds of training.
+docs/statistics.md quotes them.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import sys
 from collections.abc import Callable
 
 import numpy as np
-from scipy.special import bdtr, stdtr, stdtrit
+from scipy.special import bdtr, expit, stdtr, stdtrit
 
 from ensemble_server.ensembles.comparison import bootstrap
-from ensemble_server.ensembles.comparison.dependence import of_neighbours
+from ensemble_server.ensembles.comparison.bradley_terry import bradley_terry, outcomes_of_scores
+from ensemble_server.ensembles.comparison.dependence import design_effect, of_neighbours
 from ensemble_server.ensembles.comparison.paired import compare_right_wrong, compare_scores
 from ensemble_server.ensembles.comparison.power import OfMean, OfRightWrong
+from ensemble_server.ensembles.comparison.proportions import tango
 from ensemble_server.ensembles.comparison.replicates import crossed_ratio_difference
 from ensemble_server.ensembles.comparison.significance import holm
 from ensemble_server.ensembles.comparison.verdict import verdict
@@ -66,6 +69,54 @@ def print_false_verdicts(num_trials: int) -> None:
             said = verdict(found.difference.interval, margin=0.0, higher_is_better=True, adjusted_p_value=found.p_value)
             false += mcnemar_p(only_model, only_baseline) <= ALPHA, said in ("better", "worse")
         row(size, *map(percent, false / num_trials))
+
+
+def print_few_clusters(num_trials: int) -> None:
+    """The same with 200 questions on few passages, which lean by a normal distribution: does the interval hold 0?"""
+    table("passages", "before: normal tails", "after: Student's tails")
+    for num_clusters in (3, 5, 10, 20):
+        rng = np.random.default_rng(num_clusters)
+        clusters = np.arange(200) * num_clusters // 200
+        holds = np.zeros(2)
+        for _ in range(num_trials):
+            lean = rng.normal(0, 0.15, num_clusters)[clusters]
+            model, baseline = (1.0 * (rng.random(200) < np.clip(0.6 + side * lean, 0, 1)) for side in (1, -1))
+            effect = design_effect(model - baseline, clusters.tolist())
+            only = (model > baseline).sum() / effect, (model < baseline).sum() / effect
+            tails = None, num_clusters - 1
+            holds += [0 in tango(*only, 200 / effect, level=LEVEL, freedom=freedom) for freedom in tails]
+        row(num_clusters, *map(percent, holds / num_trials))
+
+
+def print_win_rates(num_trials: int) -> None:
+    """Bradley and Terry's strength of the better of two models: does its interval hold the truth, and is it a point?"""
+    table("items", "wins of", "before: held", "a point", "after: held", "a point")
+    num_trials = max(num_trials // 4, 50)
+    for num_items in (5, 20, 100):
+        for chance in (0.6, 0.95):
+            rng = np.random.default_rng(num_items)
+            truth = np.log(chance / (1 - chance)) / 2
+            found = np.zeros(4)
+            for _ in range(num_trials):
+                won = 1.0 * (rng.random(num_items) < chance)
+                after = bradley_terry(outcomes_of_scores(np.stack([won, 1 - won])))[0]
+                assert after.interval is not None, "there are two items"
+                drawn = rng.binomial(num_items, won.mean(), 400)
+                error = two_strengths(drawn, num_items).std(ddof=1) * (num_items / (num_items - 1)) ** 0.5
+                half = error * stdtrit(num_items - 1, (1 + LEVEL) / 2)
+                found += abs(truth - after.log_strength) <= half, half < 1e-9, truth in after.interval, False
+                found[3] += after.interval.high - after.interval.low < 1e-9
+            row(num_items, percent(chance), *map(percent, found / num_trials))
+
+
+def two_strengths(wins: np.ndarray, num_items: int) -> np.ndarray:
+    """The first of two models' strengths, with half a win and half a loss against an average one; by bisection."""
+    low, high = np.full(len(wins), -20.0), np.full(len(wins), 20.0)
+    for _ in range(60):
+        at = (low + high) / 2
+        is_low = wins - num_items * expit(2 * at) + 0.5 - expit(at) > 0
+        low, high = np.where(is_low, at, low), np.where(is_low, high, at)
+    return (low + high) / 2
 
 
 def print_false_equivalence(num_trials: int) -> None:
@@ -260,6 +311,8 @@ def print_seeds(num_trials: int) -> None:
 def main() -> None:
     num_trials = int(sys.argv[1]) if len(sys.argv) > 1 else NUM_TRIALS
     print_false_verdicts(num_trials)
+    print_few_clusters(num_trials)
+    print_win_rates(num_trials)
     print_families(num_trials)
     print_false_equivalence(num_trials)
     print_power(num_trials)

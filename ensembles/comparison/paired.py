@@ -20,9 +20,10 @@ from scipy.special import stdtrit
 from ensemble_server.ensembles.comparison import bootstrap
 from ensemble_server.ensembles.comparison.bootstrap import NUM_RESAMPLES
 from ensemble_server.ensembles.comparison.dependence import Dependence, design_effect, independent, of_neighbours
+from ensemble_server.ensembles.comparison.draws import without_rounding
 from ensemble_server.ensembles.comparison.effect_size import cohens_d_z, cohens_h, discordant_odds
 from ensemble_server.ensembles.comparison.intervals import Estimate, Interval
-from ensemble_server.ensembles.comparison.power import OfMean, OfRightWrong, Sensitivity
+from ensemble_server.ensembles.comparison.power import OfClusters, OfMean, OfRightWrong, Sensitivity
 from ensemble_server.ensembles.comparison.proportions import tango
 from ensemble_server.ensembles.comparison.significance import (
     McNemar,
@@ -37,6 +38,7 @@ from ensemble_server.ensembles.comparison.significance import (
 
 Test = Literal["mcnemar", "sign_flip", "student_t"]
 MIN_UNITS = 5  # documents, below which Student's test rests on a spread that nobody knows
+FEW_DIFFERING = 6  # items on which scores differ, below which a bootstrap of them knows nothing of the others
 FEW_UNITS = 30  # below, Student's interval holds better than the bootstrap's (docs/statistics.md)
 ROUNDING = 1e-12  # relative: smaller differences are those of rounding
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -85,8 +87,8 @@ def compare_right_wrong(
     """Both (num_items,) of 0 and 1; failed and missing items count as 0. The difference is one of shares.
 
     The interval is Tango's score interval, the test McNemar's; with `clusters`, whose items are not independent, all
-    counts are divided by their design effect first, and whole clusters' signs are flipped. `num_resamples` serves the
-    standard error alone.
+    counts are divided by their design effect first, the interval's tails are Student's, and whole clusters' signs are
+    flipped. `num_resamples` serves the standard error alone.
     """
     model, baseline = _aligned(model, baseline)
     assert np.isin([model, baseline], (0.0, 1.0)).all(), "right or wrong: every figure must be 0 or 1"
@@ -95,19 +97,22 @@ def compare_right_wrong(
     counts = mcnemar(model == 1, baseline == 1)
     effect = 1.0 if clusters is None else design_effect(differences, clusters)
     divided = counts.only_model + counts.only_baseline
-    interval = tango(counts.only_model / effect, counts.only_baseline / effect, len(model) / effect, level=level)
+    interval = _interval_of_few(differences, clusters, level)
     test: Test = "mcnemar"
     p_value, smallest = counts.p_value, smallest_mcnemar_p(len(model))
+    sensitivity: Sensitivity | None = OfRightWrong(len(model) / effect, divided / effect)
     if clusters is not None:
         test, per_cluster = "sign_flip", _per_cluster(differences, clusters)
         p_value, smallest = sign_flip(per_cluster, seed=seed), smallest_sign_flip_p(len(per_cluster))
+        of_mean = _of_mean(drawn, max(len(per_cluster) - 1.0, 1.0), smallest)
+        sensitivity = of_mean and OfClusters(of_mean, OfRightWrong(len(model) / effect, divided / effect))
     return Comparison(
         Estimate(drawn.value, None if len(model) < 2 else interval, drawn.standard_error, drawn.num_units),
         test,
         p_value,
         cohens_h(float(model.mean()), float(baseline.mean())),
         "cohens_h",
-        OfRightWrong(len(model) / effect, divided / effect),
+        sensitivity,
         smallest,
         counts.only_model,
         counts.only_baseline,
@@ -128,15 +133,15 @@ def compare_scores(
 ) -> Comparison:
     """Both (num_items,) or (num_items, num_samples), higher is better; samples are averaged within their item.
 
-    Scores that agree on every item have the interval of right and wrong answers that do: so few items may hide those
-    on which they would not.
+    Scores from 0 to 1 that agree on all items but a few have the interval of right and wrong answers that do: so few
+    items may hide those on which they would not.
     """
     model, baseline = _aligned(bootstrap.within_item(model), bootstrap.within_item(baseline))
     differences = model - baseline
     difference = bootstrap.mean(differences, clusters=clusters, seed=seed, num_resamples=num_resamples, level=level)
-    if not differences.any() and difference.interval is not None:
-        interval = tango(0, 0, difference.num_units, level=level)
-        difference = Estimate(difference.value, interval, difference.standard_error, difference.num_units)
+    is_few = np.count_nonzero(differences) < FEW_DIFFERING and np.abs(differences).max() <= 1
+    if is_few and difference.interval is not None:
+        difference = replace(difference, interval=_interval_of_few(differences, clusters, level))
     per_cluster = _per_cluster(differences, clusters)
     smallest = smallest_sign_flip_p(len(per_cluster))
     return Comparison(
@@ -235,7 +240,12 @@ def compare_ratios(
         p_value = student_t(difference.value, spread.standard_error, spread.freedom)
         if fewest >= MIN_UNITS:
             smallest, sensitivity = 0.0, OfMean(spread.standard_error, spread.freedom)
-    per_item = np.concatenate([ours / size - theirs / their_size for ours, size, theirs, their_size in domains])
+    per_item = np.concatenate(
+        [
+            without_rounding(ours / size - theirs / their_size, theirs / their_size)
+            for ours, size, theirs, their_size in domains
+        ]
+    )
     better = per_item > 0 if higher_is_better else per_item < 0
     num_ties = int((per_item == 0).sum())
     lags = [how.lag for how in dependences if how.lag is not None]
@@ -325,6 +335,16 @@ def stretch(plain: Spread, spread: Spread, level: float) -> tuple[float, float]:
     error = spread.standard_error / plain.standard_error if plain.standard_error > 0 else 1.0
     tail = (1 + level) / 2
     return error * float(stdtrit(spread.freedom, tail) / stdtrit(plain.freedom, tail)), error
+
+
+def _interval_of_few(differences: np.ndarray, clusters: Sequence[object] | None, level: float) -> Interval:
+    """Tango's, of differences from -1 to 1: broken ones count for so much of an item that divides the models, which
+    makes their variance no smaller than it is."""
+    effect, freedom = 1.0, None
+    if clusters is not None:
+        effect, freedom = design_effect(differences, clusters), max(len(set(clusters)) - 1, 1)
+    gains, losses = float(differences[differences > 0].sum()), float(-differences[differences < 0].sum())
+    return tango(gains / effect, losses / effect, len(differences) / effect, level=level, freedom=freedom)
 
 
 def _with_ties(found: Comparison, num: int) -> Comparison:

@@ -48,8 +48,7 @@ class OfMean:
 
 @dataclass(frozen=True)
 class OfRightWrong:
-    """McNemar's exact test on `num_items`, of which `num_divided` divided the models (after division by a design
-    effect, where items come in clusters)."""
+    """McNemar's exact test on `num_items`, of which `num_divided` divided the models."""
 
     num_items: float
     num_divided: float
@@ -68,6 +67,24 @@ class OfRightWrong:
             return mcnemar_power(num_items, (share + difference) / 2, (share - difference) / 2, level) >= power
 
         return _least(is_found, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class OfClusters:
+    """Sign flips of whole clusters of right and wrong answers: what their mean can show, and no less than so many
+    independent items could. `items`: as many as the clusters are worth, by their design effect."""
+
+    mean: OfMean
+    items: OfRightWrong
+
+    def detectable(self, *, alpha: float, num_comparisons: int = 1, power: float = POWER) -> float | None:
+        """As large as both need it; None if one of them can show nothing. Clusters that are alike by chance have a mean
+        that seems to be known exactly, few of them a test that nothing can pass."""
+        both = [
+            part.detectable(alpha=alpha, num_comparisons=num_comparisons, power=power)
+            for part in (self.mean, self.items)
+        ]
+        return None if None in both else max(one for one in both if one is not None)
 
 
 def mcnemar_power(num_items: int, only_model: float, only_baseline: float, alpha: float) -> float:

@@ -136,6 +136,11 @@ class RemoteModel(Block):
     )
     listed: bool = Field(default=True, description=LISTED)
 
+    @property
+    def has_price(self) -> bool:
+        """Whether the config says what it costs; without that nobody knows, which is not nothing."""
+        return bool({"prompt_price_per_million", "completion_price_per_million"} & self.model_fields_set)
+
 
 class KeyLimits(Block):
     """What one key may use. Nothing is limited that is not set."""

@@ -66,8 +66,10 @@ PACKAGED_MODELS = {
 }
 
 
-def resolve_checkpoint(path: str, *, relative_to: Path, revision: str | None = None, may_download: bool = True) -> Path:
-    """The local folder of the model that `path` names; converts or (if it may) downloads it if needed.
+def resolve_checkpoint(
+    path: str, *, relative_to: Path, revision: str | None = None, may_download: bool = True, may_convert: bool = True
+) -> Path:
+    """The local folder of the model that `path` names; converts or downloads it if needed, and if it may.
 
     `relative_to` is the folder that relative paths start from: the config file's. `revision`: the branch, tag or commit
     of a hub id. Blocks for as long as a conversion (about ten seconds for 100 MB of GGUF) or a download takes. Raises
@@ -81,7 +83,7 @@ def resolve_checkpoint(path: str, *, relative_to: Path, revision: str | None = N
     if local.suffix == ".gguf":
         if not local.is_file():
             raise ModelLoadError(f"{path!r}: there is no such .gguf file ({local.absolute()}); correct `path`")
-        return _converted(local)
+        return _converted(local, may_convert)
     if local.exists():
         raise ModelLoadError(
             f"{path!r} is a file that is not .gguf; `path` takes a model folder, a .gguf file or a hub id"
@@ -89,7 +91,7 @@ def resolve_checkpoint(path: str, *, relative_to: Path, revision: str | None = N
 
     packaged = PACKAGED_MODELS.get(path) if revision is None else None
     if packaged is not None and (gguf := _packaged_gguf(packaged)) is not None:
-        return _converted(gguf)
+        return _converted(gguf, may_convert)
     return _hub_folder(path, revision, may_download)
 
 
@@ -218,7 +220,7 @@ def _hub_folder(path: str, revision: str | None, may_download: bool) -> Path:
         ) from exc
 
 
-def _converted(gguf: Path) -> Path:
+def _converted(gguf: Path, may_convert: bool) -> Path:
     """The folder that `gguf` was converted into, now or earlier; verified against its checksums."""
     from filelock import FileLock
 
@@ -227,6 +229,8 @@ def _converted(gguf: Path) -> Path:
     except OSError as exc:
         raise ModelLoadError(f"{gguf} must be readable ({exc}); correct its permissions") from exc
     folder = cache_folder() / "gguf" / f"{sha256}-v{CONVERSION_VERSION}"
+    if not may_convert and not folder.is_dir():
+        raise ModelLoadError(f"{gguf} has not been converted yet; serving it converts it")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(folder.name + ".lock")):

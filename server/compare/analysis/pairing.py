@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from ensemble_server.ensembles.comparison import bootstrap
-from ensemble_server.ensembles.comparison.dependence import independent, of_neighbours
+from ensemble_server.ensembles.comparison.dependence import design_effect, independent, of_neighbours
 from ensemble_server.ensembles.comparison.intervals import Estimate
+from ensemble_server.ensembles.comparison.intervals import Interval as IntervalOf
 from ensemble_server.ensembles.comparison.paired import (
     Columns,
     Comparison,
@@ -23,6 +24,7 @@ from ensemble_server.ensembles.comparison.paired import (
     spread_of,
     stretch,
 )
+from ensemble_server.ensembles.comparison.proportions import wilson
 from ensemble_server.ensembles.comparison.significance import combined, holm
 from ensemble_server.ensembles.comparison.verdict import verdict
 from ensemble_server.server.compare.kept.records import ArmRecord, TaskRecord, TextRecord
@@ -238,7 +240,38 @@ def figure_of_texts(names: Sequence[str], records: Mapping[str, TextRecord], rul
     estimate = bootstrap.macro_ratio(columns, **rules.sampling)
     if estimate.interval is None:
         return estimate
-    return estimate.stretched(*stretch(combined(plain), combined(spreads), rules.level))
+    found = estimate.stretched(*stretch(combined(plain), combined(spreads), rules.level))
+    assert found.interval is not None, "stretching leaves it there"
+    return replace(found, interval=replace(found.interval, low=max(found.interval.low, 0.0)))  # no bits below none
+
+
+def figure_of_tasks(names: Sequence[str], records: Mapping[str, TaskRecord], rules: Rules) -> Estimate:
+    """The mean over tasks of their scores, each counted alike; the tasks' intervals put together by their squares."""
+    of_tasks = [_figure_of_task(records[name], rules.clusters.get(f"task {name}"), rules) for name in names]
+    if len(of_tasks) == 1:
+        return of_tasks[0]
+    value = float(np.mean([one.value for one in of_tasks]))
+    ranges = [(one.value - one.interval.low, one.interval.high - one.value) for one in of_tasks if one.interval]
+    num_units = sum(one.num_units for one in of_tasks)
+    if len(ranges) < len(of_tasks):
+        return Estimate(value, None, None, num_units)
+    below, above = (math.hypot(*distances) / len(of_tasks) for distances in zip(*ranges, strict=True))
+    method = next(one.interval.method for one in of_tasks if one.interval)
+    return Estimate(value, IntervalOf(value - below, value + above, rules.level, method), None, num_units)
+
+
+def _figure_of_task(record: TaskRecord, clusters: Sequence[str] | None, rules: Rules) -> Estimate:
+    """Wilson's interval where scores are right or wrong, or all alike: a bootstrap of these would be a point."""
+    scores = scores_of(record)
+    found = bootstrap.mean(scores, clusters=clusters, **rules.sampling)
+    is_share = is_right_or_wrong(scores) or (np.ptp(scores) == 0 and 0 <= scores[0] <= 1)
+    if not is_share or (clusters is not None and found.interval is None):
+        return found
+    effect, freedom = 1.0, None
+    if clusters is not None:
+        effect, freedom = design_effect(scores, clusters), found.num_units - 1
+    share = wilson(float(scores.sum()) / effect, len(scores) / effect, level=rules.level, freedom=freedom)
+    return replace(found, interval=share)
 
 
 # --- verdicts ----------------------------------------------------------------------------------------------------

@@ -8,10 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ensemble_server.ensembles.comparison import bootstrap
 from ensemble_server.ensembles.comparison.paired import influence_on_difference
 from ensemble_server.ensembles.comparison.pass_at_k import pass_at_k
-from ensemble_server.ensembles.comparison.proportions import wilson
 from ensemble_server.ensembles.comparison.replicates import crossed_ratio_difference
 from ensemble_server.server.compare.analysis.best_of_kinds import best_of_kinds
 from ensemble_server.server.compare.analysis.null_check import check_of_neighbours, null_check
@@ -24,15 +22,14 @@ from ensemble_server.server.compare.analysis.pairing import (
     compare_texts,
     comparisons,
     ends,
+    figure_of_tasks,
     figure_of_texts,
     has_figures,
     has_scores,
-    is_right_or_wrong,
     rules_of,
     same_items,
     same_texts,
     scored_columns,
-    scores_of,
     text_columns,
 )
 from ensemble_server.server.compare.analysis.pairs import all_pairs
@@ -44,7 +41,6 @@ from ensemble_server.server.compare.kept.results import (
     Difference,
     Figure,
     Flip,
-    Interval,
     MeasureIdentity,
     NullCheck,
     ReplicateSpread,
@@ -57,6 +53,7 @@ from ensemble_server.server.compare.measures.cost import summarise as summarise_
 from ensemble_server.server.compare.planning.blocks import PlanFile
 
 MAIN_REPLICATE = "main"
+MAX_NATS = 700.0  # per token; e to more of them is no float
 
 
 def compute_results(
@@ -124,8 +121,8 @@ def compute_results(
         title=file.title,
         baseline=file.baseline,
         arms=results,
-        texts={text: identity for text in texts if (identity := _text_identity(text, file, of_arms)) is not None},
-        tasks={task: identity for task in tasks if (identity := _task_identity(task, file, of_arms)) is not None},
+        texts={text: found for text in texts if (found := _text_identity(text, file, of_arms, rules)) is not None},
+        tasks={task: found for task in tasks if (found := _task_identity(task, file, of_arms, rules)) is not None},
         best_of_kinds=tuple(best_of_kinds(of_arms, counted, rules)),
         win_rates=win_rates(of_arms, counted, rules),
         null_checks=tuple(_null_checks(baseline, [*of_arms.values()], texts, tasks, rules)),
@@ -181,7 +178,7 @@ def _text_result(name: str, record: TextRecord, rules: Rules, difference: Differ
     return TextResult(
         bpb=estimate.value,
         ci=ends(estimate),
-        perplexity=math.exp(sum(record.nats) / num_tokens),
+        perplexity=math.exp(per_token) if (per_token := sum(record.nats) / num_tokens) < MAX_NATS else None,
         num_documents=len(record.nats),
         num_bytes=round(sum(record.num_bytes)),
         num_tokens=round(num_tokens),
@@ -192,19 +189,14 @@ def _text_result(name: str, record: TextRecord, rules: Rules, difference: Differ
 def _task_result(
     record: TaskRecord, file: PlanFile, name: str, rules: Rules, difference: Difference | None
 ) -> TaskResult:
-    scores = scores_of(record)
-    if is_right_or_wrong(scores) and f"task {name}" not in rules.clusters:
-        share = wilson(int(scores.sum()), len(scores), level=rules.level)
-        ci: Interval | None = (share.low, share.high)
-    else:
-        ci = ends(bootstrap.mean(scores, clusters=rules.clusters.get(f"task {name}"), **rules.sampling))
+    estimate = figure_of_tasks([name], {name: record}, rules)
     ks = next((task.pass_at for task in file.tasks if task.name == name), ())
     return TaskResult(
         metric=record.metric,
         higher_is_better=record.higher_is_better,
-        score=float(scores.mean()),
-        ci=ci,
-        num_items=len(scores),
+        score=estimate.value,
+        ci=ends(estimate),
+        num_items=len(record.items),
         num_missing=sum(_is_missing(item) for item in record.items),
         num_failed=sum(item.error is not None for item in record.items),
         pass_at_k={k: float(np.mean([_pass_at(item, k) for item in record.items])) for k in ks},
@@ -234,13 +226,7 @@ def _mean_text(record: ArmRecord, texts: Sequence[str], rules: Rules, difference
 def _mean_tasks(record: ArmRecord, tasks: Sequence[str], rules: Rules, difference: Difference | None) -> Figure | None:
     if not tasks or not all(has_scores(record, task) for task in tasks):
         return None
-    columns = []
-    for task in tasks:
-        scores = scores_of(record.tasks[task])
-        columns.append(
-            bootstrap.by_cluster(np.column_stack([scores, np.ones(len(scores))]), rules.clusters.get(f"task {task}"))
-        )
-    estimate = bootstrap.macro_ratio([(pair[:, 0], pair[:, 1]) for pair in columns], **rules.sampling)
+    estimate = figure_of_tasks(tasks, record.tasks, rules)
     return Figure(value=estimate.value, ci=ends(estimate), against_baseline=difference)
 
 
@@ -258,7 +244,8 @@ def counted_measures(file: PlanFile, records: Sequence[ArmRecord]) -> tuple[Coun
     for name in tasks:
         if any(has_scores(record, name) and not record.tasks[name].higher_is_better for record in records):
             mean_tasks.remove(name)
-            left_out[f"task {name}"] = "is better low, the others high"
+            others = ", the others high" if len(tasks) > 1 else ""
+            left_out[f"task {name}"] = f"is better low{others}"
     mean_texts = _of_all(mean_texts or texts, "text", records, has_figures, left_out)
     mean_tasks = _of_all(mean_tasks, "task", records, has_scores, left_out)
     return Counted(texts, tasks, mean_texts, mean_tasks), left_out
@@ -284,7 +271,8 @@ def _of_all(
             of_measure = lacking[0].text.get(name) if family == "text" else lacking[0].tasks.get(name)
             reason = (of_measure.skipped if of_measure is not None else None) or "it was not measured"
             others = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-            left_out[f"{family} {name}"] = f"{lacking[0].name}{others} has no figure: {reason}"
+            verb = "have" if len(lacking) > 1 else "has"
+            left_out[f"{family} {name}"] = f"{lacking[0].name}{others} {verb} no figure: {reason}"
     return shared
 
 
@@ -356,7 +344,7 @@ def _error(record: ArmRecord, baseline: ArmRecord, texts: Sequence[str], tasks: 
 # --- what every arm was given ------------------------------------------------------------------------------------
 
 
-def _text_identity(text: str, file: PlanFile, records: Mapping[str, ArmRecord]) -> MeasureIdentity | None:
+def _text_identity(text: str, file: PlanFile, records: Mapping[str, ArmRecord], rules: Rules) -> MeasureIdentity | None:
     known = next((record.text[text] for record in records.values() if has_figures(record, text)), None)
     if known is None:
         return None
@@ -365,15 +353,30 @@ def _text_identity(text: str, file: PlanFile, records: Mapping[str, ArmRecord]) 
         num_items=len(known.nats),
         sha256=known.items_sha256,
         source=source.path.rsplit("/", 1)[-1] if source.path else f"switching between {', '.join(source.switching)}",
+        clusters=_numbered(rules.clusters.get(f"text {text}")),
     )
 
 
-def _task_identity(task: str, file: PlanFile, records: Mapping[str, ArmRecord]) -> MeasureIdentity | None:
+def _task_identity(task: str, file: PlanFile, records: Mapping[str, ArmRecord], rules: Rules) -> MeasureIdentity | None:
     known = next((record.tasks[task] for record in records.values() if has_scores(record, task)), None)
     if known is None:
         return None
     source = next((source.data.rsplit("/", 1)[-1] for source in file.tasks if source.name == task), "lm_eval")
-    return MeasureIdentity(num_items=len(known.items), sha256=known.items_sha256, source=source, metric=known.metric)
+    return MeasureIdentity(
+        num_items=len(known.items),
+        sha256=known.items_sha256,
+        source=source,
+        metric=known.metric,
+        clusters=_numbered(rules.clusters.get(f"task {task}")),
+    )
+
+
+def _numbered(clusters: Sequence[str] | None) -> tuple[int, ...] | None:
+    """["a", "b", "a"] -> (0, 1, 0)"""
+    if clusters is None:
+        return None
+    place = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
+    return tuple(place[name] for name in clusters)
 
 
 def _null_checks(

@@ -106,12 +106,20 @@ def _paired(first: Run, second: Run) -> dict[str, dict[str, Difference]]:
     """measure -> arm -> its difference from itself in the first run, adjusted over the arms."""
     used = second.results.statistics
     neighbours = [name for name, found in second.results.texts.items() if not found.source.endswith(".jsonl")]
+    kinds = (("text", second.results.texts), ("task", second.results.tasks))
+    clusters = {
+        f"{kind} {name}": list(map(str, found.clusters))
+        for kind, measures in kinds
+        for name, found in measures.items()
+        if found.clusters is not None
+    }
     rules = Rules(
         used.seed,
         used.num_resamples,
         used.alpha,
         used.margin_bpb,
         used.margin_score,
+        clusters,
         neighbours=frozenset(f"text {name}" for name in neighbours),
     )
     counted = Counted(list(second.results.texts), list(second.results.tasks), (), ())
@@ -145,6 +153,11 @@ def _notes(old: Results, new: Results) -> Iterator[str]:
     for which, ours, others in (("first", old, new), ("second", new, old)):
         if alone := [name for name in ours.arms if name not in others.arms]:
             yield f"only in the {which}: {', '.join(alone)}"
+    for which, ours, others in (("first", old, new), ("second", new, old)):
+        measures = [f"text {name}" for name in ours.texts if name not in others.texts]
+        measures += [f"task {name}" for name in ours.tasks if name not in others.tasks]
+        if measures:
+            yield f"measured only in the {which}: {', '.join(measures)}"
     if old.baseline != new.baseline:
         yield f"baseline: {old.baseline} → {new.baseline}"
     for name, arm in new.arms.items():

@@ -10,7 +10,7 @@ from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.ensembles.method import MethodConfig
 from ensemble_server.server.compare.arms.candidates import ArmModel
 from ensemble_server.server.compare.arms.identity import weights_folder
-from ensemble_server.server.config.blocks import Config, HostedModel
+from ensemble_server.server.config.blocks import Config, HostedModel, RemoteModel
 from ensemble_server.server.config.excerpt import closure
 from ensemble_server.server.weights.delta_folder import bytes_in_memory, read_card
 from ensemble_server.server.weights.footprint import read_shape, read_weights
@@ -62,6 +62,12 @@ def leaves(config: Config, name: str) -> set[str]:
     if isinstance(entry, MethodConfig):
         return {leaf for part in entry.references() for leaf in leaves(config, part)}
     return {name}
+
+
+def is_priced(config: Config, name: str) -> bool:
+    """Whether what a model costs in money is known: every remote part of it has a price, were it 0."""
+    entries = [config.models[leaf] for leaf in leaves(config, name)]
+    return all(entry.has_price for entry in entries if isinstance(entry, RemoteModel))
 
 
 def _root(config: Config, name: str) -> str:

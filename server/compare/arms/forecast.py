@@ -3,7 +3,8 @@
 Tokens are counted with the tokenizer of the first hosted model that has one on this disk, else taken as four bytes
 each. Answers are taken at their longest, so what is written is a bound. Hours follow from parameters and from what this
 machine multiplies in a second: reading a token takes 2 · parameters operations, writing one at least the reading of all
-weights once for each `TOGETHER` rows. An order of magnitude, not a promise; merges, fits and loading come on top.
+weights once for each `TOGETHER` rows; a training step takes three readings. An order of magnitude, not a promise;
+making merges and loading come on top.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ensemble_server.server.compare.measures.task_measure import CHOICE_METRICS,
 from ensemble_server.server.compare.planning.blocks import Arm
 from ensemble_server.server.compare.planning.plan import Plan, without_fit
 from ensemble_server.server.config.blocks import Config, HostedModel, RemoteModel
+from ensemble_server.server.weights.checkpoints import resolve_checkpoint
 from ensemble_server.server.weights.footprint import read_weights
 
 if TYPE_CHECKING:
@@ -44,7 +46,8 @@ class Speed:
 @dataclass(frozen=True)
 class Forecast:
     """Of one arm. `num_read`, `num_written`: tokens through single models, all calls of an ensemble included; what is
-    written is a bound. `hours`: None where a size is not known, or runs elsewhere. `money`: in the config's currency.
+    written is a bound. `hours`: None where a size is not known, or runs elsewhere. `money`: in the config's currency,
+    None where a remote model has no price.
     """
 
     arm: str
@@ -52,11 +55,20 @@ class Forecast:
     num_read: int
     num_written: int
     hours: float | None
-    money: float
+    money: float | None
 
 
-def forecasts(plan: Plan, texts: Mapping[str, Documents], tasks: Mapping[str, Task], speed: Speed) -> list[Forecast]:
-    """One for each arm of the plan that is to be measured, in its order; recorded answers take nothing."""
+def forecasts(
+    plan: Plan,
+    texts: Mapping[str, Documents],
+    held_out: Mapping[str, Documents],
+    tasks: Mapping[str, Task],
+    speed: Speed,
+) -> list[Forecast]:
+    """One for each arm of the plan that is to be measured, in its order; recorded answers take nothing.
+
+    `held_out`: texts that every variant of a choice reads.
+    """
     count = _token_counter(plan.config)
     text_tokens = {name: sum(count(text) for text in documents.texts) for name, documents in texts.items()}
     stride = plan.file.stride or plan.file.window - 1
@@ -75,11 +87,25 @@ def forecasts(plan: Plan, texts: Mapping[str, Documents], tasks: Mapping[str, Ta
     rounds = (cost.repeats + 1) * sum(cost.concurrency)
     num_read += rounds * cost.prompt_tokens
     num_written += rounds * cost.max_tokens
+    of_choice = sum(count(text) for documents in held_out.values() for text in documents.texts)
     return [
-        _forecast(arm, plan, of_texts * (2 if arm.name == plan.file.baseline else 1), num_read, num_written, speed)
+        _forecast(
+            arm,
+            plan,
+            of_texts * (2 if arm.name == plan.file.baseline else 1) + of_choice * _num_readings(arm),
+            num_read,
+            num_written,
+            speed,
+        )
         for arm in plan.file.arms
         if not arm.is_recorded
     ]
+
+
+def _num_readings(arm: Arm) -> int:
+    """How often the held-out texts are read for an arm: by each variant of a choice, or once for fitted weights."""
+    is_fitted = any("fitted" in (variant.ensemble or {}).values() for variant in arm.variants)
+    return len(arm.variants) if len(arm.variants) > 1 else int(is_fitted)
 
 
 def _forecast(arm: Arm, plan: Plan, of_texts: float, of_prompts: float, of_answers: float, speed: Speed) -> Forecast:
@@ -95,19 +121,28 @@ def _forecast(arm: Arm, plan: Plan, of_texts: float, of_prompts: float, of_answe
     calls = _num_calls(config, name)
     num_read, num_written = calls * of_prompts + len(singles) * of_texts, calls * of_answers
     hours: float | None = 0.0
-    money = 0.0
+    money: float | None = 0.0
+    trained = 0.0
+    if arm.distill is not None:  # the student, and its control, which reads the same without a teacher
+        taught = sum(Path(path).stat().st_size for path in arm.distill.text) / BYTES_PER_TOKEN
+        steps, size = arm.distill.steps, arm.distill.batch_size * arm.distill.window
+        trained = 2 * (taught * arm.distill.epochs if steps is None else float(steps * size))
+        num_read = 2 * num_read + trained + taught * len(leaves(config, arm.distill.ensemble))
+        num_written *= 2
     for single in singles:
         entry = config.models[single]
         read, written = num_read / len(singles), num_written / len(singles)
         if isinstance(entry, RemoteModel):
-            money += (read * entry.prompt_price_per_million + written * entry.completion_price_per_million) / 1e6
+            price = read * entry.prompt_price_per_million + written * entry.completion_price_per_million
+            money = None if money is None or not entry.has_price else money + price / 1e6
         elif (size := _parameters(config, single)) is None or hours is None:
             hours = None
         else:
             parameters, num_bytes = size
             per_read = 2 * parameters / speed.operations
             per_written = max(per_read, num_bytes / speed.bandwidth / TOGETHER)
-            hours += (read * per_read + written * per_written) / 3600
+            backwards = 2 * trained  # the gradient takes twice what the reading took
+            hours += ((read + backwards) * per_read + written * per_written) / 3600
     return Forecast(arm.name, kind, round(num_read), round(num_written), hours, money)
 
 
@@ -153,16 +188,12 @@ def _folder(config: Config, name: str) -> Path | None:
     root = entry if entry.base is None else config.models[entry.base]
     if not isinstance(root, HostedModel) or root.path is None:
         return None
-    folder = config.source.absolute().parent / root.path
-    if folder.is_dir():
-        return folder
-    if folder.exists() or root.path.startswith("/"):
-        return None
-    import huggingface_hub
-
+    folder = config.source.absolute().parent
     try:
-        return Path(huggingface_hub.snapshot_download(root.path, revision=root.revision, local_files_only=True))
-    except Exception:  # whatever the hub's client raises: it is not here
+        return resolve_checkpoint(
+            root.path, relative_to=folder, revision=root.revision, may_download=False, may_convert=False
+        )
+    except ModelLoadError:
         return None
 
 
@@ -200,6 +231,12 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize()
     return max(time.perf_counter() - started, 1e-9)
+
+
+def total_money(found: Sequence[Forecast]) -> float | None:
+    """None if the price of an arm is not known."""
+    money = [one.money for one in found]
+    return None if None in money else sum(one for one in money if one is not None)
 
 
 def total_hours(found: Sequence[Forecast]) -> float | None:

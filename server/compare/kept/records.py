@@ -74,7 +74,7 @@ class CostRecord(Stored):
     weights_bytes: int | None = None
     kv_bytes: int | None = None
     kv_tokens: int | None = None
-    spend: float = 0.0
+    spend: float | None = 0.0
     skipped: str | None = None
 
 

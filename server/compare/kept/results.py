@@ -62,11 +62,12 @@ class Figure(Part):
 
 
 class TextResult(Part):
-    """`ci`: of the bits per byte, over documents. `perplexity` is per token, so it depends on the tokenizer."""
+    """`ci`: of the bits per byte, over documents. `perplexity` is per token, so it depends on the tokenizer; None where
+    it is too large for a number."""
 
     bpb: float
     ci: Interval | None
-    perplexity: float
+    perplexity: float | None
     num_documents: int
     num_bytes: int
     num_tokens: int
@@ -107,7 +108,8 @@ class Cost(Part):
     the first token, alone. `weights_bytes`: of everything that must be loaded for this arm. `kv_bytes`: KV cache of one
     sequence of `kv_tokens` tokens, all members. `forward_tokens_per_answer_token`: forwards of one token through one
     member, prompt included, per token of the answer. `spend`: in the config's currency, of all rounds. What is not
-    known (the memory of a remote model, forwards that an endpoint does not tell) is None. `speed_ratio`: of
+    known (the memory of a remote model, forwards that an endpoint does not tell, what one without a price takes) is
+    None. `speed_ratio`: of
     `tokens_per_s` to the baseline's, paired by round.
     """
 
@@ -118,7 +120,7 @@ class Cost(Part):
     kv_bytes: int | None = None
     kv_tokens: int | None = None
     forward_tokens_per_answer_token: float | None = None
-    spend: float = 0.0
+    spend: float | None = 0.0
 
 
 class ReplicateSpread(Part):
@@ -254,12 +256,14 @@ class StatisticsUsed(Part):
 
 class MeasureIdentity(Part):
     """What every arm was given. `sha256`: of all items (and prompts, for tasks) in order; equal for all arms that have
-    a figure, or the arm is reported as failed."""
+    a figure, or the arm is reported as failed. `clusters`: a number for each item, equal for those that go together,
+    where the plan names a `cluster`."""
 
     num_items: int
     sha256: str
     source: str
     metric: str = "bpb"
+    clusters: tuple[int, ...] | None = None
 
 
 class Results(Part):

@@ -38,7 +38,8 @@ class ForwardCounter:
 
 @dataclass
 class Measured:
-    """What the rounds of one arm gave so far. `error`: it is not asked again once it failed."""
+    """What the rounds of one arm gave so far. `is_told`: no remote member kept its forwards to itself. `error`: it is
+    not asked again once it failed."""
 
     tokens_per_s: dict[str, list[float]] = field(default_factory=dict)
     ttft_s: list[float] = field(default_factory=list)
@@ -46,6 +47,7 @@ class Measured:
     forward_tokens: int = 0
     answer_tokens: int = 0
     spend: float = 0.0
+    is_told: bool = True
     error: str | None = None
 
 
@@ -129,11 +131,13 @@ async def _round(
     figures.forward_tokens += counter.num_tokens - before
     for answer in answers:
         figures.spend += sum(member.cost for member in answer.usage.members.values())
-        figures.forward_tokens += sum(
+        told = [
             member.prompt_tokens + member.completion_tokens
             for name, member in answer.usage.members.items()
             if name in remote
-        )
+        ]
+        figures.forward_tokens += sum(told)
+        figures.is_told = figures.is_told and all(told)
 
 
 def _request(prompt: str, max_tokens: int, seed: int, is_chat: bool) -> GenerationRequest:
@@ -167,11 +171,18 @@ async def _timed(model: Model, request: GenerationRequest) -> _Answer:
 
 
 def as_record(
-    figures: Measured, *, inputs: str, weights_bytes: int | None, kv_bytes: int | None, kv_tokens: int
+    figures: Measured,
+    *,
+    inputs: str,
+    weights_bytes: int | None,
+    kv_bytes: int | None,
+    kv_tokens: int,
+    is_priced: bool = True,
 ) -> CostRecord:
-    """What is not known stays None: memory of remote models, and forwards that no engine counted or endpoint told."""
+    """What is not known stays None: memory of remote models, forwards that no engine counted or endpoint told, and
+    money where some price is not known (`is_priced`)."""
     per_token = figures.answer_tokens or None
-    forwards = figures.forward_tokens or None
+    forwards = (figures.forward_tokens or None) if figures.is_told else None
     return CostRecord(
         inputs=inputs,
         tokens_per_s=figures.tokens_per_s,
@@ -181,7 +192,7 @@ def as_record(
         weights_bytes=weights_bytes,
         kv_bytes=kv_bytes,
         kv_tokens=kv_tokens,
-        spend=figures.spend,
+        spend=figures.spend if is_priced else None,
         skipped=figures.error,
     )
 

@@ -180,6 +180,8 @@ async def _patiently(model: Model, request: GenerationRequest) -> Answer:
 
 async def _choose(hosting: Hosting, model_name: str, task: Task, item: Item, priority: int) -> Sample:
     nats = await option_logprobs(hosting, model_name, task.prompt_of(item), item.choices, priority=priority)
+    if np.isnan(nats).any():
+        return Sample("", None, 0.0, 0, "the options have probabilities that are no numbers (NaN)")
     sizes = [len(choice.encode()) if task.metric == "multiple_choice_per_byte" else 1 for choice in item.choices]
     best = int(np.argmax(np.array(nats) / sizes))
     answer = item.choices[best]

@@ -27,6 +27,7 @@ from ensemble_server.server.compare.merges.references import Reference, parse_re
 from ensemble_server.server.config.problems import nearest
 from ensemble_server.server.config.strict_yaml import read_yaml
 
+WITHOUT_EFFECT = frozenset({"int8_mask"})  # on what comes out; recipes have it out of habit
 _MODEL_KEYS = {"model", "base_model", "source_model"}
 _NAMES_OF_KINDS = {"union", "base"}  # where a tokenizer is asked for, these are no models
 _EXTRA_TOP_LEVEL_KEYS = {"name"}  # mergekit-multi's; says nothing about the weights
@@ -100,16 +101,15 @@ def _problems(data: dict[str, Any], kind: Literal["merge", "moe"]) -> list[str]:
     problems = list(_unknown_keys(block, known, ""))
     if kind == "merge":
         problems += _method_problems(data)
-    if problems:
-        return problems
     try:
         block.model_validate(data)
     except ValidationError as exc:
-        return [
+        return problems + [
             f"{'.'.join(map(str, found['loc'])) or 'recipe'}: {found['msg'].removeprefix('Value error, ')}"
             for found in exc.errors(include_url=False, include_input=False)
+            if found["loc"] != ("merge_method",)  # said above
         ]
-    return list(_count_problems(data)) if kind == "merge" else []
+    return problems + (list(_count_problems(data)) if kind == "merge" else [])
 
 
 def _method_problems(data: dict[str, Any]) -> Iterator[str]:
@@ -119,17 +119,21 @@ def _method_problems(data: dict[str, Any]) -> Iterator[str]:
     elif method not in METHODS:
         yield f"merge_method: there is no method {method!r}{nearest(str(method), list(METHODS))}"
     parameters = {name for known in METHODS.values() for name in known.parameters}
+    own = METHODS[method].parameters if method in METHODS else tuple(parameters)
     for at, name in _parameter_names(data, ""):
         if name not in parameters:
             yield f"unknown parameter {f'{at}.{name}'!r}{nearest(name, parameters)}"
+        elif name not in own and name not in WITHOUT_EFFECT:
+            takes = f"it takes {', '.join(own)}" if own else "it takes none"
+            yield f"{at}.{name}: {method} has no such parameter, and would read over it; {takes}"
 
 
 def _count_problems(data: dict[str, Any]) -> Iterator[str]:
     """A base that is missing, and models too few or too many; of recipes with slices or modules mergekit says it."""
-    name = data["merge_method"]
-    method, models = METHODS[name], data.get("models")
-    if not models:
+    name, models = str(data.get("merge_method")), data.get("models")
+    if not models or name not in METHODS:
         return
+    method = METHODS[name]
     base = data.get("base_model")
     if method.base == "required" and base is None:
         yield f"base_model: {name} needs one, the model from which the others differ"

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ensemble_server.ensembles.comparison.draws import ROUNDING
 from ensemble_server.server.compare.kept.results import ArmResult, Flip, Results, Timing
 from ensemble_server.server.compare.report import words
 from ensemble_server.server.compare.report.families import Family, Quality, families
@@ -55,7 +56,7 @@ def contents(results: Results) -> Report:
         title=results.title or f"Comparison with {results.baseline}",
         baseline=results.baseline,
         headline=headline(results),
-        summary=[" ".join(_summary(results, family)) for family in kinds],
+        summary=[*(" ".join(_summary(results, family)) for family in kinds), *_never_measured(results)],
         quality=quality_tables(results),
         cost=_cost(results),
         details=[
@@ -84,15 +85,25 @@ def contents(results: Results) -> Report:
 
 def _summary(results: Results, family: Family) -> Iterator[str]:
     ranked = [name for name in family.ranked(results) if family.mean(results.arms[name]) is not None]
-    if not ranked:
+    having = [name for name in results.arms if any(family.quality(results.arms[name], one) for one in family.measures)]
+    if ranked:
+        best = family.mean(results.arms[ranked[0]])
+        assert best is not None, "only arms with a mean are ranked"
+        figure = f"{words.number(best.value)} {family.unit} ({words.interval(best.ci)})"
+        means = {name: mean.value for name in ranked if (mean := family.mean(results.arms[name])) is not None}
+        equal = [name for name, value in means.items() if abs(value - best.value) <= ROUNDING * abs(best.value)]
+        if len(equal) > 1:
+            yield f"{family.title}: {words.joined(equal)} have the best mean, {figure}."
+        elif len(having) > 1:
+            yield f"{family.title}: {ranked[0]} has the best mean, {figure}."
+        else:
+            yield f"{family.title}: only {ranked[0]} has a figure, {figure}."
+    elif having:
+        yield f"{family.title}: there is no mean that arms could be ranked by; the {family.name}s one by one are below."
+    else:
         yield f"{family.title}: no arm has a figure."
-        return
-    best = family.mean(results.arms[ranked[0]])
-    assert best is not None, "only arms with a mean are ranked"
-    yield (
-        f"{family.title}: {ranked[0]} has the best mean, {words.number(best.value)} {family.unit} "
-        f"({words.interval(best.ci)})."
-    )
+    if ranked and family.mean(results.arms[results.baseline]) is None:
+        yield f"Nothing is compared with {results.baseline}, which has no mean."
     by_verdict: dict[str, list[str]] = {}
     for name in ranked:
         found = family.mean(results.arms[name])
@@ -110,11 +121,48 @@ def _summary(results: Results, family: Family) -> Iterator[str]:
     ):
         if arms := by_verdict.get(verdict):
             yield sentence.format(baseline=results.baseline, arms=words.joined(arms))
-    if counted := results.mean_over.get(family.name):
-        for measure, reason in results.left_out.items():
-            kind, _, name = measure.partition(" ")
-            if kind == family.name and name not in counted:
-                yield f"The mean leaves out {name}: {reason}."
+    counted = results.mean_over.get(family.name, ())
+    for measure, reason in results.left_out.items():
+        kind, _, name = measure.partition(" ")
+        if kind == family.name and name not in counted:
+            yield f"The mean leaves out {name}: {reason}."
+    if len(family.measures) > 1:
+        yield from _unanswered(results, family)
+    yield from _absences(results, family.name, [name for name in results.arms if name not in having])
+
+
+def _absences(results: Results, family: str, lacking: Sequence[str]) -> Iterator[str]:
+    """Why arms have no figure at all, those with one reason together; failed ones have a line of their own."""
+    of_reason: dict[str, list[str]] = {}
+    for name in lacking:
+        arm = results.arms[name]
+        reasons = [reason for measure, reason in arm.skipped.items() if measure.partition(" ")[0] == family]
+        if reasons and arm.error is None:
+            of_reason.setdefault("; ".join(dict.fromkeys(reasons)), []).append(name)
+    for reason, names in of_reason.items():
+        yield f"Without a figure: {words.joined(names)} ({reason})."
+
+
+def _unanswered(results: Results, family: Family) -> Iterator[str]:
+    """Tasks on which an arm answered nothing, which its mean counts as wrong."""
+    if family.name != "task":
+        return
+    for task in family.measures:
+        names = [
+            name
+            for name, arm in results.arms.items()
+            if (found := arm.tasks.get(task)) is not None and found.num_missing + found.num_failed == found.num_items
+        ]
+        if names:
+            yield f"Nothing of {task} was answered by {words.joined(names)}; the mean counts that as wrong."
+
+
+def _never_measured(results: Results) -> Iterator[str]:
+    """Of a kind of measure that no arm has any figure of."""
+    measured = {family.name for family in families(results)}
+    for name, title in (("text", "Texts"), ("task", "Tasks")):
+        if name not in measured and (absences := list(_absences(results, name, list(results.arms)))):
+            yield " ".join([f"{title}: no arm has a figure.", *absences])
 
 
 def _reading(results: Results) -> list[str]:
@@ -166,9 +214,14 @@ def _ranking(results: Results, family: Family) -> Table:
         rows.append([str(place), *head, words.number(mean.value), words.interval(mean.ci), *against])
         rows[-1][1] += failed
     better = "higher is better" if family.higher_is_better else "lower is better"
+    explanation = (
+        f"Mean {family.unit} over {_counted(family, results)}; {better}. Differences are from {results.baseline}."
+        if place
+        else f"There is no {family.name} that all arms have a figure of and that counts towards a mean."
+    )
     return Table(
         f"{family.title}, best first",
-        f"Mean {family.unit} over {_counted(family, results)}; {better}. Differences are from {results.baseline}.",
+        explanation,
         ["place", "arm", "kind", f"mean {family.unit}", "interval", "difference", "its interval", "p", "verdict"],
         rows,
         head=1,
@@ -176,18 +229,21 @@ def _ranking(results: Results, family: Family) -> Table:
 
 
 def _counted(family: Family, results: Results) -> str:
-    """What the mean is over: texts that switch between others have no part in it, unless there are no others."""
+    """What the mean is over: "3 texts, without mixed, which is made of them"; "1 task, without essays"."""
     of_family = results.texts if family.name == "text" else results.tasks
-    made_of_others = [name for name in family.measures if of_family[name].source.startswith("switching between ")]
-    num = len(family.measures) - len(made_of_others) or len(family.measures)
-    counted = f"{num} {family.name}s" if num > 1 else f"1 {family.name}"
-    left_out = made_of_others if num < len(family.measures) else []
-    return f"{counted}, without {' and '.join(left_out)}, which is made of them" if left_out else counted
+    over = results.mean_over.get(family.name, tuple(family.measures))
+    counted = f"{len(over)} {family.name}s" if len(over) != 1 else f"1 {family.name}"
+    left_out = [name for name in family.measures if name not in over]
+    made_of_others = all(of_family[name].source.startswith("switching between ") for name in left_out)
+    why = ", which is made of them" if made_of_others else ""
+    return f"{counted}, without {words.joined(left_out)}{why}" if left_out else counted
 
 
 def _absence(arm: ArmResult, family: Family) -> str:
     if arm.error is not None:
         return f"failed: {arm.error}"
+    if any(family.quality(arm, measure) is not None for measure in family.measures):
+        return f"no mean: its {family.name}s one by one are below"
     reasons = [arm.skipped[key] for measure in family.measures if (key := f"{family.name} {measure}") in arm.skipped]
     return f"not measured: {'; '.join(dict.fromkeys(reasons)) or 'no figure'}"
 

@@ -66,7 +66,8 @@ def _text_quality(arm: ArmResult, text: str) -> Quality | None:
     found: TextResult | None = arm.text.get(text)
     if found is None:
         return None
-    return Quality(found.bpb, found.ci, found.against_baseline, (f"perplexity {found.perplexity:.2f}",))
+    perplexity = "beyond all numbers" if found.perplexity is None else f"{found.perplexity:.2f}"
+    return Quality(found.bpb, found.ci, found.against_baseline, (f"perplexity {perplexity}",))
 
 
 def _task_quality(arm: ArmResult, task: str) -> Quality | None:

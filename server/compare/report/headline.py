@@ -75,7 +75,11 @@ def _parts(ours: Cost, theirs: Cost) -> Iterator[str]:
     if ours.weights_bytes and theirs.weights_bytes:
         yield f"{_times(ours.weights_bytes / theirs.weights_bytes)} weights"
     if ours.spend or theirs.spend:
-        yield f"spent {ours.spend:.6g} against {theirs.spend:.6g}"
+        yield f"spent {_money(ours.spend)} against {_money(theirs.spend)}"
+
+
+def _money(spend: float | None) -> str:
+    return "what nobody knows" if spend is None else f"{spend:.6g}"
 
 
 def _times(ratio: float) -> str:

@@ -7,14 +7,17 @@ are loaded in halves, until it is known which one is at fault.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ensemble_server.ensembles.errors import EngineDeadError, UnsupportedError
 from ensemble_server.server.compare.arms.candidates import ArmModel
-from ensemble_server.server.compare.arms.footprint import clusters, footprint
+from ensemble_server.server.compare.arms.footprint import clusters, footprint, is_priced
 from ensemble_server.server.compare.kept.records import ItemRecord, TaskRecord, TextRecord, inputs_hash
 from ensemble_server.server.compare.measures.cost import CHARS_PER_TOKEN, ForwardCounter, as_record, measure_cost
 from ensemble_server.server.compare.measures.task_measure import ItemScore, measure_task
@@ -108,13 +111,16 @@ async def _measure_text(
         record = work.record(arm)
         inputs = (work.null_text_inputs if is_null_check else work.text_inputs)(arm, name)
         place = record.null_text if is_null_check else record.text
-        place[name] = _text_record(scores[arm.arm], inputs, sha256_of(documents))
+        place[name] = text_record_of(scores[arm.arm], inputs, sha256_of(documents))
         work.records.save(record)
 
 
-def _text_record(scores: TextScores | NotScored, inputs: str, items_sha256: str) -> TextRecord:
+def text_record_of(scores: TextScores | NotScored, inputs: str, items_sha256: str) -> TextRecord:
+    """What is kept of a text under one model: its figures, or why there are none. All that is kept is finite."""
     if isinstance(scores, NotScored):
         return TextRecord(inputs=inputs, items_sha256=items_sha256, skipped=scores.reason)
+    if (reason := _no_figure(scores)) is not None:
+        return TextRecord(inputs=inputs, items_sha256=items_sha256, skipped=reason)
     return TextRecord(
         inputs=inputs,
         items_sha256=items_sha256,
@@ -122,6 +128,17 @@ def _text_record(scores: TextScores | NotScored, inputs: str, items_sha256: str)
         num_bytes=scores.num_bytes.tolist(),
         num_tokens=scores.num_tokens.tolist(),
     )
+
+
+def _no_figure(scores: TextScores) -> str | None:
+    """Why nothing can be computed from what a text was given; None if it can."""
+    if not scores.num_tokens.sum():
+        return "there is no token to predict: a text of one token, or too short for all members to expect anything"
+    if np.isnan(scores.nats).any():
+        return f"document {int(np.isnan(scores.nats).argmax())} has a token whose probability is no number (NaN)"
+    if np.isinf(scores.nats).any():
+        return f"document {int(np.isinf(scores.nats).argmax())} has a token of probability 0: infinitely many bits"
+    return None
 
 
 async def _measure_tasks(work: Work, hosting: Hosting, arm: ArmModel) -> None:
@@ -217,6 +234,8 @@ def _harness_record(task: HarnessTask, inputs: str) -> TaskRecord:
     skipped = None
     if not task.items:
         skipped = f"the harness gives one figure for all items together: {json.dumps(dict(task.metrics))}"
+    elif not all(math.isfinite(item.score) for item in task.items):
+        skipped = f"{task.metric} is no finite number on some items"
     elif not task.higher_is_better and any(item.error is not None for item in task.items):
         skipped = f"{task.metric} is better low, so that failed items cannot count as wrong"
     return TaskRecord(
@@ -253,6 +272,7 @@ async def _measure_cost(
             weights_bytes=memory.weights_bytes if memory.is_whole else None,
             kv_bytes=memory.kv_bytes_per_token * settings.kv_tokens if memory.is_whole else None,
             kv_tokens=settings.kv_tokens,
+            is_priced=is_priced(config, arm.model),
         )
         work.records.save(record)
 

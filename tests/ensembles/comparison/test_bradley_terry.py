@@ -57,3 +57,21 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
             outcomes[i, j] = rng.random(40) < 1 / (1 + np.exp(truth[j] - truth[i]))
         hits += truth[0] in bradley_terry(outcomes)[0].interval
     assert hits / 40 >= 0.95 - 0.104
+
+
+@pytest.mark.parametrize(("num_items", "at_least"), [(5, 0.10), (100, 1.74)])
+def test_a_model_that_won_everything_is_not_known_exactly(num_items, at_least):
+    """n wins of n leave a chance of 0.05^(1/n) possible, with 5% to err: 0.549 of 5, 0.970 of 100."""
+    strong, weak = bradley_terry(outcomes_of_scores(np.stack([np.ones(num_items), np.zeros(num_items)])))
+    assert strong.interval.low <= at_least < strong.log_strength < strong.interval.high
+    assert weak.interval.high == pytest.approx(-strong.interval.low)
+
+
+def test_clusters_are_drawn_whole_and_rounding_is_no_win():
+    scores = np.stack([np.tile([1.0, 0.0], 20), np.zeros(40)])
+    alone = bradley_terry(outcomes_of_scores(scores))[0].interval
+    together = bradley_terry(outcomes_of_scores(scores), clusters=[n // 10 for n in range(40)])[0].interval
+    assert together.high - together.low > 1.5 * (alone.high - alone.low)
+    same = np.linspace(1, 2, 12)
+    found = bradley_terry(outcomes_of_scores(np.stack([same, same + 1e-9])))
+    assert [one.log_strength for one in found] == pytest.approx([0, 0])

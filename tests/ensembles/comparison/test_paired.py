@@ -99,3 +99,27 @@ def test_a_document_without_scored_tokens_is_a_tie():
     found = compare_bits_per_byte(nats, size, nats * 2, size)
     assert (found.wins, found.losses, found.ties) == (2, 0, 1)
     assert np.isfinite(found.effect_size)
+
+
+def test_few_clusters_promise_nothing_and_have_long_tails():
+    model, baseline = np.tile([1.0, 1.0], 100), np.tile([1.0, 0.0], 100)  # each cluster divides alike
+    found = compare_right_wrong(model, baseline, clusters=[n // 50 for n in range(200)])
+    assert found.detectable() is None, "2 of 2^4 patterns of signs are 0.125"
+    plain = compare_right_wrong(model, baseline).difference.interval
+    # 4 clusters: Student's quantile for 3 degrees of freedom is 3.182, where the normal one is 1.960
+    assert (found.difference.interval.high - 0.5) / (plain.high - 0.5) == pytest.approx(3.182 / 1.960, rel=0.06)
+
+
+def test_scores_that_agree_but_for_a_few_items_are_not_called_equal():
+    """Six questions of which one moved by a hundredth: the others may hide as much as six that were answered alike."""
+    same = np.full(6, 0.5)
+    alike = compare_scores(same, same).difference.interval
+    moved = compare_scores([*same[:5], 0.51], same).difference.interval
+    assert moved.high > 0.3 and moved.high == pytest.approx(alike.high, abs=0.01)
+    assert compare_scores(np.full(3, 0.51), np.full(3, 0.5)).difference.interval.low < 0
+
+
+def test_what_differs_by_rounding_is_a_tie():
+    nats, size = np.linspace(500.0, 700.0, 8), np.full(8, 1000.0)
+    found = compare_bits_per_byte(nats * (1 + 1e-8), size, nats, size)
+    assert (found.wins, found.losses, found.ties) == (0, 0, 8)

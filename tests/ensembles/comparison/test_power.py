@@ -6,6 +6,7 @@ from scipy import stats
 
 from ensemble_server.ensembles.comparison.paired import compare_right_wrong
 from ensemble_server.ensembles.comparison.power import (
+    OfClusters,
     OfMean,
     OfRightWrong,
     effect_of_units,
@@ -83,3 +84,10 @@ def test_documents_and_effects_are_two_views_of_one_curve():
     assert effect_of_units(needed, 20, alpha=0.05) <= 1.0 < effect_of_units(needed - 1, 20, alpha=0.05)
     assert effect_of_units(1, 20, alpha=0.05) is None
     assert math.isfinite(effect_of_units(6, 200, alpha=0.05))
+
+
+def test_clusters_show_no_more_than_their_number_allows():
+    items = OfRightWrong(200, 40)
+    assert OfClusters(OfMean(0.001, 3, smallest_p=0.125), items).detectable(alpha=0.05) is None
+    alike = OfClusters(OfMean(0.0, 19, smallest_p=2**-19), items)
+    assert alike.detectable(alpha=0.05) == items.detectable(alpha=0.05), "clusters that are alike by chance"

@@ -76,3 +76,11 @@ def test_the_ends_of_the_scale_are_reached_when_all_items_say_so():
 def test_divided_items_that_cannot_be_are_refused(counts):
     with pytest.raises(ValueError, match="no more that divide the models"):
         tango(*counts)
+
+
+def test_with_few_clusters_the_tails_are_students_and_finite() -> None:
+    wide = wilson(20, 40, freedom=1)  # z is 12.7, whose normal tail is no float
+    z = 12.7062
+    half = z * (0.25 / 40 + z * z / (4 * 40**2)) ** 0.5 / (1 + z * z / 40)
+    assert (wide.low, wide.high) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-5) and wide.level == 0.95
+    assert tango(0, 0, 6, freedom=1).high == pytest.approx(z * z / (6 + z * z), abs=1e-5)

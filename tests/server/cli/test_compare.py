@@ -122,6 +122,10 @@ def test_a_dry_run_adds_up_what_remote_models_cost(ensemble, plan, tmp_path):
     run = ensemble("compare", plan, "--dry-run")
     assert "far   remote model, the baseline: reads " in run.out and "writes up to 10;" in run.out
     assert "about 0 seconds, 10 to pay" in run.out and "writes up to 30; about 0 seconds, 30 to pay" in run.out
+    unpriced = config.read_text(encoding="utf-8").replace(", completion_price_per_million: 1000000", "")
+    config.write_text(unpriced, encoding="utf-8")
+    run = ensemble("compare", plan, "--dry-run")
+    assert run.out.count("price not known") == 2 and "a price that is not known" in run.out, "which is not nothing"
 
 
 def test_a_proposed_plan_loads_and_names_what_is_to_be_filled_in(ensemble, plan, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,11 @@ from ensemble_server.server.compare.kept.records import (
     TaskRecord,
     TextRecord,
 )
+from ensemble_server.server.compare.kept.results import Results
+from ensemble_server.server.compare.measures.text_measure import TextScores
 from ensemble_server.server.compare.planning.blocks import Arm, PlanFile, StatisticsSettings, TaskSource, TextSource
+from ensemble_server.server.compare.report.contents import contents
+from ensemble_server.server.compare.running.measuring import text_record_of
 
 NUM_DOCUMENTS = 30
 
@@ -212,3 +217,117 @@ def test_six_questions_answered_alike_are_too_few_for_a_verdict(file, records):
     difference = compute_results(file, ARMS, records).arms["good"].tasks["sums"].against_baseline
     assert (difference.verdict, difference.detectable) == ("too few items", None), "4 arms: 4 * 2 / 2^6 > 5%"
     assert difference.ci == pytest.approx((-0.390, 0.390), abs=1e-3)
+
+
+def skipped(reason: str = "gives no probabilities") -> TextRecord:
+    return TextRecord(inputs="", items_sha256="", skipped=reason)
+
+
+def of(tmp_path: Path, figures: dict[str, dict], **plan) -> Results:
+    """Arms -> what they have of `text` or `tasks`, the first being the baseline."""
+    records = Records(tmp_path)
+    for name, found in figures.items():
+        records.save(ArmRecord(name=name, kind="member", model=name, **found))
+    arms = tuple(Arm(name=name) for name in figures)
+    clusters = plan.pop("clusters", None)
+    file = PlanFile(
+        config="c.yaml", baseline=arms[0].name, arms=arms, statistics=StatisticsSettings(resamples=500), **plan
+    )
+    return compute_results(file, list(figures), Records(tmp_path), clusters=clusters)
+
+
+TWO_TEXTS = {"one": TextSource(path="one.txt"), "two": TextSource(path="two.txt")}
+COSTS = np.linspace(1, 2, 12)
+
+
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        (
+            {"a": {"one": text_record(COSTS), "two": skipped()}, "b": {"one": skipped(), "two": text_record(COSTS)}},
+            "Texts: there is no mean that arms could be ranked by; the texts one by one are below. The mean leaves out "
+            "one: b has no figure: gives no probabilities. The mean leaves out two: a has no figure: gives no "
+            "probabilities.",
+        ),
+        (
+            {"a": {"one": text_record(COSTS)}, "b": {"one": skipped()}, "c": {"one": skipped()}},
+            "Texts: only a has a figure, 1.500 bits per byte (*). Without a figure: b and c (gives no probabilities).",
+        ),
+        (
+            {"a": {"one": skipped()}, "b": {"one": text_record(COSTS)}, "c": {"one": text_record(COSTS + 1)}},
+            "Texts: b has the best mean, 1.500 bits per byte (*). Nothing is compared with a, which has no mean. "
+            "Without a figure: a (gives no probabilities).",
+        ),
+        (
+            {"a": {"one": text_record(COSTS)}, "b": {"one": text_record(COSTS)}},
+            "Texts: a and b have the best mean, 1.500 bits per byte (*). No difference from a shown: b.",
+        ),
+        (
+            {"a": {"one": skipped()}, "b": {"one": skipped("no tokenizer")}},
+            "Texts: no arm has a figure. Without a figure: a (gives no probabilities). Without a figure: b (no "
+            "tokenizer).",
+        ),
+    ],
+)
+def test_the_first_sentence_is_true_where_figures_are_missing(tmp_path, figures, said):
+    names = dict.fromkeys(text for texts in figures.values() for text in texts)
+    plan = {name: TWO_TEXTS[name] for name in names}
+    results = of(tmp_path, {name: {"text": texts} for name, texts in figures.items()}, text=plan)
+    found = re.sub(r"byte \([^)]*\)", "byte (*)", contents(results).summary[0])
+    assert found == said
+
+
+def test_the_mean_says_over_how_many_texts_it_is(tmp_path):
+    figures = {
+        "a": {"text": {"one": text_record(COSTS), "two": text_record(COSTS)}},
+        "b": {"text": {"one": text_record(COSTS), "two": skipped()}},
+    }
+    ranking = contents(of(tmp_path, figures, text=TWO_TEXTS)).quality[0]
+    assert ranking.explanation.startswith("Mean bits per byte over 1 text, without two; lower is better.")
+
+
+def test_a_task_of_several_on_which_nothing_was_answered_is_named(tmp_path):
+    tasks = tuple(TaskSource(name=name, data="s.jsonl", metric="number", template="x") for name in ("sums", "words"))
+    half = [1.0, 0.0] * 10
+    figures = {
+        "a": {"tasks": {"sums": task_record(half), "words": task_record(half)}},
+        "b": {"tasks": {"sums": task_record([0.0] * 20), "words": task_record([1.0] * 20)}},
+    }
+    summary = contents(of(tmp_path, figures, tasks=tasks)).summary[0]
+    assert "Nothing of sums was answered by b; the mean counts that as wrong." in summary
+
+
+def test_shares_of_right_answers_are_never_known_exactly(tmp_path):
+    """Six of six, in the mean as in the task; and four passages of fifty questions, all right."""
+    task = TaskSource(name="sums", data="s.jsonl", metric="number", template="x")
+    six = of(tmp_path / "six", {"a": {"tasks": {"sums": task_record([1.0] * 6)}}}, tasks=(task,)).arms["a"]
+    assert six.mean_tasks.ci == six.tasks["sums"].ci == pytest.approx((0.610, 1.0), abs=1e-3)
+    passages = {"task sums": [str(n // 50) for n in range(200)]}
+    many = of(tmp_path / "many", {"a": {"tasks": {"sums": task_record([1.0] * 200)}}}, tasks=(task,), clusters=passages)
+    assert many.arms["a"].tasks["sums"].ci[0] < 0.5
+    assert many.tasks["sums"].clusters == tuple(n // 50 for n in range(200))
+
+
+def test_bits_of_a_broken_model_are_a_figure_still(tmp_path):
+    figures = {"a": {"text": {"one": text_record(COSTS)}}, "b": {"text": {"one": text_record(COSTS * 1000)}}}
+    results = of(tmp_path, figures, text={"one": TWO_TEXTS["one"]})
+    results.save(tmp_path / "results.json")
+    broken = Results.load(tmp_path / "results.json").arms["b"].text["one"]
+    assert broken.perplexity is None and broken.bpb == pytest.approx(1500)
+    assert results.arms["a"].text["one"].ci[0] >= 0
+
+
+@pytest.mark.parametrize(
+    ("nats", "num_tokens", "reason"),
+    [
+        ([1.0, np.nan], 5.0, "document 1 .*NaN"),
+        ([np.inf, 1.0], 5.0, "document 0 .*infinitely"),
+        ([0, 0], 0.0, "no token"),
+    ],
+)
+def test_what_is_no_number_is_no_figure_and_costs_no_other_one(nats, num_tokens, reason):
+    """JSON has no word for it: the arm's whole record could not be read again."""
+    scores = TextScores(np.array(nats), np.full(2, 9.0), np.full(2, num_tokens))
+    record = ArmRecord(name="a", text={"one": text_record_of(scores, "", ""), "two": text_record(COSTS)})
+    again = ArmRecord.model_validate_json(record.model_dump_json())
+    assert re.search(reason, again.text["one"].skipped) and again.text["two"].nats

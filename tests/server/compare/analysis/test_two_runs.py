@@ -91,3 +91,24 @@ def test_every_baseline_sees_the_same_pairs_from_its_side(tmp_path):
     one, other = pairs.of["mix"]["mean text"]["third"], pairs.of["third"]["mean text"]["mix"]
     assert (one.verdict, other.verdict) == ("worse", "better")
     assert one.difference == pytest.approx(-other.difference) and one.p == other.p
+
+
+def test_passages_are_told_apart_in_both_runs(tmp_path):
+    """Twenty questions on each of two passages, of which one went better: no forty independent ones."""
+    half = [1.0, 0.0] * 20
+    passages = {"task sums": [str(n // 20) for n in range(40)]}
+    for name, right in (("old", half), ("new", [1.0] * 20 + half[20:])):
+        file = written(tmp_path / name, {"base": half, "mix": right, "third": half})
+        compute_results(file, ARMS, Records(tmp_path / name), clusters=passages).save(tmp_path / name / "results.json")
+    found = compare_runs(read_run(tmp_path / "old"), read_run(tmp_path / "new"))
+    mix = next(one for one in found.changes if (one.arm, one.measure) == ("mix", "task sums"))
+    assert mix.difference.test == "sign_flip" and mix.difference.verdict == "too few items"
+
+
+def test_a_measure_that_only_one_of_them_has_is_named(tmp_path):
+    written(tmp_path / "old", dict.fromkeys(ARMS, [1.0] * 40))
+    file = written(tmp_path / "new", dict.fromkeys(ARMS, [1.0] * 40))
+    fewer = file.model_copy(update={"tasks": ()})
+    compute_results(fewer, ARMS, Records(tmp_path / "new")).save(tmp_path / "new" / "results.json")
+    found = compare_runs(read_run(tmp_path / "old"), read_run(tmp_path / "new"))
+    assert "measured only in the first: task sums" in found.notes

@@ -10,7 +10,7 @@ import pytest
 
 from ensemble_server.ensembles.base import Delta, Done, Event, GenerationRequest, MemberUsage, Usage
 from ensemble_server.ensembles.errors import MemberError
-from ensemble_server.server.compare.measures.cost import ForwardCounter, Prompts, measure_cost
+from ensemble_server.server.compare.measures.cost import ForwardCounter, Prompts, as_record, measure_cost
 from ensemble_server.server.compare.measures.cost_settings import CostSettings
 
 SETTINGS = CostSettings(concurrency=(1, 3), max_tokens=4, prompt_tokens=2, repeats=2)
@@ -93,6 +93,15 @@ def test_spend_and_forwards_of_remote_members_come_from_their_usage():
     figures = measured(Paced("a", []), remote=["far"])["a"]
     assert (figures.spend, figures.forward_tokens) == (2 * 4 * 0.5, 2 * 4 * 6)
     assert measured(Paced("a", []))["a"].forward_tokens == 0
+
+
+def test_what_an_endpoint_keeps_to_itself_is_not_nothing():
+    figures = measured(Paced("a", []), remote=["far"])["a"]
+    known = {"inputs": "", "weights_bytes": None, "kv_bytes": None, "kv_tokens": 8}
+    assert as_record(figures, **known).spend == 4.0 and as_record(figures, **known).forward_tokens_per_answer_token
+    assert as_record(figures, **known, is_priced=False).spend is None
+    figures.is_told = False
+    assert as_record(figures, **known).forward_tokens_per_answer_token is None
 
 
 def test_the_counter_adds_up_what_the_engine_forwarded():

@@ -94,7 +94,37 @@ def test_what_mergekit_would_read_over_or_trip_on_is_named(changes: dict[str, An
         read_recipe(recipe, folder=Path("/"))
 
 
-def test_a_parameter_of_another_method_is_read_over() -> None:
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        (
+            {"merge_method": "linear", "models": [{"model": "a", "parameters": {"density": 0.2}}]},
+            ["models[0].parameters.density: linear has no such parameter", "it takes weight, normalize"],
+        ),
+        (
+            {
+                "merge_method": "arcee_fusion",
+                "base_model": "a",
+                "models": [{"model": "b", "parameters": {"weight": 1}}, {"model": "c"}],
+                "dtpe": "float32",
+            },
+            [
+                "unknown key 'dtpe'",
+                "arcee_fusion has no such parameter",
+                "it takes none",
+                "takes 1 beside the base, got 2",
+            ],
+        ),
+    ],
+)
+def test_a_setting_that_the_method_lacks_is_refused_with_all_else_that_is_wrong(recipe, said) -> None:
+    """mergekit reads over it: who set a density in vain would compare another merge than they think."""
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(recipe, folder=Path("/"))
+    assert all(part in str(caught.value) for part in said)
+
+
+def test_a_parameter_that_changes_nothing_may_stand_anywhere() -> None:
     recipe = {"merge_method": "linear", "models": [{"model": "a"}], "parameters": {"int8_mask": True}, "name": "mine"}
     assert written(recipe) == ["a"]
 

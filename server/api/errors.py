@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from http import HTTPStatus
 from typing import Any
 
@@ -176,12 +178,17 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 def _similar_paths(path: str) -> list[str]:
-    """What a client may have meant whose base URL has too little or too much of "/v1": ("/x") -> ["/v1/x", …]"""
-    bare = "/" + path.strip("/")
+    """What a client may have meant whose base URL has too little or too much of "/v1": ("/x") -> ["/v1/x", …]
+
+    Or who mistyped it, or asks as Ollama is asked.
+    """
+    bare = "/" + re.sub(r"//+", "/", path).strip("/")
     while bare.startswith("/v1/"):
         bare = bare.removeprefix("/v1")
     named = next((part for part in _LAST_PARTS if bare.endswith(part)), bare)
-    return [other for other in (f"/v1{bare}", bare, f"/v1{named}") if other != path]
+    mistyped = get_close_matches(bare, _LAST_PARTS, n=1, cutoff=0.85)
+    meant = [bare, named, *mistyped, *([_OLLAMA[bare]] if bare in _OLLAMA else [])]
+    return [other for part in meant for other in (f"/v1{part}", part) if other != path]
 
 
 _LAST_PARTS = (
@@ -196,6 +203,15 @@ _LAST_PARTS = (
     "/batches",
     "/files",
 )
+
+
+_OLLAMA = {
+    "/api/chat": "/chat/completions",
+    "/api/generate": "/completions",
+    "/api/embed": "/embeddings",
+    "/api/embeddings": "/embeddings",
+    "/api/tags": "/models",
+}
 
 
 def _has(app: FastAPI, request: Request, path: str) -> bool:

@@ -32,6 +32,10 @@ async def test_head_of_what_can_only_be_sent_is_refused_as_get_is(host):
         ("/v1/chat/completions/", "/v1/chat/completions"),
         ("/api/v1/chat/completions", "/v1/chat/completions"),
         ("/openai/v1/embeddings", "/v1/embeddings"),
+        ("/v1/chat/completion", "/v1/chat/completions"),
+        ("/v1//messages", "/v1/messages"),
+        ("/v1/message", "/v1/messages"),
+        ("/api/chat", "/v1/chat/completions"),
         ("/v1/tokenize", "/tokenize"),
     ],
 )

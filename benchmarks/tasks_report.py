@@ -1,6 +1,6 @@
 """The table and the figure of docs/results-tasks.md: what each arm got right, and what a question cost it.
 
-    python -m benchmarks.tasks_report compare-tasks [--plan configs/compare-tasks.yaml] [--figure FILE.svg]
+    python -m benchmarks.tasks_report compare-tasks [--plan configs/compare-tasks.yaml] [--figure FILE.svg [--task T]]
 
 Costs are counted from the batches that the plan names: tokens that members read and wrote for a question, and the same
 weighed by the members' sizes, in tokens of the smaller one. A vote costs what its samples cost.
@@ -91,12 +91,12 @@ def table(results: Results, pairs: Pairs, task: str, arms: Sequence[str], costs:
     return "\n".join(lines)
 
 
-def figure(arms: Mapping[str, ArmResult], costs: Mapping[str, Cost], file: Path) -> None:
-    """What was right, each arm on the first task that it did, against the work, with the Pareto front."""
+def figure(arms: Mapping[str, ArmResult], task: str, costs: Mapping[str, Cost], file: Path) -> None:
+    """What was right of a task against the work, with the Pareto front."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    points = {name: (cost.work, next(iter(arms[name].tasks.values()))) for name, cost in costs.items()}
+    points = {name: (cost.work, arms[name].tasks[task]) for name, cost in costs.items()}
     front = pareto_front({name: (work, -found.score) for name, (work, found) in points.items()})
     with rc_context(STYLE):
         canvas = Figure(figsize=(8, 4.6), layout="constrained")
@@ -140,11 +140,12 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="folder of the comparison")
     parser.add_argument("--plan", type=Path, default=ROOT / "configs" / "compare-tasks.yaml")
     parser.add_argument("--figure", type=Path, help="where the figure goes")
+    parser.add_argument("--task", help="that the figure shows; default: the first of the plan")
     options = parser.parse_args()
     results = Results.model_validate_json((options.results / "results.json").read_bytes())
     pairs = Pairs.load(options.results) or Pairs(num_resamples=0)
     plan = load_plan(options.plan)
-    of_first: dict[str, Cost] = {}
+    of_tasks: dict[str, dict[str, Cost]] = {}
     for task in results.tasks:
         wanted = [name for name, arm in plan.arms.items() if task in arm.answers]
         costs = {}
@@ -154,9 +155,12 @@ def main() -> None:
                 num_items = arm.tasks[task].num_items
                 costs[name] = cost_of(source, num_items, is_one_sample=arm.kind == "member")
         print(f"{task}:\n\n{table(results, pairs, task, wanted, costs)}\n")
-        of_first = {**costs, **of_first}
+        of_tasks[task] = costs
     if options.figure is not None:
-        figure(results.arms, of_first, options.figure)
+        task = options.task or next(iter(of_tasks))
+        if task not in of_tasks:
+            parser.error(f"there is no task {task!r}; known: {', '.join(of_tasks)}")
+        figure(results.arms, task, of_tasks[task], options.figure)
 
 
 if __name__ == "__main__":

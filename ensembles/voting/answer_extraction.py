@@ -97,7 +97,7 @@ _NO_AS_DETERMINER = re.compile(
 )
 _HAN_YES_NO = re.compile(r"(?P<no>不是|不对|否|错误?|いいえ|아니[요오])|(?P<yes>是的?|对|正确|はい|네)")
 _ARTICLES = re.compile(r"(?<![\w.'’])(?:a|an|the)(?=\s+\S)|^\W*(?:an|the)\W*$")
-_INITIALS = re.compile(r"(?<!\w)(?:[^\W\d_]\.){2,}(?!\w)|(?<!\w)(?:[^\W\d_]\.)+[^\W\d_](?!\w)")
+_INITIALS = re.compile(r"(?<!\w)[^\W\d_]\.(?:\s?[^\W\d_]\.)+(?!\w)|(?<!\w)(?:[^\W\d_]\.)+[^\W\d_](?!\w)")
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,7 @@ def _text_in_passage(passage: str, is_whole: bool) -> _Found:
 
 
 def _bare_text(text: str) -> str | None:
-    text = _INITIALS.sub(lambda initials: initials.group().replace(".", ""), _ARTICLES.sub(" ", text.lower()))
+    text = _INITIALS.sub(lambda initials: re.sub(r"[.\s]", "", initials.group()), _ARTICLES.sub(" ", text.lower()))
     letters = "".join(char if char.isalnum() or unicodedata.category(char)[0] == "M" else " " for char in text)
     return " ".join(letters.split()) or None
 

@@ -116,6 +116,8 @@ def test_yes_and_no(text: str, expected: str | None) -> None:
         ("Answer: A", "a"),
         ("vitamin A", "vitamin a"),
         ("U.S.A.", "usa"),
+        ("J. K. Rowling", "jk rowling"),
+        ("J.K. Rowling", "jk rowling"),
         ("The U.S.", "us"),
         ("Paris<|im_end|>", "paris"),
         ('{"answer": "Paris", "confidence": 0.9}', "paris"),

@@ -108,7 +108,7 @@ class KvBudget:
     @property
     def free(self) -> int:
         """Bytes that nobody has, of all that runs."""
-        segments = frozenset().union(*(account.segments for account in self._accounts.values()))
+        segments = {segment for account in self._accounts.values() for segment in account.segments}
         of_segments = sum(segment.num_bytes for segment in segments)
         return self.max_bytes - of_segments - sum(account.own for account in self._accounts.values())
 

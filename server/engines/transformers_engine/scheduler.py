@@ -246,12 +246,13 @@ def _planned(
     for job in lane.running:
         if job.is_finished:
             continue
-        for choice in job.live if isinstance(job, Generation) else ():
+        live = [(job, choice) for choice in job.live] if isinstance(job, Generation) else []
+        for generation, choice in live:
             if len(work) >= max_rows or num_left < (len(job.members) if work else 1):
                 break
-            if not kv_budget.grants(job, job.kv_step(choice)):
+            if not kv_budget.grants(generation, generation.kv_step(choice)):
                 continue
-            work.append(Work(job, choice, job.choice_spans(choice, spare)))
+            work.append(Work(generation, choice, generation.choice_spans(choice, spare)))
             num_left -= work[-1].num_tokens
         if job.is_reading and len(work) < max_rows and min(num_left, num_readable) >= 1:
             item = Work(job, None, job.next_spans(int(min(num_left, num_readable)), being_read, spare))

@@ -222,8 +222,8 @@ async def test_without_memory_for_branches_a_member_rewinds_its_row_for_each(mix
     monkeypatch.setattr(Spare, "lends", lambda self, num_bytes: False)
     found = await collect(OnEngine(mixed, mixture), one)
     assert_alike(found, expected)
-    if expected.prompt:
-        ours, theirs = ([token.logprob for token in answer.prompt.tokens[1:]] for answer in (found, expected))
+    if found.prompt and expected.prompt:
+        ours, theirs = ([token.logprob for token in one.tokens[1:]] for one in (found.prompt, expected.prompt))
         assert ours == pytest.approx(theirs, abs=1e-3)
 
 
@@ -246,7 +246,8 @@ async def test_a_lattice_that_reads_more_than_it_claimed_ends_where_memory_does(
     prompts = [tuple(5 + (index + place) % 60 for place in range(220)) for index in range(2)]
     bound = 8 * BLOCK
     with families.running(kv_cache_bytes=bound, prefix_cache_bytes=0, on_step=steps.append) as engine:
-        requests = [asked(prompt, max_tokens=30, ignore_eos=True) for prompt in prompts]
+        sampling = Sampling(temperature=0, max_tokens=30, ignore_eos=True)
+        requests = [GenerationRequest(prompt=prompt, sampling=sampling) for prompt in prompts]
         answers = await asyncio.gather(*(collect(OnEngine(engine, mixture), one) for one in requests))
     assert [answer.choices[0].finish_reason for answer in answers] == ["length", "length"]
     lengths = [len(answer.choices[0].token_ids) for answer in answers]

@@ -4,13 +4,15 @@
     ∂ L / ∂ s_k(t) = (w_k(t) - r_k(t)) / T,   r_k = w_k p_k(x_t) / Σ_j w_j p_j(x_t),   s: what w adds to log v
 
 All features are scaled to standard deviation one, so λ draws each of them alike towards the posterior pool itself
-(θ = φ = 0). Of the training texts some are kept aside: L-BFGS is run for each λ of a grid, and of all steps that it
-takes the one counts that these texts like best, the posterior pool among them. L is not convex in general.
+(θ = φ = 0). λ is chosen by cross-validation: for each of a grid the gate is trained on all folds but one and judged on
+that, and the one is taken that is best on all of them, if it is better than no gate. Then it is trained on everything.
+L is not convex in general; L-BFGS starts at the posterior pool with the strictest λ, and at the last one's end with the
+next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,35 +21,33 @@ from ensemble_server.ensembles.base import GATE_CONTEXT, GATE_FEATURES, Gate, Ga
 from ensemble_server.ensembles.pooling import following, gated
 from ensemble_server.ensembles.pooling.following import Share
 
-PENALTIES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
-MAX_STEPS = 60
+PENALTIES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
+MAX_STEPS = 50
+NOT_TRAINED = -1
 
 
 @dataclass(frozen=True)
 class GateText:
-    """One window. `logprobs`: (K, T) nats that members gave the tokens; `views`: (2, K, T), see `gated.views`;
-    `is_trained`, `is_kept_aside`: (T,) bool, what each token is for. Tokens that are neither are read all the same."""
+    """One window. `logprobs`: (K, T) nats that members gave the tokens; `views`: (2, K, T), see `gated.views`; `folds`:
+    (T,) int, of each token, `NOT_TRAINED` for those that are only read."""
 
     logprobs: np.ndarray
     views: np.ndarray
-    is_trained: np.ndarray
-    is_kept_aside: np.ndarray
+    folds: np.ndarray
 
 
 @dataclass(frozen=True)
 class GateFit:
-    """`nats_aside`: per token that was kept aside, of the gate; `posterior_nats_aside`: of the pool without it.
+    """`penalty`: λ, None if no gate was better than the posterior pool itself; then `gate` is that.
 
-    `penalty`: λ; `num_steps` of L-BFGS, 0 if the posterior pool itself was best. `num_tokens`: trained on.
+    `nats`: per token in cross-validation, `posterior_nats`: of the pool without a gate. `num_tokens`: trained on.
     """
 
     gate: Gate
-    penalty: float
-    num_steps: int
+    penalty: float | None
     num_tokens: int
-    num_aside: int
-    nats_aside: float
-    posterior_nats_aside: float
+    nats: float
+    posterior_nats: float
 
 
 @dataclass(frozen=True)
@@ -87,44 +87,34 @@ def fit_gate(
     identities: Sequence[tuple[str, str]],
     *,
     penalties: Sequence[float] = PENALTIES,
-    max_steps: int = MAX_STEPS,
 ) -> GateFit:
     """prior: (K,), sums to one; identities: name and identity of each member. State starts anew in each text.
 
-    Raises `ValueError` if there is nothing to train on, or nothing kept aside.
+    Raises `ValueError` if there are fewer than two folds with a token to train on.
     """
-    from scipy.optimize import minimize
-
-    x, z, log_posterior, logprobs, is_trained, is_aside = _tokens(texts, prior, share)
-    if not is_trained.any() or not is_aside.any():
-        raise ValueError("a gate needs tokens to be trained on, and others that are kept aside")
+    x, z, log_posterior, logprobs, folds = _tokens(texts, prior, share)
+    if len(numbers := np.unique(folds[folds != NOT_TRAINED])) < 2:
+        raise ValueError("a gate needs two folds of tokens to be trained on")
+    is_trained = folds != NOT_TRAINED
     feature_scale = _scale(np.sqrt((x[..., is_trained] ** 2).mean(axis=(1, 2))))
     mean, scale = z[..., is_trained].mean(axis=(1, 2)), _scale(z[..., is_trained].std(axis=(1, 2)))
     mean[0], scale[0] = 0.0, 1.0  # the bias
     design = Design(
         x / feature_scale[:, None, None], (z - mean[:, None, None]) / scale[:, None, None], log_posterior, logprobs
     )
-    training, aside = design.chosen(is_trained), design.chosen(is_aside)
-    nothing = np.zeros(len(x) + z.shape[0] * z.shape[1])
-    posterior_nats = aside.loss(nothing, 0.0)[0]
-    best: tuple[float, float, int, np.ndarray] = (posterior_nats, penalties[0], 0, nothing)
-    found = nothing
-    for penalty in penalties:  # from the strictest on, each from where the one before ended
-        steps: list[np.ndarray] = []
-        found = minimize(
-            training.loss,
-            found,
-            args=(penalty,),
-            jac=True,
-            method="L-BFGS-B",
-            callback=lambda step, into=steps: into.append(step.copy()),
-            options={"maxiter": max_steps},
-        ).x
-        for number, step in enumerate(steps, start=1):
-            nats = aside.loss(step, 0.0)[0]
-            if nats < best[0]:
-                best = (nats, penalty, number, step)
-    nats, penalty, num_steps, parameters = best
+    parameters = np.zeros(len(x) + z.shape[0] * z.shape[1])
+    posterior_nats = design.chosen(is_trained).loss(parameters, 0.0)[0]
+    judged = np.zeros(len(penalties))
+    for number in numbers:
+        judge = design.chosen(folds == number)
+        trained = design.chosen(is_trained & (folds != number))
+        part = np.mean(folds[is_trained] == number)
+        judged += [part * judge.loss(found, 0.0)[0] for found in _trained(trained, penalties)]
+    nats, penalty = posterior_nats, None
+    if judged.min() < posterior_nats:
+        best = int(judged.argmin())
+        nats, penalty = float(judged[best]), penalties[best]
+        *_, parameters = _trained(design.chosen(is_trained), penalties[: best + 1])
     phi = parameters[len(x) :].reshape(len(z), -1)
     gate = Gate(
         share=share,
@@ -145,7 +135,18 @@ def fit_gate(
             for k, (name, identity) in enumerate(identities)
         },
     )
-    return GateFit(gate, penalty, num_steps, int(is_trained.sum()), int(is_aside.sum()), nats, posterior_nats)
+    return GateFit(gate, penalty, int(is_trained.sum()), nats, posterior_nats)
+
+
+def _trained(design: Design, penalties: Sequence[float]) -> Iterator[np.ndarray]:
+    """The parameters for each penalty, from the strictest on."""
+    from scipy.optimize import minimize
+
+    found = np.zeros(len(design.x) + design.z.shape[0] * design.z.shape[1])
+    for penalty in penalties:
+        options = {"maxiter": MAX_STEPS}
+        found = minimize(design.loss, found, args=(penalty,), jac=True, method="L-BFGS-B", options=options).x
+        yield found
 
 
 def gated_logprobs(gate: Gate, logprobs: np.ndarray, views: np.ndarray, prior: np.ndarray, share: Share) -> np.ndarray:
@@ -161,23 +162,15 @@ def _situation(logprobs: np.ndarray, views: np.ndarray, prior: np.ndarray, share
 
 
 def _tokens(texts: Sequence[GateText], prior: np.ndarray, share: Share) -> tuple[np.ndarray, ...]:
-    """x, z, log posterior, log-probabilities, what is trained on and what is kept aside, of all texts in a row; without
-    tokens that no member thought possible."""
+    """x, z, log posterior, log-probabilities and folds of all texts in a row. Of tokens that no member thought possible
+    nothing can be learnt."""
     parts = []
     for text in texts:
         seen = _situation(text.logprobs, text.views, prior, share)
         is_possible = np.isfinite(text.logprobs.max(axis=0))
         x, z = gated.features(seen)
-        parts.append(
-            (
-                x,
-                z,
-                np.log(seen.posterior),
-                text.logprobs,
-                text.is_trained & is_possible,
-                text.is_kept_aside & is_possible,
-            )
-        )
+        folds = np.where(is_possible, text.folds, NOT_TRAINED)
+        parts.append((x, z, np.log(seen.posterior), text.logprobs, folds))
     return tuple(np.concatenate(column, axis=-1) for column in zip(*parts, strict=True))
 
 

@@ -19,18 +19,15 @@ def gate_lines(name: str, judged: JudgedGate) -> Iterator[str]:
     from ensemble_server.server.compare.planning.held_out import MAX_SHARE, NUM_WORDS
 
     fit = judged.fit
-    yield (
-        f"{name}: a gate trained on {fit.num_tokens} tokens, with {fit.num_aside} kept aside to say when to stop, of "
-        f"{judged.num_fitted} documents"
-    )
-    yield f"share: fitted {judged.share:g}"
-    if fit.num_steps:
+    yield f"{name}: a gate trained on {fit.num_tokens} tokens of {judged.num_fitted} documents"
+    yield f"share: fitted {judged.share:g}, under the gate {judged.share_under_gate:g}"
+    if fit.penalty is not None:
         yield (
-            f"penalty {fit.penalty:g}, {fit.num_steps} steps; nats per token kept aside: "
-            f"{fit.posterior_nats_aside:.4f} without, {fit.nats_aside:.4f} with the gate"
+            f"penalty {fit.penalty:g}; nats per token in cross-validation: {fit.nats:.4f}, of the pool under the gate "
+            f"{fit.posterior_nats:.4f}"
         )
     else:
-        yield "no step of the training made the tokens kept aside more likely: the gate is the posterior pool itself"
+        yield "cross-validation found no gate that is better than none: this one is the posterior pool itself"
     yield ""
     if judged.share_seen > MAX_SHARE:
         yield (
@@ -70,7 +67,7 @@ def write_gate(config: Path, target: Path, name: str, judged: JudgedGate) -> Pat
     from ensemble_server.server.disk.whole_file import write_whole
 
     place = target.with_name(f"{target.stem}.{name}.gate.yaml")
-    text = with_gate(config.read_bytes().decode("utf-8"), name, judged.share, place.name)
+    text = with_gate(config.read_bytes().decode("utf-8"), name, judged.share_under_gate, place.name)
     gate = judged.fit.gate.model_dump(mode="json")
     write_whole(place, (HEADER + yaml.safe_dump(gate, sort_keys=False)).encode())
     write_whole(target, text.encode())

@@ -201,7 +201,7 @@ class WeightFit:
             )
             for documents in texts
         ]
-        masks = [counted_tokens(windows, None if counted is None else counted[n]) for n, windows in enumerate(cut)]
+        masks = [_counted(windows, None if counted is None else counted[n]) for n, windows in enumerate(cut)]
         sample = _PositionSample({})
         if model.mixture.pool == "geometric":
             limit = sample_bytes // (2 * len(model.members) * (ROW if is_over_bytes else surface.vocab_size))
@@ -247,7 +247,7 @@ class WeightFit:
         return FittedWeights(pool, weights, None, found.nats_per_token, found.num_tokens, self.unit)
 
 
-def counted_tokens(windows: Sequence[Window | TextWindow], documents: np.ndarray | None) -> list[np.ndarray]:
+def _counted(windows: Sequence[Window | TextWindow], documents: np.ndarray | None) -> list[np.ndarray]:
     """For each window: which of its tokens but the first, or its bytes, are scored there and belong to a document that
     counts."""
     masks = []

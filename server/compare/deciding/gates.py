@@ -1,9 +1,10 @@
 """A gate trained on one half of development text and judged on the other, beside the pools that it has to beat.
 
-Documents alternate as in `held_back`: the first of each file is trained on, the second held back, and so on. Of those
-that are trained on a quarter, drawn with the seed, is kept aside to say when training has gone far enough; what is held
-back is not looked at before the end. The share of the posterior pool is fitted first, to all that is trained on, so
-that the gate is compared with the best such pool and not with one that nobody tuned.
+Documents alternate as in `held_back`: the first of each file is trained on, the second held back, and so on. Those that
+are trained on are dealt with the seed into folds, for the cross-validation that says how much is to be learnt; what is
+held back is not looked at before the end. The share of the posterior pool is fitted first, to all that is trained on,
+so that the gate is compared with the best such pool and not with one that nobody tuned. The gate may stand on another
+share: a pool with none is soon sure of one member, and what is sure of itself cannot be moved.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import numpy as np
 from ensemble_server.ensembles.base import Mixture
 from ensemble_server.ensembles.comparison.paired import Comparison, compare_bits_per_byte
 from ensemble_server.ensembles.errors import ConfigError
-from ensemble_server.ensembles.fitting.gate import GateFit, GateText, fit_gate, gated_logprobs
+from ensemble_server.ensembles.fitting.gate import NOT_TRAINED, GateFit, GateText, fit_gate, gated_logprobs
 from ensemble_server.ensembles.fitting.share import fit_share
 from ensemble_server.ensembles.pooling import effective_weights
 from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
-from ensemble_server.server.compare.deciding.fitting import WeightFit, check_fittable, counted_tokens
+from ensemble_server.server.compare.deciding.fitting import WeightFit, check_fittable
 from ensemble_server.server.compare.deciding.held_back import chosen_texts, joined, only
 from ensemble_server.server.compare.measures.documents import Documents
 from ensemble_server.server.compare.measures.text_measure import (
@@ -30,6 +31,7 @@ from ensemble_server.server.compare.measures.text_measure import (
     mixture_logprobs,
     scored_part,
 )
+from ensemble_server.server.compare.measures.windows import TextWindow, Window
 from ensemble_server.server.compare.planning.held_out import shared_sequences
 from ensemble_server.server.config.gates import identity
 from ensemble_server.server.weights.threads import in_own_thread
@@ -37,12 +39,14 @@ from ensemble_server.server.weights.threads import in_own_thread
 if TYPE_CHECKING:
     from ensemble_server.server.hosting import Hosting
 
-PART_ASIDE = 0.25
+NUM_FOLDS = 5
+SHARES = (0.01, 0.05)  # under a gate, besides the fitted one
 
 
 @dataclass(frozen=True)
 class JudgedGate:
-    """A gate and what it is worth on the documents held back.
+    """A gate and what it is worth on the documents held back. `share`: the fitted one of the pool without a gate;
+    `share_under_gate`: of the pool that the gate stands on.
 
     `scores`: of the `uniform` average, the `configured` posterior pool, the `posterior` one with the fitted share, and
     of `gate`; `alone`: of each member. `against`: gate less each of the other three, in bits per byte, paired by
@@ -51,6 +55,7 @@ class JudgedGate:
 
     fit: GateFit
     share: float
+    share_under_gate: float
     scores: Mapping[str, TextScores]
     alone: Mapping[str, TextScores]
     against: Mapping[str, Comparison]
@@ -69,7 +74,7 @@ async def fit_and_judge_gate(
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> JudgedGate:
-    """`seed`: of what is kept aside, and of the intervals. The members read the texts once.
+    """`seed`: of the folds, and of the intervals. The members read the texts once.
 
     Raises `ConfigError` if the model is no posterior pool over tokens, or there are too few documents.
     """
@@ -107,22 +112,21 @@ async def fit_and_judge_gate(
     logprobs = [part[rows] for reading in read.readings for part in reading.logprobs]
     views = [part for reading in read.readings for part in reading.views]
     masks = [mask for reading in read.readings for mask in reading.is_counted]
-    is_aside = _kept_aside(is_trained, seed)
-    aside = [counted_tokens([piece], is_aside[owner])[0] for piece, owner in windows]
+    folds_of = _dealt(is_trained, seed)
+    folds = [_of_tokens(piece, folds_of[owner], mask) for (piece, owner), mask in zip(windows, masks, strict=True)]
     names = list(mixture.weights)
     folder = hosting.config.source.parent
     identities = [(name, identity(hosting.config.models, name, folder)) for name in names]
 
-    def solve() -> tuple[float, GateFit]:
+    def solve() -> tuple[float, float, GateFit]:
         share = fit_share(logprobs, prior, counted=masks).share
-        training = [
-            GateText(nats, seen, mask & ~kept, kept)
-            for nats, seen, mask, kept in zip(logprobs, views, masks, aside, strict=True)
-        ]
-        return share, fit_gate(training, prior, share, identities)
+        training = [GateText(*parts) for parts in zip(logprobs, views, folds, strict=True)]
+        fits = {under: fit_gate(training, prior, under, identities) for under in (share, *SHARES)}
+        best = min(fits, key=lambda under: fits[under].nats)  # the first of equals
+        return share, best, fits[best]
 
     try:
-        share, fit = await in_own_thread(solve)
+        share, share_under_gate, fit = await in_own_thread(solve)
     except ValueError as exc:
         raise ConfigError(f"{exc}; give more text, or cut it into shorter documents") from exc
 
@@ -147,7 +151,7 @@ async def fit_and_judge_gate(
         "uniform": plain(Mixture(dict.fromkeys(names, 1.0))),
         "configured": plain(Mixture(mixture.weights, "posterior", mixture.share)),
         "posterior": plain(fitted),
-        "gate": scored(lambda nats, seen: gated_logprobs(fit.gate, nats, seen, prior, share)),
+        "gate": scored(lambda nats, seen: gated_logprobs(fit.gate, nats, seen, prior, share_under_gate)),
     }
     gate = scores["gate"]
     against = {
@@ -164,15 +168,21 @@ async def fit_and_judge_gate(
     }
     share_seen = shared_sequences(chosen_texts(texts, is_trained, False), chosen_texts(texts, is_trained, True))
     alone = {name: plain(Mixture({name: 1.0})) for name in names}
-    return JudgedGate(fit, share, scores, alone, against, num_fitted, num_held_back, share_seen)
+    return JudgedGate(fit, share, share_under_gate, scores, alone, against, num_fitted, num_held_back, share_seen)
 
 
-def _kept_aside(is_trained: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
-    """Of the documents to train on, a quarter but at least one: for each text (num_documents,) bool."""
+def _dealt(is_trained: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
+    """The fold of each document, `NOT_TRAINED` for those held back: for each text (num_documents,)."""
     places = [(owner, place) for owner, half in enumerate(is_trained) for place in np.flatnonzero(half)]
-    number = max(1, round(PART_ASIDE * len(places)))
-    chosen = np.random.default_rng(seed).choice(len(places), size=number, replace=False)
-    aside = [np.zeros(len(half), dtype=bool) for half in is_trained]
-    for owner, place in (places[n] for n in chosen):
-        aside[owner][place] = True
-    return aside
+    folds = [np.full(len(half), NOT_TRAINED) for half in is_trained]
+    for number, n in enumerate(np.random.default_rng(seed).permutation(len(places))):
+        owner, place = places[n]
+        folds[owner][place] = number % NUM_FOLDS
+    return folds
+
+
+def _of_tokens(window: Window | TextWindow, folds: np.ndarray, is_trained: np.ndarray) -> np.ndarray:
+    """(T,): the fold of each token of a window but its first. is_trained: (T,) bool."""
+    of_tokens = np.full(len(is_trained), NOT_TRAINED)
+    of_tokens[len(is_trained) - len(window.documents) :] = folds[window.documents]
+    return np.where(is_trained, of_tokens, NOT_TRAINED)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ensemble_server.ensembles.fitting.gate import Design, GateText, fit_gate, gated_logprobs
+from ensemble_server.ensembles.fitting.gate import NOT_TRAINED, Design, GateText, fit_gate, gated_logprobs
 from ensemble_server.ensembles.fitting.share import posterior_logprobs
 
 PRIOR = np.full(2, 0.5)
@@ -18,9 +18,7 @@ def window(seed: int, *, is_telling: bool, num_tokens: int = 240) -> GateText:
     logprobs = np.where(is_right, np.log(0.6), np.log(0.02))
     entropy = rng.uniform(1, 3, size=(2, num_tokens)) - (1.5 * is_right if is_telling else 0)
     distance = rng.uniform(0, 1, size=(2, num_tokens))
-    is_aside = np.zeros(num_tokens, dtype=bool)
-    is_aside[seed % 4 * num_tokens // 4 :][: num_tokens // 4] = True
-    return GateText(logprobs, np.stack([entropy, distance]), ~is_aside, is_aside)
+    return GateText(logprobs, np.stack([entropy, distance]), np.arange(num_tokens) * 4 // num_tokens)
 
 
 def nats(fit, text: GateText) -> float:
@@ -42,24 +40,31 @@ def test_the_gradient_is_that_of_the_likelihood():
 def test_the_loss_is_that_of_the_pool():
     text = window(0, is_telling=True)
     fit = fit_gate([text], PRIOR, 0.01, NAMES)
-    assert fit.nats_aside == pytest.approx(
-        -gated_logprobs(fit.gate, text.logprobs, text.views, PRIOR, 0.01)[text.is_kept_aside].mean(), abs=1e-9
-    )
-    assert fit.posterior_nats_aside == pytest.approx(
-        -posterior_logprobs(text.logprobs, PRIOR, 0.01)[text.is_kept_aside].mean(), abs=1e-9
-    )
+    assert fit.posterior_nats == pytest.approx(-posterior_logprobs(text.logprobs, PRIOR, 0.01).mean(), abs=1e-9)
+
+
+def test_of_each_fold_the_gate_is_judged_that_has_not_seen_it():
+    text = window(0, is_telling=True)
+    fit = fit_gate([text], PRIOR, 0.01, NAMES, penalties=(0.01,))
+    parts = []
+    for fold in range(4):
+        # What is not trained on is scaled by what is in either case, so only scales differ: hence the tolerance.
+        rest = GateText(text.logprobs, text.views, np.where(text.folds == fold, NOT_TRAINED, text.folds))
+        gate = fit_gate([rest], PRIOR, 0.01, NAMES, penalties=(0.01,)).gate
+        parts.append(gated_logprobs(gate, text.logprobs, text.views, PRIOR, 0.01)[text.folds == fold])
+    assert fit.nats == pytest.approx(-np.concatenate(parts).mean(), abs=0.01)
 
 
 def test_a_gate_learns_to_trust_who_is_sure_where_that_tells():
     fit = fit_gate([window(seed, is_telling=True) for seed in range(3)], PRIOR, 0.01, NAMES)
-    assert fit.num_steps > 0
+    assert fit.penalty is not None
     text = window(9, is_telling=True)
     assert nats(fit, text) < -posterior_logprobs(text.logprobs, PRIOR, 0.01).mean() - 0.2
 
 
 def test_a_gate_that_learns_nothing_worth_knowing_stays_near_the_posterior_pool():
     fit = fit_gate([window(seed, is_telling=False) for seed in range(3)], PRIOR, 0.01, NAMES)
-    assert fit.nats_aside <= fit.posterior_nats_aside
+    assert fit.nats <= fit.posterior_nats
     text = window(9, is_telling=False)
     assert nats(fit, text) < -posterior_logprobs(text.logprobs, PRIOR, 0.01).mean() + 0.05
 
@@ -75,12 +80,11 @@ def test_tokens_that_no_member_has_are_not_trained_on():
     text = window(0, is_telling=True)
     gone = text.logprobs.copy()
     gone[:, 5] = -np.inf
-    fit = fit_gate([GateText(gone, text.views, text.is_trained, text.is_kept_aside)], PRIOR, 0.01, NAMES)
-    assert fit.num_tokens + fit.num_aside == 239
+    fit = fit_gate([GateText(gone, text.views, text.folds)], PRIOR, 0.01, NAMES)
+    assert fit.num_tokens == 239
 
 
-def test_nothing_kept_aside_is_refused():
+def test_one_fold_is_refused():
     text = window(0, is_telling=True)
-    everything = np.ones(240, dtype=bool)
-    with pytest.raises(ValueError, match="kept aside"):
-        fit_gate([GateText(text.logprobs, text.views, everything, ~everything)], PRIOR, 0.01, NAMES)
+    with pytest.raises(ValueError, match="two folds"):
+        fit_gate([GateText(text.logprobs, text.views, np.zeros(240, dtype=int))], PRIOR, 0.01, NAMES)

@@ -126,7 +126,7 @@ def test_a_gate_is_trained_judged_and_written_beside_the_config(gated: Path) -> 
     out = gated.with_name("new.yaml")
     result = run(gated, "adaptive", "--gate", "--out", str(out))
     assert result.exit_code == 0, result.output
-    for part in ("adaptive: a gate trained on", "kept aside", "uniform", "gate less posterior", "95% interval"):
+    for part in ("adaptive: a gate trained on", "cross-validation", "uniform", "gate less posterior", "95% interval"):
         assert part in result.output
     assert any(said in result.output for said in ("not shown to be better", "predicts this text better", "too little"))
     assert f"wrote {out.with_name('new.adaptive.gate.yaml')} and {out}" in result.output

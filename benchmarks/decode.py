@@ -20,67 +20,48 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.subjects import Subject, add_options
 from ensemble_server.ensembles.base import GenerationRequest, Mixture, Sampling
 from ensemble_server.server.config.blocks import HostedModel
 from ensemble_server.server.engines.transformers_engine.engine import TransformersEngine
 from ensemble_server.server.engines.transformers_engine.members import load_members
-from ensemble_server.server.weights.checkpoints import resolve_checkpoint
+from ensemble_server.server.weights.devices import resolve_device
 from ensemble_server.server.weights.member_views import read_member_files
 from ensemble_server.server.weights.threads import in_own_thread
 
-BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
-EXPERTS = Path(__file__).parent.parent / "experts"
 CONCURRENCIES = (1, 4, 16)
 PROMPT = "The history of computing began long before the first electronic machines. In the nineteenth century, "
 
 
-def separate_weights(root: Path, num_members: int) -> dict[str, HostedModel]:
-    """The same checkpoint under several folders: the engine loads it once for each, as it would different models."""
-    folder = resolve_checkpoint(BASE, relative_to=Path())
-    models = {}
-    for index in range(num_members):
-        copy = root / f"copy{index}"
-        copy.mkdir(parents=True)
-        for file in folder.iterdir():
-            (copy / file.name).symlink_to(file)
-        models[f"copy{index}"] = HostedModel(path=str(copy), dtype="float32")
-    return models
-
-
-def adapters(num_members: int) -> dict[str, HostedModel]:
-    """The base and up to three of the demo's experts."""
-    models = {"base": HostedModel(path=BASE, dtype="float32")}
-    for name in ("code", "jargon", "shakespeare")[: num_members - 1]:
-        models[name] = HostedModel(base="base", adapter=str(EXPERTS / name))
-    return models
-
-
-def serve_loop(questions: Connection, num_members: int) -> None:
+def serve_loop(questions: Connection, subject: Subject, num_members: int) -> None:
     """A process: for each number of tokens that is asked for, one request through the plain loop; answers seconds."""
     transformers_logging.disable_progress_bar()
-    folder = resolve_checkpoint(BASE, relative_to=Path())
-    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for _ in range(num_members)]
+    folder, device = subject.checkpoint, resolve_device(subject.device)
+    dtype = getattr(torch, subject.dtype)
+    models: list[Any] = [AutoModelForCausalLM.from_pretrained(folder, dtype=dtype) for _ in range(num_members)]
+    models = [model.to(device).eval() for model in models]
     prompt_ids = AutoTokenizer.from_pretrained(folder).encode(PROMPT + "0")
     while (num_tokens := questions.recv()) is not None:
         questions.send(loop_seconds(models, prompt_ids, num_tokens))
 
 
 @contextmanager
-def loop_of(num_members: int) -> Iterator[Callable[[int], float]]:
+def loop_of(subject: Subject, num_members: int) -> Iterator[Callable[[int], float]]:
     """A function from a number of tokens to the seconds that the loop takes for one request."""
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=serve_loop, args=(theirs, num_members))
+    process = multiprocessing.get_context("spawn").Process(target=serve_loop, args=(theirs, subject, num_members))
     process.start()
 
     def seconds(num_tokens: int) -> float:
@@ -94,19 +75,20 @@ def loop_of(num_members: int) -> Iterator[Callable[[int], float]]:
         process.join()
 
 
-def loop_seconds(models: list[torch.nn.Module], prompt_ids: list[int], num_tokens: int) -> float:
+def loop_seconds(models: Sequence[PreTrainedModel], prompt_ids: list[int], num_tokens: int) -> float:
     """One request through the plain loop over `models`."""
     started = time.perf_counter()
-    caches: list[object] = [None] * len(models)
-    step = torch.tensor([prompt_ids])
+    caches: list[Any] = [None] * len(models)
+    step = torch.tensor([prompt_ids], device=models[0].device)
     with torch.no_grad():
         for _ in range(num_tokens):
-            mean = 0.0
+            mean: Any = 0.0
             for index, model in enumerate(models):
                 output = model(step, past_key_values=caches[index], use_cache=True, logits_to_keep=1)
                 caches[index] = output.past_key_values
                 mean = mean + torch.softmax(output.logits[:, -1].float(), -1) / len(models)
             step = mean.argmax(-1, keepdim=True)
+            step.tolist()  # as who shows it does; an accelerator is waited for
     return time.perf_counter() - started
 
 
@@ -142,15 +124,17 @@ def engine_of(models: dict[str, HostedModel]) -> Iterator[TransformersEngine]:
         engine.stop()
 
 
-def measure(models: dict[str, HostedModel], repeats: int, num_tokens: int) -> dict[str, list[float]]:
+def measure(
+    subject: Subject, models: dict[str, HostedModel], repeats: int, num_tokens: int, streams: Sequence[int]
+) -> dict[str, list[float]]:
     """Speeds of the loop, of the engine with all members, and with one alone: name of arm -> tokens/s per repeat."""
     mixture, alone = Mixture(dict.fromkeys(models, 1.0)), Mixture({next(iter(models)): 1.0})
-    with engine_of(models) as engine, loop_of(len(models)) as loop:
+    with engine_of(models) as engine, loop_of(subject, len(models)) as loop:
         arms: dict[str, Callable[[], float]] = {"loop": lambda: num_tokens / loop(num_tokens)}
-        for n in CONCURRENCIES:
+        for n in streams:
             arms[f"engine@{n}"] = lambda n=n: n * num_tokens / engine_seconds(engine, mixture, n, num_tokens)
             arms[f"single@{n}"] = lambda n=n: n * num_tokens / engine_seconds(engine, alone, n, num_tokens)
-        engine_seconds(engine, mixture, max(CONCURRENCIES), 4)  # warm up
+        engine_seconds(engine, mixture, max(streams), 4)  # warm up
         loop(4)
         speeds: dict[str, list[float]] = {name: [] for name in arms}
         order = list(arms)
@@ -161,23 +145,28 @@ def measure(models: dict[str, HostedModel], repeats: int, num_tokens: int) -> di
     return speeds
 
 
-def report(title: str, speeds: dict[str, list[float]]) -> dict:
-    """One block of the table: medians, and medians of the ratios within each repeat."""
+def report(title: str, speeds: dict[str, list[float]], streams: Sequence[int]) -> dict[str, Any]:
+    """One block of the table: medians, and medians of the ratios within each repeat, with the lowest and highest."""
 
-    def ratio(arm: str, against: str) -> float:
-        return statistics.median(a / b for a, b in zip(speeds[arm], speeds[against], strict=True))
+    def ratio(arm: str, against: str) -> list[float]:
+        found = [a / b for a, b in zip(speeds[arm], speeds[against], strict=True)]
+        return [statistics.median(found), min(found), max(found)]
+
+    def told(ratios: list[float]) -> str:
+        return "{:.2f}x ({:.2f} to {:.2f})".format(*ratios)
 
     print(f"\n{title}: loop {statistics.median(speeds['loop']):.1f} tokens/s")
     rows = {}
-    for n in CONCURRENCIES:
+    for n in streams:
         row = {
             "tokens_per_s": statistics.median(speeds[f"engine@{n}"]),
+            "single_tokens_per_s": statistics.median(speeds[f"single@{n}"]),
             "against_loop": ratio(f"engine@{n}", "loop"),
             "cost_in_singles": ratio(f"single@{n}", f"engine@{n}"),
         }
         print(
-            f"  {n:2d} requests: {row['tokens_per_s']:6.1f} tokens/s, {row['against_loop']:5.2f}x the loop, "
-            f"the time of {row['cost_in_singles']:.2f} runs of a single member",
+            f"  {n:2d} requests: {row['tokens_per_s']:6.1f} tokens/s, {told(row['against_loop'])} the loop, "
+            f"the time of {told(row['cost_in_singles'])} runs of a single member",
             flush=True,
         )
         rows[str(n)] = row
@@ -186,14 +175,17 @@ def report(title: str, speeds: dict[str, list[float]]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--streams", type=int, nargs="+", default=list(CONCURRENCIES))
     parser.add_argument("--only", choices=["separate", "adapters"])
     parser.add_argument("--members", type=int, nargs="*", help="only these numbers of members")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     transformers_logging.disable_progress_bar()
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {BASE}, float32, {options.tokens} new tokens")
+    subject = Subject.of(options)
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {subject}, {options.tokens} new tokens")
     results = {}
     with tempfile.TemporaryDirectory() as root:
         for kind, counts in (("separate", (1, 2, 3)), ("adapters", (2, 4))):
@@ -203,11 +195,11 @@ def main() -> None:
                 if options.members and count not in options.members:
                     continue
                 folder = Path(root) / str(count)
-                models = separate_weights(folder, count) if kind == "separate" else adapters(count)
-                speeds = measure(models, options.repeats, options.tokens)
-                results[f"{kind} {count}"] = report(f"{count} members, {kind}", speeds)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+                models = subject.separate(folder, count) if kind == "separate" else subject.adapted(folder, count)
+                speeds = measure(subject, models, options.repeats, options.tokens, options.streams)
+                results[f"{kind} {count}"] = report(f"{count} members, {kind}", speeds, options.streams)
+                if options.json:  # after each: an end in the middle leaves what is done
+                    options.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def percentile(values: Sequence[float], percent: int) -> float:
 async def run(options: argparse.Namespace) -> dict:
     results = {}
     async with Hosting.open(load_config(options.config)) as hosting, live_server(options.config) as client:
-        for n in CONCURRENCIES:
+        for n in options.streams:
             speeds: dict[str, list[float]] = {"http": [], "engine": []}
             streams: list[Stream] = []
             for repeat in range(options.repeats + 1):
@@ -153,12 +153,12 @@ async def run(options: argparse.Namespace) -> dict:
                     streams += done if arm == "http" else []
             gaps = [gap * 1e3 for stream in streams for gap in stream.gaps]
             ttfts = [stream.ttft * 1e3 for stream in streams]
+            ratios = [http / engine for http, engine in zip(speeds["http"], speeds["engine"], strict=True)]
             results[str(n)] = row = {
                 "http_tokens_per_s": statistics.median(speeds["http"]),
                 "engine_tokens_per_s": statistics.median(speeds["engine"]),
-                "http_against_engine": statistics.median(
-                    http / engine for http, engine in zip(speeds["http"], speeds["engine"], strict=True)
-                ),
+                "http_against_engine": statistics.median(ratios),
+                "http_against_engine_spread": [min(ratios), max(ratios)],
                 "ttft_ms": {"p50": percentile(ttfts, 50), "p99": percentile(ttfts, 99)},
                 "inter_token_ms": {"p50": percentile(gaps, 50), "p99": percentile(gaps, 99)},
             }
@@ -169,6 +169,8 @@ async def run(options: argparse.Namespace) -> dict:
                 f"between tokens p50 {row['inter_token_ms']['p50']:.0f} ms, p99 {row['inter_token_ms']['p99']:.0f} ms",
                 flush=True,
             )
+            if options.json:  # after each: an end in the middle leaves what is done
+                options.json.write_text(json.dumps(results, indent=2) + "\n")
     return results
 
 
@@ -178,11 +180,10 @@ def main() -> None:
     parser.add_argument("--model", default="mix")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--streams", type=int, nargs="+", default=list(CONCURRENCIES))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    results = asyncio.run(run(options))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    asyncio.run(run(options))
 
 
 if __name__ == "__main__":

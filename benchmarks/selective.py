@@ -28,8 +28,9 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.decode import adapters, engine_of
+from benchmarks.decode import engine_of
 from benchmarks.speculation import Arm, requests_of, seconds_of, separate_experts
+from benchmarks.subjects import Subject
 from ensemble_server.ensembles.base import Mixture, Sampling, When
 from ensemble_server.ensembles.pooling import pool
 from ensemble_server.ensembles.pooling.disagreement import entropy, total_variation
@@ -144,7 +145,7 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     results: dict[str, dict] = {}
     if options.only != "separate":
-        with engine_of(adapters(4)) as engine:
+        with tempfile.TemporaryDirectory() as root, engine_of(Subject().adapted(Path(root), 4)) as engine:
             members = ["base", "code", "jargon", "shakespeare"]
             if options.only != "shared":
                 results["quality"] = quality(engine, members, options.bytes)

@@ -33,13 +33,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.decode import BASE, EXPERTS, PROMPT
+from benchmarks.decode import PROMPT
+from benchmarks.subjects import BASE, EXPERT_NAMES, EXPERTS, Subject, add_options
 from ensemble_server.ensembles.base import Delta, GenerationRequest, Mixture, PoolName, Sampling
 from ensemble_server.server.config.blocks import HostedModel
 from ensemble_server.server.engines.engine import StepStats
 from ensemble_server.server.engines.transformers_engine.engine import Drafts, TransformersEngine
 from ensemble_server.server.engines.transformers_engine.members import Member, load_members
-from ensemble_server.server.weights.checkpoints import resolve_checkpoint
 from ensemble_server.server.weights.member_views import read_member_files
 from ensemble_server.server.weights.threads import in_own_thread
 
@@ -71,10 +71,10 @@ PROMPTS: dict[str, list[str | None]] = {
 }
 
 
-def separate_experts(root: Path, count: int) -> dict[str, HostedModel]:
+def separate_experts(root: Path, count: int, subject: Subject = Subject()) -> dict[str, HostedModel]:  # noqa: B008
     """The demo's base and its first experts, each as a checkpoint of its own, stored as the base is."""
-    folder = resolve_checkpoint(BASE, relative_to=Path())
-    models = {"base": HostedModel(path=str(folder), dtype="float32")}
+    folder = subject.checkpoint
+    models = {"base": subject.hosted(str(folder))}
     for name in EXPERT_NAMES[: count - 1]:
         model = AutoModelForCausalLM.from_pretrained(folder)
         merged = PeftModel.from_pretrained(model, str(EXPERTS / name)).merge_and_unload()
@@ -82,12 +82,11 @@ def separate_experts(root: Path, count: int) -> dict[str, HostedModel]:
         for file in folder.iterdir():
             if not (root / name / file.name).exists() and file.suffix != ".safetensors":
                 (root / name / file.name).symlink_to(file)
-        models[name] = HostedModel(path=str(root / name), dtype="float32")
+        models[name] = subject.hosted(str(root / name))
     return models
 
 
 ARMS = ["one", "off", "text", "member"]
-EXPERT_NAMES = ("code", "jargon", "shakespeare")
 
 
 @dataclass
@@ -198,6 +197,7 @@ def _median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--members", type=int, nargs="*", default=[1, 3])
@@ -208,16 +208,19 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.model != BASE:
+        parser.error(f"--model: members are the demo's experts, which are made for {BASE}")
+    subject = Subject.of(options)
     transformers_logging.disable_progress_bar()
     sampling = Sampling(temperature=options.temperature, max_tokens=options.tokens, ignore_eos=True, seed=0)
     print(
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, {BASE}, float32, {options.tokens} new tokens, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, {subject}, {options.tokens} new tokens, "
         f"temperature {options.temperature:g}"
     )
     results = {}
     for count in options.members:
         with tempfile.TemporaryDirectory() as root:
-            models = separate_experts(Path(root), count)
+            models = separate_experts(Path(root), count, subject)
             files = read_member_files(models, relative_to=Path(), max_context=1024)
             members = asyncio.run(in_own_thread(load_members, models, files))
         with arms_of(

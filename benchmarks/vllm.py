@@ -34,28 +34,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # per arm, as vLLM takes on two c
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
+from benchmarks.subjects import Subject, add_options
 from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.one_model.export import export
-from ensemble_server.server.weights.checkpoints import resolve_checkpoint
 
-BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
-EXPERTS = Path(__file__).parent.parent / "experts"
 PROMPT = "The history of computing began long before the first electronic machines. In the nineteenth century, "
 
 
-def members_of(arm: str, folder: Path) -> dict[str, dict[str, Any]]:
-    """The hosted models of an arm, as a config names them. Copies are the same weights under several folders."""
-    if arm == "adapters":
-        experts = {name: {"base": "base", "adapter": str(EXPERTS / name)} for name in ("code", "jargon", "shakespeare")}
-        return {"base": {"path": BASE}, **experts}
-    checkpoint = resolve_checkpoint(BASE, relative_to=Path())
-    models = {}
-    for name in ("first", "second", "third")[: {"two": 2, "three": 3}[arm]]:
-        (folder / name).mkdir(parents=True)
-        for file in checkpoint.iterdir():
-            (folder / name / file.name).symlink_to(file)
-        models[name] = {"path": str(folder / name)}
-    return models
+def members_of(arm: str, folder: Path, subject: Subject) -> dict[str, dict[str, Any]]:
+    """The hosted models of an arm, as a config names them."""
+    count = {"two": 2, "three": 3, "adapters": 4}[arm]
+    models = subject.adapted(folder, count) if arm == "adapters" else subject.separate(folder, count)
+    said = {"path", "base", "adapter"}
+    return {name: model.model_dump(include=said, exclude_none=True) for name, model in models.items()}
 
 
 ARMS = {
@@ -66,11 +57,11 @@ ARMS = {
 }
 
 
-def directory_of(arm: str, root: Path) -> Path:
+def directory_of(arm: str, root: Path, subject: Subject) -> Path:
     """What vLLM is to serve for this arm: the model's own folder, or an exported ensemble."""
     if arm == "single":
-        return resolve_checkpoint(BASE, relative_to=Path())
-    models = members_of(arm, root / f"{arm}-members")
+        return subject.checkpoint
+    models = members_of(arm, root / f"{arm}-members", subject)
     mixed = [name for name in models if name != "base"]
     models["mix"] = {"method": "probability_average", "members": mixed}
     export(parse_config({"models": models}, source=root / "config.yaml"), "mix", root / arm)
@@ -83,18 +74,20 @@ class Run:
     cpu_s: float
 
 
-def serve_arm(questions: Connection, folder: Path) -> None:
-    """A process: for each (requests, tokens) it is asked for, answers with a `Run`."""
+def serve_arm(questions: Connection, folder: Path, dtype: str, gpu_share: float | None) -> None:
+    """A process: for each (requests, tokens) it is asked for, answers with a `Run`. `gpu_share`: of the device's memory
+    that this arm takes; None on a CPU, where vLLM runs eagerly, since compiling takes minutes."""
     from vllm import LLM, SamplingParams
 
     engine = LLM(
         str(folder),
-        dtype="float32",
-        enforce_eager=True,
+        dtype=dtype,
+        enforce_eager=gpu_share is None,
         enable_prefix_caching=False,
         max_model_len=1024,
         max_num_seqs=16,
         disable_log_stats=True,
+        **({} if gpu_share is None else {"gpu_memory_utilization": gpu_share}),
     )
     questions.send("ready")
     while (question := questions.recv()) is not None:
@@ -106,9 +99,9 @@ def serve_arm(questions: Connection, folder: Path) -> None:
 
 
 @contextmanager
-def process_of(folder: Path) -> Iterator[Connection]:
+def process_of(folder: Path, dtype: str, gpu_share: float | None) -> Iterator[Connection]:
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=serve_arm, args=(theirs, folder))
+    process = multiprocessing.get_context("spawn").Process(target=serve_arm, args=(theirs, folder, dtype, gpu_share))
     process.start()
     theirs.close()
     try:
@@ -120,12 +113,16 @@ def process_of(folder: Path) -> Iterator[Connection]:
         process.kill()
 
 
-def measure(arms: Sequence[str], batches: Sequence[int], repeats: int, num_tokens: int) -> dict[str, list[Run]]:
+def measure(
+    subject: Subject, arms: Sequence[str], batches: Sequence[int], repeats: int, num_tokens: int
+) -> dict[str, list[Run]]:
     """`arm@batch` -> one run per repeat. A first, shorter round warms up."""
     runs: dict[str, list[Run]] = {f"{arm}@{batch}": [] for arm in arms for batch in batches}
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        engines = {arm: stack.enter_context(process_of(directory_of(arm, root))) for arm in arms}
+        gpu_share = 0.85 / len(arms) if subject.device.startswith("cuda") else None
+        folders = {arm: directory_of(arm, root, subject) for arm in arms}
+        engines = {arm: stack.enter_context(process_of(folders[arm], subject.dtype, gpu_share)) for arm in arms}
 
         def run(arm: str, batch: int, tokens: int) -> Run:
             engines[arm].send((batch, tokens))
@@ -159,14 +156,17 @@ def report(runs: dict[str, list[Run]], arms: Sequence[str], batches: Sequence[in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    parser.set_defaults(device="cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    print(f"{BASE}, float32, eager, {options.tokens} new tokens, {options.repeats} repeats")
-    runs = measure(options.arms, options.batches, options.repeats, options.tokens)
+    subject = Subject.of(options)
+    print(f"{subject}, {options.tokens} new tokens, {options.repeats} repeats")
+    runs = measure(subject, options.arms, options.batches, options.repeats, options.tokens)
     report(runs, options.arms, options.batches, options.tokens)
     if options.json:
         options.json.write_text(json.dumps({arm: [vars(run) for run in some] for arm, some in runs.items()}, indent=2))

@@ -28,6 +28,7 @@ import yaml
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 from benchmarks.http import live, over_http, together
+from benchmarks.subjects import Subject
 from benchmarks.vllm import directory_of, members_of
 
 MAX_BATCH, MAX_CONTEXT = 16, 1024
@@ -49,8 +50,8 @@ def command_of(arm: str, root: Path) -> list[str]:
         limits = ["--max-num-seqs", str(MAX_BATCH), "--max-model-len", str(MAX_CONTEXT)]
         same = ["--dtype", "float32", "--enforce-eager", "--no-enable-prefix-caching", "--served-model-name", "mix"]
         server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
-        return [*server, "--model", str(directory_of("adapters", root)), *limits, *same]
-    models = members_of("adapters", root)
+        return [*server, "--model", str(directory_of("adapters", root, Subject())), *limits, *same]
+    models = members_of("adapters", root, Subject())
     mix = {"method": "probability_average", "members": [name for name in models if name != "base"]}
     config = {
         "models": {**models, "base": {**models["base"], "dtype": "float32", "listed": False}, "mix": mix},

@@ -29,7 +29,8 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.decode import BASE, CONCURRENCIES, engine_seconds
+from benchmarks.decode import CONCURRENCIES, engine_seconds
+from benchmarks.subjects import BASE
 from ensemble_server.ensembles.base import Mixture
 from ensemble_server.server.config.blocks import HostedModel
 from ensemble_server.server.engines.transformers_engine.attention import Span

@@ -47,6 +47,7 @@ def with_gate(text: str, model: str, share: float, path: str) -> str:
     `with_weights` does."""
     text = with_share(text, model, share)
     root, entry = _entry(text, model)
+    assert isinstance(entry, yaml.MappingNode), "a model with a share is a map of its keys"
     return _edited(text, root, model, [_entry_edit(entry, "gate", json.dumps(path), model)], {"gate": path})
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ensemble_server.ensembles.comparison import bootstrap
 from ensemble_server.ensembles.comparison.dependence import design_effect, independent, of_neighbours
-from ensemble_server.ensembles.comparison.intervals import Estimate
+from ensemble_server.ensembles.comparison.intervals import Estimate, IntervalMethod
 from ensemble_server.ensembles.comparison.intervals import Interval as IntervalOf
 from ensemble_server.ensembles.comparison.paired import (
     Columns,
@@ -256,7 +256,7 @@ def figure_of_tasks(names: Sequence[str], records: Mapping[str, TaskRecord], rul
     if len(ranges) < len(of_tasks):
         return Estimate(value, None, None, num_units)
     below, above = (math.hypot(*distances) / len(of_tasks) for distances in zip(*ranges, strict=True))
-    method = next(one.interval.method for one in of_tasks if one.interval)
+    method: IntervalMethod = next(one.interval.method for one in of_tasks if one.interval)
     return Estimate(value, IntervalOf(value - below, value + above, rules.level, method), None, num_units)
 
 

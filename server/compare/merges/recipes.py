@@ -116,10 +116,10 @@ def _method_problems(data: dict[str, Any]) -> Iterator[str]:
     method = data.get("merge_method")
     if method is None:
         yield "needs `merge_method` (a merge) or `experts` (a mixture of experts)"
-    elif method not in METHODS:
+    elif not isinstance(method, str) or method not in METHODS:
         yield f"merge_method: there is no method {method!r}{nearest(str(method), list(METHODS))}"
     parameters = {name for known in METHODS.values() for name in known.parameters}
-    own = METHODS[method].parameters if method in METHODS else tuple(parameters)
+    own = METHODS[method].parameters if isinstance(method, str) and method in METHODS else tuple(parameters)
     for at, name in _parameter_names(data, ""):
         if name not in parameters:
             yield f"unknown parameter {f'{at}.{name}'!r}{nearest(name, parameters)}"

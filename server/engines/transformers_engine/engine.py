@@ -65,7 +65,7 @@ class TransformersEngine:
     ) -> None:
         self._members = members
         self._families: dict[tuple[str, ...], Sequence[Member]] = {}
-        self._averaged_over: dict[tuple[tuple[str, ...], str, bool], AveragedOver] = {}
+        self._averaged_over: dict[tuple[tuple[str, ...], str, bool, bool], AveragedOver] = {}
         devices = frozenset(member.backbone.device for member in members.values())
         if kv_cache_bytes is None:
             kv_cache_bytes = default_bytes(map(str, devices), prefix_cache_bytes)

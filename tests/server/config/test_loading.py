@@ -237,7 +237,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
 def test_an_unknown_key_comes_with_the_nearest_and_all_known(tmp_path: Path) -> None:
     assert entry_problem(tmp_path, "{method: probability_average, members: [ok], shar: 0.1}") == (
         "unknown key 'models.x.shar'; did you mean 'share'? "
-        "(known: listed, members, method, pool, share, vocabulary, when)"
+        "(known: gate, listed, members, method, pool, share, vocabulary, when)"
     )
 
 

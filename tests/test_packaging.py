@@ -274,4 +274,5 @@ def test_nothing_large_and_no_environment_is_tracked() -> None:
     )
     for name in filter(None, tracked):
         assert not any(fnmatch(name, pattern) for pattern in (".venv*", "*.egg-info*", "*.pyc")), name
-        assert not (ROOT / name).exists() or (ROOT / name).stat().st_size < 4e6, name
+        most = 5e6 if name.endswith("adapter_model.safetensors") else 4e6
+        assert not (ROOT / name).exists() or (ROOT / name).stat().st_size < most, name

@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,10 +233,15 @@ def compare(peers: dict[str, Peer], ids: Sequence[int], shape: Shape) -> dict[st
 
 
 def measure(
-    peers: dict[str, Peer], ids: Sequence[int], shape: Shape, repeats: int, seconds: float = math.inf
+    peers: dict[str, Peer],
+    ids: Sequence[int],
+    shape: Shape,
+    repeats: int,
+    seconds: float = math.inf,
+    keep: Callable[[Figures], None] = lambda figures: None,
 ) -> tuple[Figures, dict[str, str]]:
     """The figures, and who was lost on the way, with the reason. A first, shorter round warms up; when `seconds` are
-    over no repeat begins but the first."""
+    over no repeat begins but the first. `keep` gets what there is after each."""
     figures: Figures = {name: {} for name in peers}
     lost: dict[str, str] = {}
     until = time.monotonic() + seconds
@@ -260,6 +265,8 @@ def measure(
                     for clock in ("cpu", "wall"):
                         per_token = 1000 * answer[phase][f"{clock}_s"] / num_tokens[phase]
                         figures[name].setdefault(f"{phase}@{count} {clock}", []).append(per_token)
+        if repeat:
+            keep(figures)
     return figures, lost
 
 
@@ -313,9 +320,7 @@ def main() -> None:
             if unknown := set(options.peers) - set(chosen):
                 parser.error(f"--peers: there is no {', '.join(sorted(unknown))}; known: {', '.join(chosen)}")
             chosen = {name: chosen[name] for name in chosen if name in options.peers}
-        results = run(subject, shape, chosen, options.repeats, stack, 60 * options.minutes)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+        run(subject, shape, chosen, options.repeats, stack, 60 * options.minutes, options.json)
 
 
 def run(
@@ -325,8 +330,9 @@ def run(
     repeats: int,
     stack: ExitStack,
     seconds: float = math.inf,
+    file: Path | None = None,
 ) -> dict[str, Any]:
-    """Prints the tables. `stack`: ends the processes."""
+    """Prints the tables. `stack`: ends the processes. `file`: gets the figures after each repeat."""
     from transformers import AutoTokenizer
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -344,18 +350,26 @@ def run(
         except (PeerLost, ValueError) as exc:
             left_out[name] = str(exc)
     about = compare(peers, ids, shape)
+    results: dict[str, Any] = {"about": about, "left_out": left_out}
+
+    def keep(figures: Figures) -> None:
+        if file is not None:
+            file.write_text(json.dumps({**results, "ms_per_token": figures}, indent=2) + "\n")
+
     print(f"{subject}, {shape.num_prompt_tokens} tokens of prompt and {shape.num_tokens} new ones per stream")
     for name, said in about.items():
-        print(f"- {name}: {said}" + ("" if name in peers else "; left out"))
-    figures, lost = measure(peers, ids, shape, repeats, seconds)
-    for name, reason in {**left_out, **lost}.items():
+        print(f"- {name}: {said}" + ("" if name in peers else "; left out"), flush=True)
+    figures, lost = measure(peers, ids, shape, repeats, seconds, keep)
+    left_out.update(lost)
+    keep(figures)
+    for name, reason in left_out.items():
         print(f"- {name} left out: {reason}")
     for clock, title in (("cpu", "CPU"), ("wall", "Wall")):
         told = table(figures, shape.streams, clock)
         print(f"\n{title} milliseconds per token, medians with lowest to highest:\n\n{told}")
         if OURS in figures and len(figures) > 1:
             print(f"\nIn times of ours:\n\n{table(figures, shape.streams, clock, against=OURS)}")
-    return {"about": about, "left_out": {**left_out, **lost}, "ms_per_token": figures}
+    return {**results, "ms_per_token": figures}
 
 
 if __name__ == "__main__":

@@ -148,8 +148,10 @@ def test_what_cannot_run_is_left_out_with_the_reason_and_the_rest_runs(
         "vLLM": Recipe("/some/python", "vllm", {}, 1),
     }
     with ExitStack() as stack:
-        results = peers.run(Subject(str(tiny["qwen"])), Shape(streams=(1,)), chosen, 1, stack)
+        results = peers.run(
+            Subject(str(tiny["qwen"])), Shape(streams=(1,)), chosen, 1, stack, file=tmp_path / "results.json"
+        )
     assert "only llama is written" in results["left_out"]["llama.cpp q8_0"]
     assert results["left_out"]["vLLM"] == "/some/python has no vllm"
     assert "llama.cpp q8_0 left out" in capsys.readouterr().out
-    assert json.dumps(results)
+    assert json.loads((tmp_path / "results.json").read_bytes()) == results

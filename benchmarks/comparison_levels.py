@@ -67,7 +67,7 @@ def print_false_verdicts(num_trials: int) -> None:
             only_model, only_baseline = (model > baseline).sum(), (model < baseline).sum()
             found = compare_right_wrong(model, baseline, clusters=clusters, num_resamples=FEW_RESAMPLES)
             said = verdict(found.difference.interval, margin=0.0, higher_is_better=True, adjusted_p_value=found.p_value)
-            false += mcnemar_p(only_model, only_baseline) <= ALPHA, said in ("better", "worse")
+            false += bool(mcnemar_p(only_model, only_baseline) <= ALPHA), said in ("better", "worse")
         row(size, *map(percent, false / num_trials))
 
 

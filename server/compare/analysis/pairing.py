@@ -12,8 +12,7 @@ import numpy as np
 
 from ensemble_server.ensembles.comparison import bootstrap
 from ensemble_server.ensembles.comparison.dependence import design_effect, independent, of_neighbours
-from ensemble_server.ensembles.comparison.intervals import Estimate, IntervalMethod
-from ensemble_server.ensembles.comparison.intervals import Interval as IntervalOf
+from ensemble_server.ensembles.comparison.intervals import Estimate
 from ensemble_server.ensembles.comparison.paired import (
     Columns,
     Comparison,
@@ -251,13 +250,14 @@ def figure_of_tasks(names: Sequence[str], records: Mapping[str, TaskRecord], rul
     if len(of_tasks) == 1:
         return of_tasks[0]
     value = float(np.mean([one.value for one in of_tasks]))
-    ranges = [(one.value - one.interval.low, one.interval.high - one.value) for one in of_tasks if one.interval]
+    known = [(one.value, one.interval) for one in of_tasks if one.interval is not None]
     num_units = sum(one.num_units for one in of_tasks)
-    if len(ranges) < len(of_tasks):
+    if len(known) < len(of_tasks):
         return Estimate(value, None, None, num_units)
-    below, above = (math.hypot(*distances) / len(of_tasks) for distances in zip(*ranges, strict=True))
-    method: IntervalMethod = next(one.interval.method for one in of_tasks if one.interval)
-    return Estimate(value, IntervalOf(value - below, value + above, rules.level, method), None, num_units)
+    below = math.hypot(*(own - interval.low for own, interval in known)) / len(known)
+    above = math.hypot(*(interval.high - own for own, interval in known)) / len(known)
+    interval = replace(known[0][1], low=value - below, high=value + above)
+    return Estimate(value, interval, None, num_units)
 
 
 def _figure_of_task(record: TaskRecord, clusters: Sequence[str] | None, rules: Rules) -> Estimate:

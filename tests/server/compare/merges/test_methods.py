@@ -100,6 +100,7 @@ def test_what_is_no_model_is_refused(value) -> None:
             ("merge_method: ties\nmodels: [{model: base}]", "base_model: ties needs one"),
             ("merge_method: linear\ndtype: float23\nmodels: [{model: base}]", "there is no dtype 'float23'"),
             ("merge_method: linear\nmodels: [{model: a+b+c}]", "is no model"),
+            ("merge_method: [ties]\nmodels: [{model: base}]", "there is no method ['ties']"),
         ]
     ),
 )

@@ -20,7 +20,8 @@ def fingerprint(name: str, config: Config) -> str:
         current = names.pop()
         if current not in entries:
             entry = config.models[current]
-            entries[current] = entry.model_dump(mode="json", exclude={"listed"})
+            # A key that a later version knows and nobody wrote changes nothing; what defaults are is the version's.
+            entries[current] = entry.model_dump(mode="json", exclude={"listed"}, exclude_defaults=True)
             names.extend(_references(entry))
     embedding = config.embedding.path if isinstance(config.models[name], MethodConfig) else None  # some votes use it
     versions = {package: version(package) for package in ("ensemble-server", "torch", "transformers")}

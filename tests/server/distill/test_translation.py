@@ -21,6 +21,7 @@ from ensemble_server.server.distill.records import WindowRecord
 from ensemble_server.server.distill.run import distill
 from ensemble_server.server.distill.targets import fused
 from tests.server.distill.conftest import CONFIG, Quiet
+from tests.thinned import first_fast
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -57,7 +58,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Lessons]:
     return found
 
 
-@pytest.mark.parametrize("align", ["exact", "mined", "em"])
+@pytest.mark.parametrize("align", first_fast(["em", "exact", "mined"]))
 def test_every_target_is_taught_across_vocabularies(config, wanted, seen, tmp_path, align: str) -> None:
     cards, first = {}, "tokens" if align == "exact" else "moving"
     settings_of = {

@@ -14,7 +14,7 @@ own with what the other member seems to say of it. The other reads the text so f
   Wan et al., "Knowledge fusion of large language models", https://arxiv.org/abs/2401.10491. Here of the other's
   `MAPPED` likeliest tokens, renormalised; the paper keeps 10.
 
-Written from the papers for this comparison alone; nothing of the product uses it.
+Written from the papers for this comparison alone, but for the map of MinED, which distillation uses, too.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from rapidfuzz import process
-from rapidfuzz.distance import Levenshtein
+
+from ensemble_server.server.distill.alignment import TokenMap
 
 TOP = 10
 MAPPED = 50
@@ -85,23 +85,14 @@ class MinED:
 
     def __init__(self, pivot: Strings, other: Strings) -> None:
         self._pivot, self._other = pivot, other
-        self._choices = {data: data.decode(errors="replace") for data in pivot.ids}
-        self._nearest: dict[bytes, bytes] = {}
+        self._ids = {data: ids[0] for data, ids in pivot.ids.items()}
+        self._map = TokenMap(self._ids, is_near=True)
 
     def __call__(self, of_pivot: torch.Tensor, of_other: torch.Tensor, target: bytes) -> float:
         likeliest = self._other.likeliest(of_other, MAPPED)
-        mapped = sum(mass for data, mass in likeliest if self._of(data) == target)
+        mapped = sum(mass for data, mass in likeliest if self._map(data) == self._ids.get(target))
         ours = self._pivot.probability(of_pivot, target) or 0.0
         return _log((ours + mapped / sum(mass for _, mass in likeliest)) / 2)
-
-    def _of(self, data: bytes) -> bytes:
-        if data in self._pivot.ids:
-            return data
-        if data not in self._nearest:
-            text = data.decode(errors="replace")
-            found = process.extractOne(text, self._choices, scorer=Levenshtein.distance)
-            self._nearest[data] = found[2]
-        return self._nearest[data]
 
 
 def _log(mass: float) -> float:

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from ensemble_server.server.cli.completion import ensemble_names
 
 if TYPE_CHECKING:
+    from ensemble_server.ensembles.comparison.paired import Comparison
+    from ensemble_server.ensembles.comparison.verdict import Verdict
     from ensemble_server.ensembles.probability_averaging import ProbabilityAverage
-    from ensemble_server.server.compare.deciding.gates import JudgedGate
     from ensemble_server.server.compare.deciding.held_back import JudgedFit
     from ensemble_server.server.compare.measures.documents import Documents
     from ensemble_server.server.config.blocks import Config
+
+T = TypeVar("T")
 
 MARGIN_BITS_PER_BYTE = 0.01  # the smallest difference that the verdict takes for one that matters
 
@@ -98,13 +101,17 @@ def fit(
     target = config if in_place else out
     if gate:
         from ensemble_server.server.cli.fit_gate import gate_lines, write_gate
+        from ensemble_server.server.compare.deciding.gates import fit_and_judge_gate
 
-        trained = asyncio.run(_train_gate(loaded, name, texts, {"window": window, "stride": stride, "seed": seed}))
+        settings = {"window": window, "stride": stride, "seed": seed}
+        trained = asyncio.run(_judged(fit_and_judge_gate, loaded, name, texts, settings))
         for line in gate_lines(name, trained):
             typer.echo(line)
         if target is not None:
             typer.echo(f"wrote {write_gate(config, target, name, trained)} and {target}")
         return
+    from ensemble_server.server.compare.deciding.held_back import fit_and_judge
+
     settings = {
         "window": window,
         "stride": stride,
@@ -112,7 +119,7 @@ def fit(
         "sample_bytes": sample_mb * 2**20,
         "seed": seed,
     }
-    judged = asyncio.run(_fit(loaded, name, texts, settings))
+    judged = asyncio.run(_judged(fit_and_judge, loaded, name, texts, settings))
     for line in report_lines(name, entry, judged):
         typer.echo(line)
     if free and min(judged.fitted.weights.values()) >= 0:
@@ -123,24 +130,16 @@ def fit(
         typer.echo(f"wrote {target}")
 
 
-async def _fit(config: Config, name: str, texts: Sequence[Documents], settings: dict[str, Any]) -> JudgedFit:
-    from ensemble_server.server.compare.deciding.held_back import fit_and_judge
+async def _judged(
+    judge: Callable[..., Awaitable[T]], config: Config, name: str, texts: Sequence[Documents], settings: dict[str, Any]
+) -> T:
+    """What `judge` finds with the members of `name` loaded, and nothing else."""
     from ensemble_server.server.config.excerpt import excerpt
     from ensemble_server.server.hosting import Hosting
 
     async with Hosting.open(excerpt(config, [name])) as hosting:
         with _progress() as on_progress:
-            return await fit_and_judge(hosting, name, texts, on_progress=on_progress, **settings)
-
-
-async def _train_gate(config: Config, name: str, texts: Sequence[Documents], settings: dict[str, Any]) -> JudgedGate:
-    from ensemble_server.server.compare.deciding.gates import fit_and_judge_gate
-    from ensemble_server.server.config.excerpt import excerpt
-    from ensemble_server.server.hosting import Hosting
-
-    async with Hosting.open(excerpt(config, [name])) as hosting:
-        with _progress() as on_progress:
-            return await fit_and_judge_gate(hosting, name, texts, on_progress=on_progress, **settings)
+            return await judge(hosting, name, texts, on_progress=on_progress, **settings)
 
 
 def _without_gate(config: Config, name: str) -> Config:
@@ -176,10 +175,7 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
 
 def report_lines(name: str, entry: ProbabilityAverage.Config, judged: JudgedFit) -> Iterator[str]:
     """The weights before and after, each member alone, and the gain with its interval and a verdict."""
-    from ensemble_server.ensembles.comparison.verdict import verdict
-    from ensemble_server.server.compare.planning.held_out import MAX_SHARE, NUM_WORDS
-
-    fitted, difference = judged.fitted, judged.difference.difference
+    fitted = judged.fitted
     yield f"{name} ({fitted.pool}), fitted to {fitted.num_tokens} {fitted.unit}s of {judged.num_fitted} documents"
     yield ""
     width = max(len("member"), *(len(member) for member in entry.members))
@@ -191,25 +187,43 @@ def report_lines(name: str, entry: ProbabilityAverage.Config, judged: JudgedFit)
         before = entry.share if isinstance(entry.share, str) else f"{entry.share:g}"
         yield f"share: {before}, fitted {fitted.share:g}"
     yield ""
-    if judged.share_seen > MAX_SHARE:
-        yield (
-            f"{judged.share_seen:.0%} of what is held back (sequences of {NUM_WORDS} words) stands in what was fitted "
-            "to, too: the gain below is no evidence of one on other text"
-        )
-    yield f"on {judged.num_held_back} documents held back, bits per byte:"
+    yield from held_back_lines(judged.share_seen, judged.num_held_back)
     yield f"  as configured  {judged.before.bits_per_byte:.4f}"
     yield f"  fitted         {judged.after.bits_per_byte:.4f}"
+    yield f"  difference     {gain(judged.difference)}"
+
+
+def held_back_lines(share_seen: float, num_held_back: int) -> Iterator[str]:
+    """What stands above figures on documents held back. `share_seen`: of them, in what was fitted to."""
+    from ensemble_server.server.compare.planning.held_out import MAX_SHARE, NUM_WORDS
+
+    if share_seen > MAX_SHARE:
+        yield (
+            f"{share_seen:.0%} of what is held back (sequences of {NUM_WORDS} words) stands in what was fitted to, "
+            "too: the gain below is no evidence of one on other text"
+        )
+    yield f"on {num_held_back} documents held back, bits per byte:"
+
+
+def gain(compared: Comparison) -> str:
+    """The difference in bits per byte, its interval, and the verdict."""
+    difference = compared.difference
     interval = "too few documents for an interval"
     if difference.interval is not None:
         interval = f"95% interval {difference.interval.low:+.4f} to {difference.interval.high:+.4f}"
-    said = verdict(
-        difference.interval,
+    return f"{difference.value:+.4f} ({interval}): {verdict_of(compared)}"
+
+
+def verdict_of(compared: Comparison) -> Verdict:
+    from ensemble_server.ensembles.comparison.verdict import verdict
+
+    return verdict(
+        compared.difference.interval,
         margin=MARGIN_BITS_PER_BYTE,
         higher_is_better=False,
-        adjusted_p_value=judged.difference.p_value,
-        smallest_p_value=judged.difference.smallest_p_value,
+        adjusted_p_value=compared.p_value,
+        smallest_p_value=compared.smallest_p_value,
     )
-    yield f"  difference     {difference.value:+.4f} ({interval}): {said}"
 
 
 def _write(config: Path, target: Path, name: str, judged: JudgedFit) -> None:

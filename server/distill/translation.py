@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -57,10 +58,13 @@ class Translation:
         self._end_id = end if isinstance(end, int) else ends[0] if ends else None
         self._bytes = spelled_vocabulary(self.student).token_bytes
         self._tree = TokenTree(self._bytes, self._end_id)
-        ids = dict(zip(self._tree.strings, self._tree.ids.tolist(), strict=True))
-        self._map = TokenMap(ids, is_near=self.align == "mined")
         for member in self.members:
             spelled_vocabulary(member)
+
+    @cached_property
+    def _map(self) -> TokenMap:
+        ids = dict(zip(self._tree.strings, self._tree.ids.tolist(), strict=True))
+        return TokenMap(ids, is_near=self.align == "mined")
 
     @property
     def key(self) -> str:

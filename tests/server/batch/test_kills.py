@@ -96,8 +96,11 @@ class Forks:
     def begin(self, output: Path) -> None:
         self._tell(f"begin {output}")
 
-    def wait_until_rows_run(self) -> None:
-        assert self._parent.stdout.readline() == "running\n"
+    def wait_until_rows_run(self) -> bool:
+        """-> whether there were rows left to run: one killed after its last row leaves only the output to be written."""
+        line = self._parent.stdout.readline()
+        assert line in ("running\n", "finished\n")
+        return line == "running\n"
 
     def kill(self) -> int:
         """-> the exit code, which is that of one that ended by itself if it did before."""
@@ -135,7 +138,7 @@ def test_twenty_processes_killed_at_random_moments_lose_nothing(job: tuple[Path,
     with forks(*job) as jobs:
         began = time.monotonic()
         jobs.begin(whole := tmp_path / "whole.jsonl")
-        jobs.wait_until_rows_run()
+        assert jobs.wait_until_rows_run()
         loading_s = time.monotonic() - began
         assert jobs.wait() == 0
         duration_s = time.monotonic() - began
@@ -144,11 +147,10 @@ def test_twenty_processes_killed_at_random_moments_lose_nothing(job: tuple[Path,
             output = tmp_path / f"killed-{num_jobs}.jsonl"
             while not output.exists():
                 jobs.begin(output)
-                if num_kills % 5:  # every fifth is killed while it loads or takes its rows in
-                    jobs.wait_until_rows_run()
-                    time.sleep(moments.uniform(0, duration_s / 4))
-                else:
+                if num_kills % 5 == 0:  # every fifth is killed while it loads or takes its rows in
                     time.sleep(moments.uniform(0, loading_s))
+                elif jobs.wait_until_rows_run():
+                    time.sleep(moments.uniform(0, duration_s / 4))
                 num_kills += jobs.kill() == -signal.SIGKILL
             assert output.read_bytes() == whole.read_bytes()
             assert spent(output) == spent(whole)

@@ -278,8 +278,11 @@ replicates:
     assert len(set(results.arms["base"].replicates["verse"].values.values())) == 1
 
 
-def stopped_once_something_is_measured(plan: Path, out: Path, by: signal.Signals) -> subprocess.Popen[bytes]:
-    """`ensemble compare` in a process of its own, sent `by` as soon as a text of an arm is on disk."""
+def stopped_once_something_is_measured(plan: Path, out: Path, by: signal.Signals) -> tuple[int, str]:
+    """`ensemble compare` in a process of its own, sent `by` as soon as a text of an arm is on disk.
+
+    -> its exit code, what it said on standard error
+    """
     command = [sys.executable, "-m", "ensemble_server", "compare", str(plan), "--out", str(out)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 240
@@ -289,15 +292,15 @@ def stopped_once_something_is_measured(plan: Path, out: Path, by: signal.Signals
         is_measured = any(b'"nats":[' in file.read_bytes() for file in (out / "arms").glob("*.json"))
     assert process.poll() is None and is_measured, "it ended before it could be stopped"
     process.send_signal(by)
-    process.wait(timeout=60)
-    return process
+    _, said = process.communicate(timeout=60)
+    return process.returncode, said.decode()
 
 
 @pytest.mark.slow
 def test_a_killed_comparison_goes_on_with_the_arm_it_was_at(tmp_path, tiny):
     plan = write_files(tmp_path, tiny)
     out = tmp_path / "out"
-    assert stopped_once_something_is_measured(plan, out, signal.SIGKILL).returncode == -signal.SIGKILL
+    assert stopped_once_something_is_measured(plan, out, signal.SIGKILL)[0] == -signal.SIGKILL
     kept = json.loads((out / "arms" / "base.json").read_bytes())["text"]
     results, heard = run(plan, out)
     again = [stage for stage in heard.measured if not stage.endswith("(null check)")]  # a figure of its own
@@ -310,9 +313,8 @@ def test_a_killed_comparison_goes_on_with_the_arm_it_was_at(tmp_path, tiny):
 @pytest.mark.slow
 def test_an_interrupted_comparison_ends_with_130_and_goes_on(tmp_path, tiny):
     plan = write_files(tmp_path, tiny)
-    process = stopped_once_something_is_measured(plan, tmp_path / "out", signal.SIGINT)
-    said = process.stderr.read().decode()
-    assert process.returncode == 130 and "the same command goes on from there" in said
+    exit_code, said = stopped_once_something_is_measured(plan, tmp_path / "out", signal.SIGINT)
+    assert exit_code == 130 and "the same command goes on from there" in said
     assert "Traceback" not in said
     results, _ = run(plan, tmp_path / "out")
     assert results.arms["mix"].error is None and set(results.arms["mix"].text) == {"verse", "mixed", "code"}

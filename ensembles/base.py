@@ -362,7 +362,8 @@ class Done:
     """Ends every successful generation.
 
     `turnout`: how many of `members` answered. `trace`: method-specific, JSON-ready, only if `explain` was asked for.
-    `vocabulary`: what distributions of members were averaged over; None where none were.
+    `vocabulary`: what distributions of members were averaged over; None where none were. `is_gated`: whether a learned
+    gate moved the weights of that average.
     """
 
     usage: Usage
@@ -371,6 +372,7 @@ class Done:
     turnout: int
     trace: Mapping[str, Any] | None = None
     vocabulary: AveragedOver | None = None
+    is_gated: bool = False
 
 
 Event = PromptScored | Delta | Done

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ensemble_server.ensembles.base import AveragedOver
+from ensemble_server.ensembles.base import AveragedOver, Gate
 from ensemble_server.ensembles.errors import ModelLoadError
 from ensemble_server.ensembles.method import MethodConfig
 from ensemble_server.server.config.blocks import Config, EngineConfig, HostedModel, ModelEntry, RemoteModel
@@ -89,7 +89,7 @@ def _item(name: str, model: ModelEntry, config: Config, rehearsal: Rehearsal) ->
         for key in type(model).model_fields
         if key in model.model_fields_set and key not in _SHOWN_ELSEWHERE
     }
-    settings = {key: value.model_dump() if isinstance(value, BaseModel) else value for key, value in settings.items()}
+    settings = {key: _setting(value) for key, value in settings.items()}
     view = rehearsal.files.views.get(name)
     size = None
     if view is not None and isinstance(model, HostedModel):
@@ -99,6 +99,13 @@ def _item(name: str, model: ModelEntry, config: Config, rehearsal: Rehearsal) ->
             size = None
     over = rehearsal.averaged_over.get(name)
     return Item(name, kind, model.listed, made_of, settings, size, view and view.vocab_size, over)
+
+
+def _setting(value: Any) -> Any:
+    """Of a gate, that there is one: what it has learnt are numbers that nobody reads here."""
+    if isinstance(value, Gate):
+        return True
+    return value.model_dump() if isinstance(value, BaseModel) else value
 
 
 def _size(name: str, model: HostedModel, config: Config, rehearsal: Rehearsal) -> Size:

@@ -103,12 +103,12 @@ def fit_gate(
         x / feature_scale[:, None, None], (z - mean[:, None, None]) / scale[:, None, None], log_posterior, logprobs
     )
     parameters = np.zeros(len(x) + z.shape[0] * z.shape[1])
-    posterior_nats = design.chosen(is_trained).loss(parameters, 0.0)[0]
-    judged = np.zeros(len(penalties))
+    posterior_nats, judged = 0.0, np.zeros(len(penalties))
     for number in numbers:
         judge = design.chosen(folds == number)
         trained = design.chosen(is_trained & (folds != number))
         part = np.mean(folds[is_trained] == number)
+        posterior_nats += part * judge.loss(parameters, 0.0)[0]  # summed alike: what is equal is no rounding better
         judged += [part * judge.loss(found, 0.0)[0] for found in _trained(trained, penalties)]
     nats, penalty = posterior_nats, None
     if judged.min() < posterior_nats:

@@ -98,4 +98,6 @@ def _ensemble(model: Method) -> ModelEnsemble:
         shown["pool"], shown["share"] = pool, getattr(model.config, "share", 0.0)
     if isinstance(when := getattr(model.config, "when", None), When):
         shown["when"] = when.model_dump(exclude_none=True)
+    if getattr(model.config, "gate", None) is not None:
+        shown["gate"] = True
     return shown

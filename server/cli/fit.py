@@ -107,6 +107,13 @@ def fit(
         trained = asyncio.run(_judged(fit_and_judge_gate, loaded, name, texts, settings))
         for line in gate_lines(name, trained):
             typer.echo(line)
+        if target is not None and trained.fit.penalty is None:
+            typer.echo(
+                "a gate that learnt nothing only costs time, so nothing is written: fit the share without --gate, or "
+                "give more text",
+                err=True,
+            )
+            raise typer.Exit(1)
         if target is not None:
             typer.echo(f"wrote {write_gate(config, target, name, trained)} and {target}")
         return

@@ -25,7 +25,7 @@ def gate_lines(name: str, judged: JudgedGate) -> Iterator[str]:
             f"{fit.posterior_nats:.4f}"
         )
     else:
-        yield "cross-validation found no gate that is better than none: this one is the posterior pool itself"
+        yield "cross-validation found no gate that is better than none: below it is the posterior pool itself"
     yield ""
     yield from held_back_lines(judged.share_seen, judged.num_held_back)
     rows = {f"{member} alone": scores for member, scores in judged.alone.items()}

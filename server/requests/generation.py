@@ -340,6 +340,8 @@ class Generations:
         }
         if done[0].vocabulary is not None:
             shown["vocabulary"] = done[0].vocabulary
+        if done[0].is_gated:
+            shown["gate"] = True
         traces = [one.trace for one in done]
         if any(trace is not None for trace in traces):
             shown["trace"] = traces[0] if len(traces) == 1 else traces

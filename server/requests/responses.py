@@ -37,7 +37,8 @@ class MemberUsageObject(TypedDict):
 class EnsembleObject(TypedDict):
     """Who answered. `turnout`: how many of `members` did. `trace` is there if `explain` was asked for.
 
-    `vocabulary`: what the members' distributions were averaged over, `tokens` or `bytes`, where they were.
+    `vocabulary`: what the members' distributions were averaged over, `tokens` or `bytes`, where they were. `gate` is
+    there if a learned one moved the weights.
     """
 
     method: str
@@ -45,6 +46,7 @@ class EnsembleObject(TypedDict):
     turnout: int
     usage: dict[str, MemberUsageObject]
     vocabulary: NotRequired[Literal["tokens", "bytes"]]
+    gate: NotRequired[Literal[True]]
     trace: NotRequired[Any]
 
 
@@ -165,7 +167,8 @@ class Completion(TypedDict):
 
 class ModelEnsemble(TypedDict):
     """What the config says: a weight per member and, where the method has them, how they are pooled. `overrides`: the
-    keys of a request's `ensemble` object that the method honours, besides `explain`."""
+    keys of a request's `ensemble` object that the method honours, besides `explain`. `gate` is there if there is a
+    learned one; requests with weights, a pool or a share of their own are answered without it."""
 
     method: str
     members: list[str]
@@ -173,6 +176,7 @@ class ModelEnsemble(TypedDict):
     pool: NotRequired[str]
     share: NotRequired[float]
     when: NotRequired[dict[str, float]]
+    gate: NotRequired[Literal[True]]
     overrides: list[str]
 
 

@@ -212,7 +212,8 @@ class Generation(Job):
         done = usage.done(self._method, num_read, self._num_generated, self._num_reasoning)
         if self._is_selective:
             done = usage.with_joint(done, self.mixture.main, self._num_joint)
-        return replace(done, trace=self._trace())
+        is_gated = self.mixture.gate is not None and len(self.members) > 1
+        return replace(done, trace=self._trace(), is_gated=is_gated)
 
     @property
     def _is_selective(self) -> bool:

@@ -5,8 +5,11 @@ from openai.types import Model
 from pydantic import TypeAdapter
 
 from ensemble_server.ensembles.method import Method, MethodConfig, Services
+from ensemble_server.server.config.gates import identity
+from ensemble_server.server.config.loading import parse_config
 from ensemble_server.server.engines.scripted_engine import Script, ScriptedModel
 from ensemble_server.server.requests import responses
+from tests.gates import a_gate
 from tests.server.api.conftest import CHAT, HELLO, asgi_client
 from tests.server.api.houses import open_house
 
@@ -137,3 +140,25 @@ async def test_a_probability_average_shows_what_it_is_made_of_and_what_a_request
     }
     assert "samples" in shown["crowd"]["ensemble"]["overrides"]
     assert "pool" not in shown["crowd"]["ensemble"]
+
+
+async def test_a_learned_gate_is_shown_by_its_model_and_by_the_answers_that_it_moved(tmp_path, tiny):
+    models = {
+        "base": {"path": str(tiny["llama"])},
+        "red": {"base": "base", "adapter": str(tiny["red"])},
+        "mix": {"method": "probability_average", "members": ["base", "red"], "pool": "posterior"},
+    }
+    entries = parse_config({"models": models}, source=tmp_path / "config.yaml").models
+    named = {name: identity(entries, name, tmp_path) for name in ("base", "red")}
+    models["gated"] = models["mix"] | {"gate": a_gate({"base": 1, "red": 1}, 0.0, identities=named).model_dump()}
+    async with open_house("transformers", models, tmp_path) as house:
+        listed = (await house.client.get("/v1/models")).json()
+        shown = {model["id"]: model.get("ensemble", {}) for model in listed["data"]}
+        answered = {
+            "gated": await house.chat("gated", max_tokens=1),
+            "mix": await house.chat("mix", max_tokens=1),
+            "its own share": await house.chat("gated", max_tokens=1, ensemble={"share": 0.1}),
+        }
+    LIST.validate_python(listed)
+    assert [name for name, ensemble in shown.items() if ensemble.get("gate")] == ["gated"]
+    assert [name for name, answer in answered.items() if answer["ensemble"].get("gate")] == ["gated"]

@@ -97,7 +97,7 @@ class Forks:
         self._tell(f"begin {output}")
 
     def wait_until_rows_run(self) -> bool:
-        """-> whether there were rows left to run: one killed after its last row leaves only the output to be written."""
+        """-> whether there were rows left to run: a job killed after its last row has only its output to write."""
         line = self._parent.stdout.readline()
         assert line in ("running\n", "finished\n")
         return line == "running\n"

@@ -137,6 +137,19 @@ def test_a_gate_is_trained_judged_and_written_beside_the_config(gated: Path) -> 
     assert new != old
 
 
+def test_a_gate_that_learnt_nothing_is_not_written(config: Path, tiny: dict[str, Path]) -> None:
+    """Two members that are one: nothing tells whom to believe."""
+    config.write_text(config.read_text().replace(f"adapter: {tiny['red']}", "system_prompt: Be brief."))
+    out, before = config.with_name("new.yaml"), set(config.parent.iterdir())
+    said = run(config, "adaptive", "--gate")
+    assert said.exit_code == 0, said.output
+    assert "no gate that is better than none" in said.output
+    result = run(config, "adaptive", "--gate", "--out", str(out))
+    assert result.exit_code == 1
+    assert "nothing is written: fit the share without --gate" in result.output
+    assert set(config.parent.iterdir()) == before
+
+
 def test_a_pool_with_a_gate_has_no_share_to_fit(gated: Path) -> None:
     result = run(gated, "adaptive")
     assert result.exit_code == 1

@@ -11,9 +11,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from ensemble_server.server.cli.model_table import print_table
+from ensemble_server.server.config.gates import identity
 from ensemble_server.server.config.loading import load_config
 from ensemble_server.server.inventory import take_inventory
 from ensemble_server.server.rehearsal import rehearse
+from tests.gates import a_gate
 from tests.server.cli.conftest import Run
 from tests.server.engines.transformers_engine.vocabularies import word_piece
 
@@ -56,6 +58,17 @@ def test_each_model_is_shown_with_its_size(ensemble: Callable[..., Run], config:
     assert row(run, "asked") == ["asked", "view", "base", "system_prompt=Be brief.", "0", "0 B", "32.8 kB", "128"]
     assert row(run, "away")[:3] == ["away", "remote", "http://127.0.0.1:1/v1"]
     assert row(run, "mix")[1:4] == ["probability_average", "base, tuned x2", "pool=posterior share=0.01"]
+
+
+def test_of_a_gate_it_is_shown_that_there_is_one(ensemble: Callable[..., Run], config: Path) -> None:
+    models = load_config(config).models
+    named = {name: identity(models, name, config.parent) for name in ("base", "tuned")}
+    gate = a_gate({"base": 1, "tuned": 2}, 0.01, identities=named).model_dump(mode="json")
+    config.with_name("gate.yaml").write_text(json.dumps(gate))
+    config.write_text(config.read_text().replace("share: 0.01", "share: 0.01, gate: gate.yaml"))
+    assert row(ensemble("models", config), "mix")[3] == "pool=posterior share=0.01 gate=True"
+    shown = {model["name"]: model for model in json.loads(ensemble("models", config, "--json").out)["models"]}
+    assert shown["mix"]["settings"] == {"pool": "posterior", "share": 0.01, "gate": True}
 
 
 def test_the_cache_of_quantised_weights_is_not_quantised(ensemble: Callable[..., Run], checkpoint: Path) -> None:

@@ -5,8 +5,9 @@ aggregators and peers in an exchange read what `without_thoughts` leaves; what a
 
 A block stands between an opening and a closing marker: `<think>`, `<thinking>`, `<thought>`, `<reasoning>` and their
 like, `[THINK]` (Magistral), `◁think▷` (Kimi), `<|START_THINKING|>` (Command A), `<|begin_of_thought|>` (OpenThinker),
-`<|channel>thought` (Gemma), `<unused94>thought` (MedGemma), the channels of gpt-oss. All count as one kind of bracket,
-and blocks may nest. Chat templates often end with the opening marker, and an answer may be cut off in its thoughts, so
+`<|channel>thought` (Gemma), `<unused94>thought` (MedGemma), the channels of gpt-oss, and the sections that chat pages
+fold away, `<details type="reasoning" ...>` (Open WebUI, which folds calls of tools and code the same way). All count as
+one kind of bracket, and blocks may nest. Chat templates often end with the opening marker, and an answer may be cut off in its thoughts, so
 either end may be missing: what stands before a closing marker that nothing opened is thought, and so is all after an
 opening one that nothing closes. A marker in `backticks` is a word about markers.
 """
@@ -33,8 +34,12 @@ _MARKER = re.compile(
         | <\|end_of_(?:thought|thinking)\|>(?:\s*<\|begin_of_solution\|>)?
         | <channel\|> | <unused95> | (?-i:assistantfinal)
         | (?:<\|end\|>\s*)?(?:<\|start\|>\s*assistant\s*)?<\|channel\|>\s*final\b[^<]*<\|message\|>
-      ))(?!`)""",
+      )
+    | (?P<section><\s*details\b[^<>]*+>) | (?P<section_end><\s*/\s*details\s*>))(?!`)""",
     re.IGNORECASE | re.VERBOSE,
+)
+_FOLDED_AWAY = re.compile(
+    r"""\btype\s*=\s*["']?(?:reasoning|thinking|thoughts?|tool_calls?|code_interpreter)\b""", re.IGNORECASE
 )
 
 
@@ -50,7 +55,7 @@ def without_thoughts(text: str) -> str:
 
 def thought_spans(text: str) -> list[Span]:
     """Where the thoughts stand, markers included, in order and apart; empty for a text without any."""
-    markers = [(match.start(), match.end(), match.group("opens") is not None) for match in _MARKER.finditer(text)]
+    markers = _markers(text)
     closings = [place for place, (_, _, opens) in enumerate(markers) if not opens]
     spans: list[Span] = []
     place = 0
@@ -65,6 +70,23 @@ def thought_spans(text: str) -> list[Span]:
             is_last_word = bool(spans) and not text[end:].strip()
             spans = [*spans, (start, end)] if is_last_word else [(0, end)]
     return spans
+
+
+def _markers(text: str) -> list[tuple[int, int, bool]]:
+    """Start, end and whether it opens a block, of every marker. A section that is folded for other reasons than thought
+    is none, nor is its end, or one that nothing opened."""
+    found: list[tuple[int, int, bool]] = []
+    sections: list[bool] = []  # those that are open, and whether they are thoughts
+    for match in _MARKER.finditer(text):
+        opens = match.group("opens") is not None
+        if section := match.group("section"):
+            sections.append(opens := _FOLDED_AWAY.search(section) is not None)
+            if not opens:
+                continue
+        elif match.group("section_end") and not (sections and sections.pop()):
+            continue
+        found.append((match.start(), match.end(), opens))
+    return found
 
 
 def _closing(markers: list[tuple[int, int, bool]], place: int, last_closing: int) -> int:

@@ -48,6 +48,14 @@ from ensemble_server.ensembles.thoughts import thought_spans, without_thoughts
         "<think>99</thinking>She makes $18.",
         "<think>99</think>She makes $18.</think>",
         "She makes $18.<think>or 99? I was cut o",
+        '<details type="reasoning" done="true" duration="3">\n<summary>Thought for 3 s</summary>\n> 99\n</details>\n'
+        "She makes $18.",
+        "<DETAILS done='true' type='reasoning'><summary>Thought</summary>99</DETAILS>She makes $18.",
+        "<details type=reasoning>9 <details><summary>more</summary>9</details> 99</details>She makes $18.",
+        "<details type=reasoning><think>9</think>99</details>She makes $18.",
+        'She makes $18.<details type="reasoning" done="false">\n<summary>Thinking…</summary>\n> or 99? I was cut o',
+        '<details type="reasoning">9</details><details type="tool_calls" result="&quot;9 &lt; 99&quot;">99</details>'
+        '<details type="code_interpreter">99</details>She makes $18.',
         "<think>9</think>She makes <think>99</think>$18.",
     ],
 )
@@ -71,6 +79,9 @@ def test_thoughts_without_an_answer_leave_nothing(text: str) -> None:
         "<thinker>18</thinker>",
         "<analysis>18</analysis><think_tank>18</think_tank><unused95x>",
         "Rethink this: 18 <answer>18</answer>",
+        "<details><summary>How</summary>9 * 2 is 18</details>",
+        '<details open class="reasoning">18</details></details> and <details type="warning">18',
+        'Open WebUI writes `<details type="reasoning">` before `</details>`.',
     ],
 )
 def test_a_text_without_thoughts_stays_as_it_is(text: str) -> None:
@@ -87,7 +98,19 @@ def test_spans_are_in_order_apart_and_inside_the_text(pieces: list[str]) -> None
 
 
 @pytest.mark.parametrize(
-    "piece", ["<think>", "</think>", "<think a=", "<|channel|>analysis", "[THINK]x[/THINK]", "< ", "<a_"]
+    "piece",
+    [
+        "<think>",
+        "</think>",
+        "<think a=",
+        "<|channel|>analysis",
+        "[THINK]x[/THINK]",
+        "< ",
+        "<a_",
+        "<details ",
+        "<details type=reasoning>",
+        "<details>",
+    ],
 )
 def test_long_hostile_texts_take_no_long_time(piece: str) -> None:
     started = time.process_time()

@@ -7,9 +7,9 @@ A block stands between an opening and a closing marker: `<think>`, `<thinking>`,
 like, `[THINK]` (Magistral), `◁think▷` (Kimi), `<|START_THINKING|>` (Command A), `<|begin_of_thought|>` (OpenThinker),
 `<|channel>thought` (Gemma), `<unused94>thought` (MedGemma), the channels of gpt-oss, and the sections that chat pages
 fold away, `<details type="reasoning" ...>` (Open WebUI, which folds calls of tools and code the same way). All count as
-one kind of bracket, and blocks may nest. Chat templates often end with the opening marker, and an answer may be cut off in its thoughts, so
-either end may be missing: what stands before a closing marker that nothing opened is thought, and so is all after an
-opening one that nothing closes. A marker in `backticks` is a word about markers.
+one kind of bracket, and blocks may nest. Chat templates often end with the opening marker, and an answer may be cut off
+in its thoughts, so either end may be missing: what stands before a closing marker that nothing opened is thought, and
+so is all after an opening one that nothing closes. A marker in `backticks` is a word about markers.
 """
 
 from __future__ import annotations

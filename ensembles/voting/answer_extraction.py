@@ -23,11 +23,12 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ensemble_server.ensembles.thoughts import without_thoughts
 from ensemble_server.ensembles.voting import latex
+from ensemble_server.ensembles.voting.functions import worked_out
 from ensemble_server.ensembles.voting.numerals import Numeral, canonical, exact_value, numerals
 from ensemble_server.ensembles.voting.options import NoChoice, chosen_option, is_ruled_out, leading_option
 
@@ -68,6 +69,8 @@ _DENIED = re.compile(r"\W*not [^,;.]*?(?:,|;|\.\s)?\s*(?:but|it is|it's)\b|\W*no
 _RULED_OUT = re.compile(r"(?:\bnot|n['’]t|\binstead of|\brather than|[≠±]|!=)\s*[$€£]?\s*\Z", re.IGNORECASE)
 MAX_RULING_CHARS = 20
 MAX_POWER = 100
+_ABSOLUTE = re.compile(r"\|[-+]?(\d[\d.,/]{0,30})\|")  # blanks inside: the column of a table
+_ONLY_FACTORIAL = re.compile(r"\s*\$?\d{1,4}!{1,2}\$?\s*")
 _OPERATED = re.compile(r"(?<![A-Za-z])[xyzn]\s?[-+*/^×·]|[-+*/^×·]\s?[xyzn](?![A-Za-z])")
 _SPACED_SIGN = re.compile(r"((?:\A|[=(:≈])\s*)[-–]\s+(?=[\d.$€£])")
 
@@ -162,6 +165,7 @@ def _last_box(text: str) -> _Passage | None:
     """What stands in the last box, or between the last tags, whichever ends later; blank ones do not count."""
     boxes = [(box.end, _Passage(box.content, True)) for box in latex.boxed(text)]
     tags = [(match.end(), _Passage(match.group("content"), False)) for match in _TAGGED.finditer(text)]
+    tags = [(end, replace(tag, is_whole=_ONLY_FACTORIAL.fullmatch(tag.text) is not None)) for end, tag in tags]
     members = [
         (match.end(), _Passage(_unquoted(match.group("content")), False)) for match in _JSON_ANSWER.finditer(text)
     ]
@@ -181,8 +185,10 @@ def _unquoted(content: str) -> str:
 
 def _number_in_passage(passage: str, is_whole: bool) -> _Found:
     passage = _SPACED_SIGN.sub(r"\1-", passage)
+    passage = worked_out(passage, is_formula=is_whole)
     if is_whole:
         return _only_number(passage)
+    passage = _ABSOLUTE.sub(r"\1", passage)
     if denied := _DENIED.match(passage):
         passage = passage[denied.end() :]
     clause = _CLAUSE_END.split(passage, maxsplit=1)[0]
@@ -234,6 +240,7 @@ def _are_alternatives(part: str, found: list[Numeral]) -> bool:
 
 
 def _last_number(text: str) -> _Found:
+    text = worked_out(text, is_formula=False)
     found = list(numerals(text))
     for place, number in reversed(list(enumerate(found))):
         if place and _LIST_OF_TWO.fullmatch(text, found[place - 1].end, number.start):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from ensemble_server.ensembles.voting.functions import worked_out
 from ensemble_server.ensembles.voting.numerals import JOINED, UNKNOWN, exact_value
 
 MAX_DEPTH = 12  # of commands inside one another; what lies deeper is left as it stands
@@ -24,6 +25,7 @@ _VULGAR = {
     "⅙": "1/6", "⅚": "5/6", "⅐": "1/7", "⅛": "1/8", "⅜": "3/8", "⅝": "5/8", "⅞": "7/8", "⅑": "1/9", "⅒": "1/10",
 }  # fmt: skip
 _FRACTIONS = ("frac", "dfrac", "tfrac", "cfrac", "sfrac", "nicefrac")
+_BINOMIALS = ("binom", "dbinom", "tbinom")
 _CONTENT = re.compile(
     r"text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt|bb|cal|strut)|operatorname|[mhf]box|boxed|underline|emph|bm"
     r"|boldsymbol|ensuremath|displaystyle"
@@ -33,7 +35,9 @@ _SYMBOLS = {
     "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "ne": "≠", "neq": "≠", "approx": "≈", "implies": "⇒", "to": "→",
     "Rightarrow": "⇒", "rightarrow": "→", "therefore": "∴", "dots": "…", "ldots": "…", "cdots": "…", "quad": " ",
     "qquad": " ", "pounds": "£", "euro": "€", "yen": "¥", "percent": "%", "checkmark": "✓", "lbrace": "{",
-    "rbrace": "}", "left": "", "right": "", "big": "", "Big": "", "bigl": "", "bigr": "", "dollar": "$",
+    "rbrace": "}", "lfloor": "⌊", "rfloor": "⌋", "lceil": "⌈", "rceil": "⌉", "lvert": "|", "rvert": "|", "vert": "|",
+    "sum": UNKNOWN, "prod": UNKNOWN, "int": UNKNOWN, "iint": UNKNOWN, "oint": UNKNOWN, "lim": UNKNOWN,
+    "left": "", "right": "", "big": "", "Big": "", "bigl": "", "bigr": "", "dollar": "$",
 }  # fmt: skip
 _MARKS = {",": "\u202f", " ": "\u00a0", ";": " ", ":": " ", "!": "", "(": "", ")": "", "[": "", "]": "", "\\": "\n"}
 _NUMBER_OR_EXPONENT = re.compile(r"[-+]?\s?\d+")
@@ -148,7 +152,9 @@ class _Reader:
             return place, place + 1, place + 1
         name = _name(self._text, place, end)
         after = place + 1 + len(name)
-        for _ in range(2 if name in _FRACTIONS else int(name == "sqrt" or _CONTENT.fullmatch(name) is not None)):
+        for _ in range(
+            2 if name in (*_FRACTIONS, *_BINOMIALS) else int(name == "sqrt" or _CONTENT.fullmatch(name) is not None)
+        ):
             _, _, after = self.argument(after, end, depth, num_unbraced + 1)
         return place, after, after
 
@@ -160,6 +166,8 @@ class _Reader:
             out.append(" ")
         elif name in _FRACTIONS:
             return self._fraction(after, end, depth, out)
+        elif name in _BINOMIALS:
+            return self._binomial(after, end, depth, out)
         elif name == "sqrt":
             return self._root(after, end, depth, out)
         elif name == "overline" and re.search(r"\d\.\d*$", "".join(out[-40:])):
@@ -187,7 +195,7 @@ class _Reader:
         if all(map(_UNIT.fullmatch, sources)):
             out.append(f" {parts[0]}/{parts[1]}")
             return place
-        above, below = (exact_value(part.strip("$ ")) for part in parts)
+        above, below = (exact_value(worked_out(part.strip("$ "), is_formula=True)) for part in parts)
         if above is None or below is None:
             out.append(f"({parts[0]})/({parts[1]}){UNKNOWN}")
         elif not below:
@@ -199,6 +207,14 @@ class _Reader:
             _append_fraction(out, f"{above_text}/{below_text}")
             if self._text[place : place + 1].isdecimal():
                 out.append(JOINED)
+        return place
+
+    def _binomial(self, place: int, end: int, depth: int, out: list[str]) -> int:
+        parts = []
+        for _ in range(2):
+            first, last, place = self.argument(place, end, depth)
+            parts.append(self.read(first, last, depth + 1).strip())
+        out.append(f" C({parts[0]},{parts[1]})")
         return place
 
     def _root(self, place: int, end: int, depth: int, out: list[str]) -> int:
@@ -229,7 +245,7 @@ class _Reader:
             if self._text[after : after + 1].isdecimal():
                 out.append(JOINED)
         else:
-            out.append(f"{sign}({inner})")
+            out.append(f"{sign}({inner.replace('=', ':')})")  # the i = 1 below a sum says nothing of its value
         return after
 
 

@@ -147,6 +147,7 @@ NEGATIONS = _words(
 BETWEEN_NEGATION_AND_LETTER = _words(
     """
     think believe the answer answers is be it its it's that a an option options choice could can would correct
+    answers options choices ones letters were
     likely letter choose pick select go going with for to say necessarily out of being been clearly really
     definitely quite right simply just was as are in this case i we both either ( [ which obviously one la est
     es ist 是 选

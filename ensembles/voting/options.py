@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 from ensemble_server.ensembles.voting.option_words import (
@@ -63,9 +64,17 @@ _OPTION_LINE = re.compile(
 )
 _LABELLED = re.compile(  # an option that speaks of others: "D) Both A and B", "D (A and B are right)"
     r"[\W_]*(?:(?:option|choice|answer)\W+)?(?P<letter>[A-J])[\W_]{0,3}"
-    r"(?:[).:][\W_]{0,4}(?:(?:both|all|neither|none|either|only)\b|\(?[A-J]\)?\W{0,2}(?:and|or|&|nor)\b)"
-    r"|(?<=\s)\((?:both |neither |either )?\(?[A-J]\)?\W{0,2}(?:and|or|&|nor)\b)",
+    r"(?:[).:][\W_]{0,4}?(?:(?:both|all|neither|none|either|only)\b"
+    r"|(?P<first>\([A-J]\)|[A-J])(?!\w)[ ,]{0,2}(?:(?:and|or|nor)\b|&))"
+    r"|(?<=\s)\((?![A-J]\))(?:both |neither |either )?\(?[A-J]\)?\W{0,2}(?:and|or|&|nor)\b)",
     re.IGNORECASE,
+)
+_LISTED = re.compile(  # "A. B. and C. are", "A., B. or C.": points that end no sentence
+    r"(?<![\w.'’])\(?[A-J][.)](?:[,;]?[ \t]{1,3}(?:(?:and|or|nor|&)[ \t]{1,3})?\(?[A-J][.)])+"
+)
+_POINT_WITHIN = re.compile(  # "A. is wrong", "A.,"
+    r"(?<![\w.])(?P<letter>[A-J])\.(?=[,;:]|[ \t]+(?:is|are|was|were|isn['’]t|aren['’]t|can|cannot|can['’]t|could|does"
+    r"|doesn['’]t|do not|don['’]t|has|must|should|would|fails?|seems?|looks?|and|or|nor)\b)"
 )
 _TAKEN_BACK = re.compile(  # "(A)... no wait, (B)."
     r"\b(?:wait|actually|scratch that|correction|on second thought|i mean|sorry|rather|no(?=\W{0,3}[\s(]?[A-J]\b))\b",
@@ -150,7 +159,7 @@ class _Mention:
 
 def chosen_option(text: str) -> str | NoChoice | None:
     """The option that a text without LaTeX chooses; NO_CHOICE if it names several, None if it names none."""
-    if labelled := _LABELLED.match(text):
+    if labelled := _labelled(text):
         return labelled.group("letter").upper()
     prose, marked_right = _without_option_list(text)
     tokens = _tokens(prose)
@@ -177,13 +186,24 @@ def leading_option(text: str) -> str | NoChoice | None:
 
 def _leading(text: str) -> tuple[str | NoChoice | None, int]:
     """What `text` begins with, and where that ends."""
-    if labelled := _LABELLED.match(text):
+    if labelled := _labelled(text):
         return labelled.group("letter").upper(), labelled.end()
     tokens = _tokens(text)
     first = next(iter(_mentions(tokens, text)), None)
     if first is None or first.is_negated or any(token.word not in LEADING for token in tokens[: first.start]):
         return None, 0
     return first.choice(), tokens[first.end - 1].start + 1
+
+
+def _labelled(text: str) -> re.Match[str] | None:
+    """The option that speaks of others with which `text` begins. "(A) (B) and (C)" is a list in order."""
+    found = _LABELLED.match(text)
+    is_listed = (
+        found is not None and (found.group("first") or "").startswith("(") and text.lstrip(" *_").startswith("(")
+    )
+    if found is not None and is_listed and found.group("letter").upper() < found.group("first")[1].upper():
+        return None
+    return found
 
 
 def is_ruled_out(text: str) -> bool:
@@ -194,9 +214,32 @@ def is_ruled_out(text: str) -> bool:
 
 def _tokens(text: str) -> list[_Token]:
     """Words, numbers, marks and line ends. Quoted and emphasised letters stand in brackets, other emphasis is gone."""
+    text = _POINT_WITHIN.sub(r"\g<letter> ", _LISTED.sub(_without_points, text))
     bracketed = _QUOTED.sub(lambda match: f"({match.group('letter')})".center(len(match.group())), text)
     plain = _EMPHASIS.sub(lambda match: " " * len(match.group()), bracketed)
     return [_Token(word := match.group(), word.lower(), match.start()) for match in _TOKEN.finditer(plain)]
+
+
+def _without_points(listed: re.Match[str]) -> str:
+    """The list with commas for points, for all letters that stand in order: in "D. A. B. and C." D is none of them.
+
+    Without an "and" or a verb it is a list only to the eye: it may be sentences.
+    """
+    text, beyond = listed.group(), listed.string[listed.end() : listed.end() + 10]
+    places = [place for place, char in enumerate(text) if char in LETTERS and text[place + 1 : place + 2] in (".", ")")]
+    starts = [0, *(there for here, there in pairwise(places) if text[here] >= text[there]), len(text)]
+    return "".join(_with_commas(text[start:end], "" if end < len(text) else beyond) for start, end in pairwise(starts))
+
+
+def _with_commas(listed: str, beyond: str) -> str:
+    """ "A. B. and C." -> "A, B, and C."; `beyond`: what follows."""
+    is_in_sentence = re.match(r"[ \t]+[a-z]", beyond) is not None
+    points = [place for place, char in enumerate(listed) if char == "."]
+    if len(points) < 2 or not (is_in_sentence or re.search(r"\b(?:and|or|nor)\b|&", listed)):
+        return listed
+    last = points[-1]
+    whole = listed[:last].replace(".,", ", ").replace(".", ",")
+    return f"{whole} {listed[last + 1 :]}" if is_in_sentence else whole + listed[last:]
 
 
 def _without_option_list(text: str) -> tuple[str, str | None]:
@@ -354,8 +397,7 @@ def _is_pronoun(tokens: Sequence[_Token], place: int, before: str, after: str) -
     rest = [token.word for token in tokens[place + 1 : place + 7]]
     if not after[0].isalpha():
         if before in ("and", "as", "that"):
-            earlier = tokens[place - 2].text if place > 1 else ""
-            return earlier not in (*LETTERS, *LETTERS.lower(), ")")
+            return not _is_behind_a_letter(tokens, place - 1)
         if before in SUBJECTS_BEFORE_I and not is_named:
             earlier = [token.text for token in tokens[max(0, place - 3) : place - 1] if token.text not in ",)"]
             return before != "but" or not _LETTERS & set(earlier[-1:])  # "not B but I"
@@ -371,10 +413,23 @@ def _is_pronoun(tokens: Sequence[_Token], place: int, before: str, after: str) -
         return False
     if after in AFTER_I or _is_third_person(tokens, place + 1):
         return after in ("all", "rather", "that", "right") and not is_named
-    if before in ("and", "or") and (place < 2 or tokens[place - 2].text not in (*LETTERS, *LETTERS.lower(), ")")):
-        return True
+    if before in ("and", "or"):
+        if not _is_behind_a_letter(tokens, place - 1):
+            return True
+        if after == "are":
+            return False
+    if before in ("but", "except") and after == "are":
+        return False
     is_after_conjunction = before in ("and", "that", "so", "then", "or", "than")
     return after in FIRST_PERSON or not is_named or (is_after_conjunction and after not in AFTER)
+
+
+def _is_behind_a_letter(tokens: Sequence[_Token], place: int) -> bool:
+    """Whether the word at `place` joins to a letter: "E and", "E, and" """
+    place -= 1
+    if place > 0 and tokens[place].text == ",":
+        place -= 1
+    return place >= 0 and tokens[place].text in (*LETTERS, *LETTERS.lower(), ")")
 
 
 def _is_lower_option(tokens: Sequence[_Token], place: int, before: str, after: _Token) -> bool:
@@ -447,6 +502,8 @@ def _judged(mention: _Mention, tokens: Sequence[_Token], named: frozenset[int], 
         return replace(mention, is_asked=True, is_asserted=is_yes, is_negated=reply.group("no") is not None)
     is_negated = _is_negation(before) or _NEGATED_AFTER.match(after) is not None
     is_said = bool(before and before[-1] in ASSERTING) or _ASSERTED_AFTER.match(after) is not None
+    if is_negated and _ALL_EXCEPT.search(" ".join(before)) and _NEGATED_AFTER.match(after):
+        is_negated, is_said = False, True  # "all but C are wrong"
     is_alone = set(before) <= _TURNING and not after  # "Wait, no, B."
     return replace(
         mention,
@@ -473,7 +530,24 @@ def _is_conceded(tokens: Sequence[_Token], place: int) -> bool:
 _CONCEDING = frozenset(("although", "though", "while", "whilst", "whereas"))
 
 
-_LIKEWISE = (["so", "is"], ["so", "are"], ["so", "does"], ["neither", "is"], ["nor", "is"], ["neither", "does"])
+_LIKEWISE = [
+    [word, verb]
+    for word, verbs in {
+        "so": "is are does do",
+        "as": "is are does do",
+        "neither": "is are does",
+        "nor": "is are",
+    }.items()
+    for verb in verbs.split()
+]
+_ALL_EXCEPT = re.compile(
+    r"(?:\A|\b(?:all|every|everything|each|any|options|choices|answers|others|them|one|option|choice|answer) )"
+    r"(?:except|excluding|apart from|aside from|other than|save|bar)(?: for)?\Z"
+)
+_HEADED_WRONG = re.compile(  # "Wrong: A, B."
+    r"\A(?:the )?(?:wrong|incorrect|false|eliminated|excluded|rejected|discarded|ruled out|not)"
+    r"(?: (?:options?|choices?|answers?|ones?|letters?))? :\Z"
+)
 
 
 def _clause_before(tokens: Sequence[_Token], place: int) -> list[str]:
@@ -501,6 +575,8 @@ _BEFORE_NAMES = frozenset(("(", "[", "option", "choice", "letter", "the", "answe
 
 def _is_negation(before: Sequence[str]) -> bool:
     """Whether a clause that begins with these words rules out what it says next."""
+    if _HEADED_WRONG.match(" ".join(before)):
+        return True
     for distance, word in enumerate(reversed(before)):
         earlier = before[: len(before) - distance - 1]
         if word in ("over", "no"):  # "no C"; but "there is no doubt that it is C"

@@ -805,6 +805,9 @@ def test_a_text_that_names_no_option_or_several_abstains(text: str) -> None:
         ("不是A，是B", "B"),
         ("答案不是A，而是B。", "B"),
         ("选 A 不选 B", "A"),
+        ("D. A. B. and C. are wrong.", "D"),
+        ("D. A and B", "D"),
+        ("(D) (A) and (B)", "D"),
     ],
 )
 def test_what_is_said_of_the_letters_decides(text: str, expected: str | None) -> None:
@@ -834,6 +837,67 @@ def test_every_letter_is_chosen_beside_every_other(phrasing: str) -> None:
         others = ["ABCDEFGHIJ"[(shift + step) % 10] for step in (3, 5)]
         text = phrasing.translate(places).translate({1: letter, 2: others[0], 3: others[1]})
         assert extract(text, "choice") == letter, text
+
+
+@pytest.mark.parametrize(
+    "phrasing",
+    [
+        "U. V. and W. are wrong; X.",
+        "U., V. and W. are wrong; X.",
+        "U, V, and W are wrong; X.",
+        "(U), (V), and (W) are wrong; (X).",
+        "(U) (V) and (W) are wrong; (X).",
+        "U) V) and W) are wrong, so X)",
+        "U. V. W. are all wrong. X.",
+        "Options U. V. and W. are wrong; X.",
+        "U. and V. are incorrect. X.",
+        "U and V are incorrect, so X",
+        "U/V are incorrect; X",
+        "not U, not V but X",
+        "Not U. Not V. X.",
+        "Not U, V, or W. X.",
+        "Rule out U. X.",
+        "I rule out U and V. X is left.",
+        "Ruling out U and V, X remains.",
+        "Excluding U. V. and W., X.",
+        "U. is wrong. V. is wrong. X. is right.",
+        "U. is wrong, X.",
+        "U is wrong, as are V and W; X.",
+        "U isn't right, nor is V, so X",
+        "It can't be U., V. or W.; X.",
+        "Wrong: U, V, W. Right: X.",
+        "Incorrect options: U, V, W\nCorrect option: X",
+        "The wrong ones are U, V and W. X.",
+        "U: no. V: no. X: yes.",
+        "X. U, V and W are wrong.",
+        "X; U. V. and W. are wrong.",
+        "X, since U. V. and W. are wrong.",
+        "All but X are wrong.",
+        "All options except X are wrong.",
+        "Everything except X is incorrect.",
+    ],
+)
+def test_every_letter_is_chosen_beside_a_list_of_wrong_ones(phrasing: str) -> None:
+    for letter in LETTERS:
+        wrong = sorted(LETTERS[(LETTERS.index(letter) + step) % 10] for step in (2, 3, 7))
+        letters = dict(zip("UVWX", (*wrong, letter), strict=True))
+        text = "".join(letters.get(piece, piece) for piece in re.split(r"\b", phrasing))
+        assert extract(text, "choice") == letter, text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A. B. and C. are wrong.",
+        "A. B. and C. are right.",
+        "A. or B. is right",
+        "All except A and B are wrong.",
+        "None except A is wrong.",
+        "Wrong: A.",
+    ],
+)
+def test_a_list_of_wrong_ones_or_of_several_right_ones_is_no_choice(text: str) -> None:
+    assert extract(text, "choice") is None
 
 
 def test_texts_of_two_voters_are_not_outvoted_for_their_letter() -> None:

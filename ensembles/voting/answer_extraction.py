@@ -19,13 +19,13 @@ Reference: Wang et al., "Self-consistency improves chain of thought reasoning", 
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ensemble_server.ensembles.surrogates import loads
 from ensemble_server.ensembles.thoughts import without_thoughts
 from ensemble_server.ensembles.voting import latex
 from ensemble_server.ensembles.voting.functions import worked_out
@@ -175,7 +175,7 @@ def _last_box(text: str) -> _Passage | None:
 
 def _unquoted(content: str) -> str:
     try:
-        return json.loads(content)
+        return loads(content)
     except ValueError:  # an escape that JSON does not know, as in LaTeX
         return content[1:-1]
 

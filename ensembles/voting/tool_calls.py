@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ensemble_server.ensembles.base import Choice, Message, ToolCall
+from ensemble_server.ensembles.surrogates import with_mended_escapes
 from ensemble_server.ensembles.thoughts import without_thoughts
 
 _PLAIN_EXPONENTS = range(-20, 21)  # of numbers that are written out
@@ -46,7 +47,9 @@ def calls_of(message: Message) -> str:
 def canonical_arguments(text: str) -> str:
     """The one spelling of a JSON value; other text stays as it is. ' {"b":1e0,"a":[]}' -> '{"a": [], "b": 1}'"""
     try:
-        value = json.loads(text or "{}", parse_float=Decimal, parse_int=Decimal, parse_constant=_no_constant)
+        value = json.loads(
+            with_mended_escapes(text) or "{}", parse_float=Decimal, parse_int=Decimal, parse_constant=_no_constant
+        )
         return _written(value)
     except (ValueError, ArithmeticError, RecursionError):
         return text.strip()

@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError, from_json
 
 from ensemble_server.ensembles.base import Message
 from ensemble_server.ensembles.errors import RequestError
+from ensemble_server.ensembles.surrogates import with_mended_escapes
 
 # What one body may hold. The first wrong item of a list ends its check: the others would only be counted.
 MAX_MESSAGES = 16_384
@@ -179,6 +180,7 @@ def checked_arguments(at: str, text: str) -> str:
     """A JSON object. What max_tokens cut off is kept as far as it goes: '{"a": "on' -> '{"a": "on"}'"""
     if not text.strip():
         return "{}"
+    text = with_mended_escapes(text)
     try:
         arguments = from_json(text)
     except ValueError as exc:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 
 from ensemble_server.ensembles.base import ToolCall
+from ensemble_server.ensembles.surrogates import loads
 from ensemble_server.server.tool_formats.reader import Ending, MarkedReader, NotACall, Reads
 
 _CALLS, _END_OF_CALLS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
@@ -91,7 +92,7 @@ class DeepSeekReader(MarkedReader):
 
 def deepseek(calls: Sequence[ToolCall]) -> str:
     written = [
-        f"{_CALL}{call.name}{_SEPARATOR}{json.dumps(json.loads(call.arguments), ensure_ascii=False)}{_END_OF_CALL}"
+        f"{_CALL}{call.name}{_SEPARATOR}{json.dumps(loads(call.arguments), ensure_ascii=False)}{_END_OF_CALL}"
         for call in calls
     ]
     return f"{_CALLS}{''.join(written)}{_END_OF_CALLS}"

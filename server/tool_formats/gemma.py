@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ensemble_server.ensembles.base import ToolCall
+from ensemble_server.ensembles.surrogates import loads
 from ensemble_server.server.tool_formats.reader import Ending, MarkedReader, NotACall, Reads
 from ensemble_server.server.tool_formats.values import typed, types_of
 
@@ -119,7 +120,7 @@ class GemmaReader(MarkedReader):
 
 
 def gemma(calls: Sequence[ToolCall]) -> str:
-    return "".join(f"<|tool_call>call:{call.name}{_written(json.loads(call.arguments))}<tool_call|>" for call in calls)
+    return "".join(f"<|tool_call>call:{call.name}{_written(loads(call.arguments))}<tool_call|>" for call in calls)
 
 
 def _written(value: Any) -> str:

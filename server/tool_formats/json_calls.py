@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ensemble_server.ensembles.base import ToolCall
+from ensemble_server.ensembles.surrogates import loads
 from ensemble_server.server.tool_formats.reader import SPACE, CallReader, MarkedReader, NotACall, Reads
 
 
@@ -105,4 +106,4 @@ def bare(calls: Sequence[ToolCall]) -> str:
 
 
 def _named(call: ToolCall, key: str = "arguments") -> Mapping[str, Any]:
-    return {"name": call.name, key: json.loads(call.arguments)}
+    return {"name": call.name, key: loads(call.arguments)}

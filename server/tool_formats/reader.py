@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from ensemble_server.ensembles.base import ToolCallDelta
+from ensemble_server.ensembles.surrogates import loads
 from ensemble_server.server.tool_formats.values import StringRepair, arguments_object, typed, types_of
 
 Piece = str | ToolCallDelta
@@ -281,7 +282,7 @@ class CallReader(ABC):
     def _json_string(self) -> Reads[str]:
         text = yield from self._json_value()
         try:
-            value = json.loads(text)
+            value = loads(text)
         except ValueError:
             raise NotACall from None
         if not isinstance(value, str):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ensemble_server.ensembles.base import ToolCall
+from ensemble_server.ensembles.surrogates import loads
 from ensemble_server.server.tool_formats.reader import Ending, MarkedReader, NotACall, Reads
 
 _AFTER_PARAMETER = ("<parameter=", "</function>", "</tool_call>", "<tool_call>")
@@ -76,7 +77,7 @@ def qwen3_coder(calls: Sequence[ToolCall]) -> str:
     written = []
     for call in calls:
         parameters = [
-            f"<parameter={key}>\n{_shown(value)}\n</parameter>\n" for key, value in json.loads(call.arguments).items()
+            f"<parameter={key}>\n{_shown(value)}\n</parameter>\n" for key, value in loads(call.arguments).items()
         ]
         written.append(f"<tool_call>\n<function={call.name}>\n{''.join(parameters)}</function>\n</tool_call>")
     return "\n".join(written)
@@ -87,7 +88,7 @@ def glm(calls: Sequence[ToolCall]) -> str:
     for call in calls:
         arguments = [
             f"<arg_key>{key}</arg_key>\n<arg_value>{_shown(value)}</arg_value>\n"
-            for key, value in json.loads(call.arguments).items()
+            for key, value in loads(call.arguments).items()
         ]
         written.append(f"<tool_call>{call.name}\n{''.join(arguments)}</tool_call>")
     return "\n".join(written)

@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ensemble_server.ensembles.surrogates import with_mended_escapes
+
 _ESCAPE = re.compile(r"""\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})""")
 _BEGUN_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
 _MAX_LITERAL_CHARS = 100_000
@@ -109,7 +111,7 @@ def _literal(text: str, types: set[str]) -> Any:
 def _valid(text: str) -> Any:
     """Raises `ValueError` for what is no JSON: for numbers that are none, too."""
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(with_mended_escapes(text), parse_constant=_no_constant)
         json.dumps(value, allow_nan=False)  # 1e999
     except RecursionError:
         raise ValueError("nested too deeply") from None

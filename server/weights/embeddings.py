@@ -20,6 +20,7 @@ import numpy as np
 
 from ensemble_server.ensembles.base import Embedder
 from ensemble_server.ensembles.errors import ModelLoadError
+from ensemble_server.ensembles.surrogates import without_halves
 from ensemble_server.server.weights.checkpoints import require_hub_copy
 from ensemble_server.server.weights.threads import in_own_thread
 
@@ -92,7 +93,7 @@ class SentenceEmbedder:
 
     def num_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each whole text, marks of begin and end included. Loads the model if it is not yet there."""
-        encodings = self._loaded.counter.encode_batch([_encodable(text) for text in texts])
+        encodings = self._loaded.counter.encode_batch([without_halves(text) for text in texts])
         return [len(encoding.ids) for encoding in encodings]
 
     @property
@@ -114,7 +115,7 @@ class SentenceEmbedder:
         place = {text: index for index, text in enumerate(dict.fromkeys(texts))}
         with self._encoding:
             vectors = model.encode(
-                [_encodable(text) for text in place],
+                [without_halves(text) for text in place],
                 batch_size=self._batch_size,
                 normalize_embeddings=True,
                 show_progress_bar=False,
@@ -164,8 +165,3 @@ def _folder_of(path: str) -> str:
         if spec is not None and spec.submodule_search_locations:
             return str(Path(spec.submodule_search_locations[0]) / folder)
     return path
-
-
-def _encodable(text: str) -> str:
-    """`text` with halves of surrogate pairs, which no tokenizer takes, replaced."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ensemble_server.ensembles.base import Message, ToolCall
 from ensemble_server.ensembles.errors import ModelLoadError, RequestError, UnsupportedError
+from ensemble_server.ensembles.surrogates import loads
 from ensemble_server.server.config.blocks import HostedModel
 from ensemble_server.server.tool_formats.formats import FORMATS, ToolFormat, ToolFormatName, format_in
 from ensemble_server.server.weights.thinking import Markers, markers_in, settings_in
@@ -261,7 +262,7 @@ def _for_template(message: Message) -> dict[str, Any]:
     copy = dict(message)
     if calls := copy.get("tool_calls"):
         copy["tool_calls"] = [
-            {**call, "function": {**call["function"], "arguments": json.loads(call["function"]["arguments"])}}
+            {**call, "function": {**call["function"], "arguments": loads(call["function"]["arguments"])}}
             for call in calls
         ]
     return copy

@@ -22,6 +22,7 @@ from typing import Any, Literal, NoReturn, get_args
 from pydantic_core import from_json
 
 from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.ensembles.surrogates import with_mended_escapes
 from ensemble_server.server.batch.source.text_files import UTF8, as_text, lines_of, opened, text_of
 
 SourceKind = Literal["jsonl", "csv", "tsv", "parquet", "folder"]
@@ -148,9 +149,10 @@ def _document_records(content: bytes, path: Path) -> Iterator[Record | BadRecord
                     raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
                 place, wants_comma = place + 1, False
             else:
+                start = place
                 value, place = decoder.raw_decode(text, place)
                 wants_comma = bool(depth)
-                yield _record(line, value)
+                yield _record(line, value) if _is_whole(text[start:place]) else BadRecord(line, _HALF)
         except (ValueError, RecursionError) as exc:
             at = line + text.count("\n", counted, exc.pos) if isinstance(exc, json.JSONDecodeError) else line
             reason = exc.msg if isinstance(exc, json.JSONDecodeError) else str(exc)
@@ -160,6 +162,13 @@ def _document_records(content: bytes, path: Path) -> Iterator[Record | BadRecord
         place = _after_blanks(text, place)
     if depth:
         raise ConfigError(f"{path}: the JSON array that it holds is not closed; the file was cut off")
+
+
+_HALF = "holds half of a UTF-16 pair (an escape such as \\ud83d without the other one)"
+
+
+def _is_whole(source: str) -> bool:
+    return with_mended_escapes(source) == source
 
 
 def _record(line: int, value: Any) -> Record | BadRecord:

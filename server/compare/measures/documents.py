@@ -7,7 +7,6 @@ crosses their borders, as if the text had not been cut. Every byte of the text i
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.ensembles.surrogates import loads
 
 MIN_DOCUMENT_BYTES = 2000
 PIECE_BYTES = 380
@@ -69,7 +69,7 @@ def _from_lines(path: Path, text: str) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = loads(line)
         except ValueError as exc:
             raise ConfigError(f"{path}, line {number}: is not JSON ({exc})") from exc
         document = row.get("text") if isinstance(row, dict) else None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ensemble_server.ensembles.errors import ConfigError, RequestError
+from ensemble_server.ensembles.surrogates import loads
 from ensemble_server.server.batch.source.template import PromptTemplate
 from ensemble_server.server.compare.measures.task_measure import Item, Metric, Task
 from ensemble_server.server.compare.measures.task_metrics import unreadable_reference
@@ -64,7 +65,7 @@ def rows_of(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = loads(line)
         except ValueError as exc:
             raise ConfigError(f"{path}, line {number}: is not JSON ({exc})") from exc
         if not isinstance(row, dict):

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from ensemble_server.ensembles.errors import ConfigError
+from ensemble_server.ensembles.surrogates import with_mended_escapes
 from ensemble_server.ensembles.voting.answer_extraction import AnswerKind, extract
 from ensemble_server.ensembles.voting.similarity import rouge_l
 
@@ -77,6 +78,7 @@ def json_value(text: str) -> str | None:
 
     'It is {"b": 1.0, "a": [2]}.' -> '{"a": [2], "b": 1}'; None where there is none.
     """
+    text = with_mended_escapes(text)
     candidates = [text.strip(), *(block.strip() for block in _FENCED.findall(text))]
     for candidate in candidates:
         try:

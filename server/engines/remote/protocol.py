@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import orjson
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
@@ -23,6 +23,9 @@ from ensemble_server.ensembles.base import (
     TokenLogprob,
 )
 from ensemble_server.ensembles.errors import UnsupportedError
+from ensemble_server.ensembles.surrogates import with_stand_ins, without_stand_ins
+
+Kind = TypeVar("Kind", bound=BaseModel)
 
 MAX_TOKENS = 10**9  # that one answer may say it used
 UNKNOWN_TOKEN_ID = -1  # OpenAI's logprobs name tokens by their text only
@@ -158,8 +161,9 @@ class Alternative(BaseModel):
     bytes: list[int] | None = None
 
     def read(self, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
-        raw = self.token.encode() if self.bytes is None else bytes(self.bytes)
-        return TokenLogprob(UNKNOWN_TOKEN_ID, self.token, raw, self.logprob, top)
+        text = without_stand_ins(self.token)
+        raw = text.encode() if self.bytes is None else bytes(self.bytes)
+        return TokenLogprob(UNKNOWN_TOKEN_ID, text, raw, self.logprob, top)
 
 
 class MemberView(BaseModel):
@@ -206,12 +210,12 @@ class Logprobs(BaseModel):
         tops = self.top_logprobs or [None] * len(tokens)
         return tuple(
             TokenLogprob(UNKNOWN_TOKEN_ID, token, token.encode(), logprob, _ranked(top or {}))
-            for token, logprob, top in zip(tokens, logprobs, tops, strict=True)
+            for token, logprob, top in zip(map(without_stand_ins, tokens), logprobs, tops, strict=True)
         )
 
 
 def _ranked(top: dict[str, float]) -> tuple[TokenLogprob, ...]:
-    ranked = sorted(top.items(), key=lambda item: -item[1])
+    ranked = sorted(((without_stand_ins(token), logprob) for token, logprob in top.items()), key=lambda item: -item[1])
     return tuple(TokenLogprob(UNKNOWN_TOKEN_ID, token, token.encode(), logprob) for token, logprob in ranked)
 
 
@@ -350,13 +354,18 @@ class Scored(BaseModel):
     usage: ChunkUsage | None = None
 
 
+def read_whole(kind: type[Kind], source: str) -> Kind:
+    """`kind` from JSON whose characters may be cut in two, of which `Secrets` make whole ones."""
+    return kind.model_validate_json(with_stand_ins(source))
+
+
 # --- errors -------------------------------------------------------------------------------------------------------
 
 
 def parse_error_body(body: bytes) -> tuple[str, str | None]:
     """What the body of an error response says, however long, and its code. A body that is no JSON is quoted."""
     try:
-        return error_message(orjson.loads(body))
+        return error_message(orjson.loads(with_stand_ins(body.decode())))
     except ValueError:
         return body.decode(errors="replace").strip(), None
 

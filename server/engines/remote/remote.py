@@ -60,6 +60,7 @@ from ensemble_server.server.engines.remote.protocol import (
     error_message,
     is_about_context,
     parse_error_body,
+    read_whole,
     request_body,
     scoring_bodies,
 )
@@ -301,7 +302,7 @@ class RemoteChat:
             ):
                 async for piece in pieces:
                     body += piece
-            return Scored.model_validate_json(bytes(body))
+            return read_whole(Scored, body.decode("utf-8-sig"))
         except TimeoutError as exc:
             reason = f"no whole answer within timeout_s = {self._config.timeout_s:g} s"
             raise MemberTimeoutError(self.name, reason) from exc
@@ -520,12 +521,12 @@ class RemoteChat:
                     if data.strip() == "[DONE]":
                         progress.is_over = True
                         return
-                    yield Chunk.model_validate_json(data)
+                    yield read_whole(Chunk, data)
         if is_stream is None:
             is_stream = _is_stream(kind, bytes(whole))
         if not is_stream:  # the remote end does not stream: the whole answer is one chunk
             progress.is_over = True
-            yield Chunk.model_validate_json(bytes(whole))
+            yield read_whole(Chunk, whole.decode("utf-8-sig"))
 
 
 def _is_stream(content_type: str, beginning: bytes) -> bool:

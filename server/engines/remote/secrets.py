@@ -15,6 +15,7 @@ from urllib.parse import quote, unquote
 import httpx
 
 from ensemble_server.ensembles.base import TokenLogprob
+from ensemble_server.ensembles.surrogates import PairJoiner, without_stand_ins
 
 BLANK = "***"
 MIN_CHARS = 4  # shorter ones would blank words; they are never shown with their URL all the same
@@ -44,7 +45,7 @@ class Secrets:
         return cls([*raw, *plain, *(quote(value, safe="") for value in plain), header], words)
 
     def blank(self, text: str) -> str:
-        return _blanked(text, self.values)
+        return _blanked(without_stand_ins(text), self.values)
 
     def stream(self) -> BlankedStream:
         return BlankedStream(self._in_answers)
@@ -54,20 +55,22 @@ class Secrets:
 
 
 class BlankedStream:
-    """Pieces of a text in, the same without secrets out. What may be the beginning of one is held back."""
+    """Pieces of a text in, the same without secrets out, and in whole characters. What may be the beginning of a secret
+    is held back."""
 
     def __init__(self, values: Sequence[str]) -> None:
         self._values = values
+        self._pairs = PairJoiner()
         self._held = ""
 
     def add(self, piece: str) -> str:
-        text = _blanked(self._held + piece, self._values)
+        text = _blanked(self._held + self._pairs.add(piece), self._values)
         num_held = max((_overlap(text, value) for value in self._values), default=0)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
 
     def flush(self) -> str:
-        held, self._held = self._held, ""
+        held, self._held = self._held + self._pairs.flush(), ""
         return held
 
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from pydantic_core import from_json
 
+from ensemble_server.ensembles.surrogates import with_mended_escapes
 from ensemble_server.server.requests.anthropic_messages.shapes import (
     BlockObject,
     MessageObject,
@@ -150,7 +151,7 @@ def _signature(thought: str) -> str:
 def _arguments(text: str) -> dict[str, Any]:
     """A call's arguments; of those that were cut off, what is there: '{"a": "on' -> {"a": "on"}"""
     try:
-        arguments = from_json(text or "{}", allow_partial="trailing-strings")
+        arguments = from_json(with_mended_escapes(text) or "{}", allow_partial="trailing-strings")
     except ValueError:
         return {}
     return arguments if isinstance(arguments, dict) else {}

@@ -460,6 +460,11 @@ def test_agreement_is_of_values_not_of_spelling() -> None:
     assert not same_answer("18", "81", "number")
 
 
+def test_half_a_character_in_an_answer_of_json_can_be_written() -> None:
+    found = extract(r'{"answer": "caf\u00e9 \ud83d"}', "text")
+    assert found == "café"
+
+
 def test_two_abstentions_do_not_agree() -> None:
     assert not same_answer("dunno", "dunno", "number")
 

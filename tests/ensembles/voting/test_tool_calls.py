@@ -57,6 +57,10 @@ def test_arguments_that_differ_stay_apart(left, right):
     assert canonical_arguments(left) != canonical_arguments(right)
 
 
+def test_half_a_character_in_arguments_can_be_written() -> None:
+    assert canonical_arguments('{"a": "\\ud83d"}') == '{"a": "\ufffd"}'
+
+
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),

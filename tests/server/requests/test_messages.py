@@ -33,6 +33,8 @@ def call(arguments):
         ('{"text": "once up', {"text": "once up"}),
         ('{"text": "a", "n": [1, 2', {"text": "a", "n": [1, 2]}),
         ('{"text": "a"}', {"text": "a"}),
+        ('{"text": "a\\ud83d"}', {"text": "a\ufffd"}),
+        ('{"text": "a\\ud83d', {"text": "a\ufffd"}),
     ],
 )
 def test_arguments_that_were_cut_off_are_read_as_far_as_they_go(sent, read):

@@ -206,6 +206,16 @@ def test_an_item_of_an_array_that_is_no_object_costs_its_own_row(tmp_path: Path)
     ]
 
 
+def test_half_a_character_costs_its_own_row(tmp_path: Path) -> None:
+    array, lines = tmp_path / "in.json", tmp_path / "in.jsonl"
+    array.write_text('[{"a": "\\ud83d"},\n{"a": "\\ud83d\\ude00"}]', encoding="utf-8")
+    lines.write_text('{"a": "\\ud83d"}\n{"a": "\\ud83d\\ude00"}\n', encoding="utf-8")
+    for file in (array, lines):
+        bad, good = read_records(file, "jsonl")
+        assert isinstance(bad, BadRecord)
+        assert good == Record(2, {"a": "\U0001f600"})
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

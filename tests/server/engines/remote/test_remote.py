@@ -321,6 +321,46 @@ async def test_calls_that_make_no_sense_are_a_members_failure(
         await collect(model, ask(tools=TOOLS))
 
 
+async def test_a_character_that_two_chunks_share_is_whole(remote_of: Callable[..., Any]) -> None:
+    model, _ = await remote_of(
+        streaming(
+            {"choices": [{"index": 0, "delta": {"reasoning": "so \ud83d"}}]},
+            {"choices": [{"index": 0, "delta": {"reasoning": "\ude00."}}]},
+            content("Hi \ud83d"),
+            content("\ude00\ude00!"),
+            content("\ud83d", finish_reason="stop"),
+            "[DONE]",
+        )
+    )
+    [choice] = (await collect(model, ASK)).choices
+    assert choice.text == "Hi \U0001f600\ufffd!\ufffd"
+    assert choice.reasoning == "so \U0001f600."
+
+
+async def test_a_character_that_two_pieces_of_a_call_share_is_whole(remote_of: Callable[..., Any]) -> None:
+    chunks = [called(piece(0, "f", '{"x": "\ud83d', "1")), called(piece(0, None, '\ude00"}'))]
+    model, _ = await remote_of(streaming(*chunks, called(finish_reason="tool_calls"), "[DONE]"))
+    [choice] = (await collect(model, ask(tools=TOOLS))).choices
+    assert choice.calls == [ToolCall("f", '{"x": "\U0001f600"}', "1")]
+
+
+async def test_half_a_character_costs_neither_an_answer_nor_a_reason(remote_of: Callable[..., Any]) -> None:
+    tokens = [{"token": "a\ud83d", "logprob": -1.0, "top_logprobs": [{"token": "\ude00", "logprob": -2.0}]}]
+    message = {"content": "a\ud83d", "tool_calls": [{"function": {"name": "f", "arguments": {"x": "\ude00"}}}]}
+    choice = {"message": message, "finish_reason": "stop", "logprobs": {"content": tokens}}
+    model, _ = await remote_of(
+        refusing(200, {"choices": [choice]}),
+        refusing(400, {"error": {"message": "no \ud83d"}}),
+        streaming({"error": {"message": "no \ud83d"}}),
+    )
+    [said] = (await collect(model, ask(tools=TOOLS, top_logprobs=1))).choices
+    assert (said.text, said.calls) == ("a\ufffd", [ToolCall("f", '{"x":"\ufffd"}')])
+    assert [(token.text, token.top[0].text) for token in said.tokens] == [("a\ufffd", "\ufffd")]
+    for _ in range(2):
+        with pytest.raises(MemberError, match="no \ufffd"):
+            await collect(model, ASK)
+
+
 async def test_a_server_that_does_not_stream_is_understood(remote_of: Callable[..., Any]) -> None:
     choice = {"index": 0, "message": {"content": "18"}, "finish_reason": "stop"}
     usage = {"prompt_tokens": 4, "completion_tokens": 1}

@@ -18,6 +18,9 @@ class Reader(Protocol):
     """A member as far as what it reads is concerned. `vocab_size`: how many ids it has weights for."""
 
     @property
+    def name(self) -> str: ...
+
+    @property
     def surface(self) -> Surface: ...
 
     @property
@@ -73,12 +76,24 @@ class RequestReader:
         return Reading(prompts, room if wanted is None else min(wanted, room))
 
 
+def check_templates(members: Sequence[Reader]) -> None:
+    """Raises `UnsupportedError` naming the first of several members that cannot read a conversation."""
+    for member in members if len(members) > 1 else ():
+        if member.surface.chat_template is None:
+            raise UnsupportedError(
+                f"member {member.name!r} has no chat template; use /v1/completions, set chat_template for it in the "
+                "config, or leave it out by weights",
+                param="messages",
+            )
+
+
 def _prompts(request: GenerationRequest, members: Sequence[Reader]) -> list[list[int]]:
     """Members with one view of text read it once."""
     if request.messages is None:
         raw = request.prompt
         token_ids = members[0].surface.encode(raw) if isinstance(raw, str) else list(raw or ())
         return [member.surface.own_ids(token_ids) for member in members]
+    check_templates(members)
     views = [
         (
             id(member.surface.tokenizer),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ensemble_server.ensembles.base import GenerationRequest
 from ensemble_server.ensembles.errors import RequestError, UnsupportedError
+from ensemble_server.server.engines.shared.reading import check_templates
 from ensemble_server.server.engines.shared.stop_strings import check_stops
 from ensemble_server.server.engines.shared.token_checks import check_ids, check_prompt
 from ensemble_server.server.engines.transformers_engine.byte_generation import ByteView
@@ -53,9 +54,11 @@ def byte_views(
 ) -> list[ByteView]:
     """The prompt in every member's tokens. `tokenizing` is held while tokenizers run.
 
-    Raises `RequestError` for a prompt without tokens or one of token ids that stand for no text.
+    Raises `RequestError` for a prompt without tokens or one of token ids that stand for no text, `UnsupportedError` for
+    a conversation that one of them cannot read.
     """
     if request.messages is not None:
+        check_templates(members)
         return [_chat_view(member, request, tokenizing) for member in members]
     raw = request.prompt
     text = raw if isinstance(raw, str) else _text_of(members[0], raw or ())

@@ -15,7 +15,7 @@ from ensemble_server.ensembles.errors import ContextLengthError, ModelLoadError,
 from ensemble_server.ensembles.spelling.given_text import Watch
 from ensemble_server.server.engines.engine import StepStats
 from ensemble_server.server.engines.shared import grammar
-from ensemble_server.server.engines.shared.reading import RequestReader
+from ensemble_server.server.engines.shared.reading import RequestReader, check_templates
 from ensemble_server.server.engines.shared.token_checks import check_ids
 from ensemble_server.server.engines.shared.tool_use import ToolUse
 from ensemble_server.server.engines.transformers_engine.byte_generation import READ_PER_PIECE, ByteGeneration
@@ -225,6 +225,7 @@ class TransformersEngine:
             if after is None:
                 readings = [begun(member, member.surface.encode(text)) for member in members]
             else:
+                check_templates(members)
                 readings = [
                     (member.surface.render(after), member.surface.encode(text, add_special_tokens=False))
                     for member in members

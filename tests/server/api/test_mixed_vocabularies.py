@@ -101,6 +101,42 @@ async def test_prompts_are_echoed_with_their_scores(house: House) -> None:
 
 
 @pytest.mark.slow
+async def test_prompts_are_echoed_before_what_follows_them_whole_and_streamed(house: House) -> None:
+    body = {"model": "mix", "prompt": PROMPT, "max_tokens": 6, "temperature": 0}
+    alone = await house.complete(**body)
+    whole = await house.complete(**body, echo=True, logprobs=0)
+    text = PROMPT + alone["choices"][0]["text"]
+    assert whole["choices"][0]["text"] == text
+    lists = whole["choices"][0]["logprobs"]
+    assert len(lists["tokens"]) == whole["usage"]["prompt_tokens"] + whole["usage"]["completion_tokens"]
+    assert lists["text_offset"] == sorted(lists["text_offset"]) and lists["text_offset"][0] == 0
+    response = await house.client.post("/v1/completions", json=body | {"echo": True, "stream": True})
+    chunks = [json.loads(event) for event in events_of(response.text) if event != "[DONE]"]
+    assert "".join(choice["text"] for chunk in chunks for choice in chunk["choices"]) == text
+
+
+@pytest.mark.slow
+async def test_several_choices_repeat_with_their_seed_and_end_at_stop_strings(house: House) -> None:
+    body = ASKED | {"model": "adaptive", "max_tokens": 8, "temperature": 1, "n": 2, "seed": 7}
+    first, again = await house.chat(**body), await house.chat(**body)
+    texts = [choice["message"]["content"] for choice in first["choices"]]
+    assert texts == [choice["message"]["content"] for choice in again["choices"]]
+    assert texts[0] != texts[1]
+    stop = texts[0][3:5]
+    (stopped, _) = (await house.chat(**body, stop=[stop]))["choices"]
+    assert stopped["message"]["content"] == texts[0][: texts[0].index(stop)]
+    assert (stopped["finish_reason"], stopped["stop_reason"]) == ("stop", stop)
+
+
+async def test_alternatives_to_tokens_of_a_prompt_are_refused_by_name(house: House) -> None:
+    for more in ({"echo": True, "logprobs": 2}, {"prompt_logprobs": 2}):
+        body = {"model": "mix", "prompt": PROMPT, "max_tokens": 1} | more
+        response = await house.client.post("/v1/completions", json=body)
+        assert response.status_code == 400
+        assert "(prompt_logprobs: 0, echo with logprobs: 0)" in response.json()["error"]["message"]
+
+
+@pytest.mark.slow
 async def test_structured_output_several_choices_and_votes(house: House) -> None:
     body = {"model": "mix", "prompt": PROMPT, "max_tokens": 30, "n": 2, "seed": 3}
     whole = await house.complete(**body, structured_outputs={"regex": "(ja|nein) ☺"})

@@ -44,6 +44,17 @@ def test_text_ids_and_conversations_become_token_ids(member: Member, surface: Su
     assert mine == surface.render(HI) and theirs == other.surface.render(HI)
 
 
+def test_of_several_members_the_one_that_cannot_read_a_conversation_is_named(member: Member, surface: Surface) -> None:
+    mute = Member("b", Surface(surface.tokenizer))
+    mute.surface.chat_template = None
+    with pytest.raises(UnsupportedError, match="member 'b' has no chat template; use /v1/completions") as refused:
+        read(ask(prompt=None, messages=HI), member, mute, limit=500)
+    assert refused.value.param == "messages"
+    with pytest.raises(UnsupportedError, match="this model has no chat template"):
+        read(ask(prompt=None, messages=HI), mute, limit=500)
+    assert read(ask(), member, mute).prompts == [[5, 6, 7]] * 2
+
+
 def test_truncation_keeps_the_end(member: Member) -> None:
     assert read(ask(truncate_prompt_tokens=2), member).prompts == [[6, 7]]
 

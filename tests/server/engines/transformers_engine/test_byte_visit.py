@@ -161,6 +161,16 @@ async def test_an_error_of_the_visitor_ends_its_own_call_alone(mixed):
     await mixed.visit_bytes(("llama", "gemma"), TEXT, Seen())
 
 
+async def test_a_member_that_cannot_read_a_conversation_is_named(mixed, families, monkeypatch):
+    monkeypatch.setattr(families.members["gemma"].surface, "chat_template", None)
+    messages = ({"role": "user", "content": "Hi"},)
+    named = pytest.raises(UnsupportedError, match="member 'gemma' has no chat template")
+    with named:
+        await collect(OnEngine(mixed, Mixture({"llama": 1, "gemma": 1})), asked(prompt=None, messages=messages))
+    with named:
+        await mixed.visit_bytes(("llama", "gemma"), TEXT, Seen(), after=messages)
+
+
 async def test_what_cannot_be_read_is_refused(mixed):
     with pytest.raises(ContextLengthError, match="its context holds 256"):
         await mixed.visit_bytes(("llama", "gemma"), "x y " * 200, Seen())

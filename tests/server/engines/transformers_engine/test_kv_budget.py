@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from ensemble_server.server.engines.transformers_engine.members import load_memb
 from ensemble_server.server.weights.devices import free_bytes
 from ensemble_server.server.weights.member_views import read_member_files
 from tests.conftest import make_model
+from tests.server.engines.transformers_engine import vocabularies
 from tests.server.engines.transformers_engine.families import Families, asked
 from tests.server.engines.transformers_engine.test_numerics import OnEngine
 from tests.thinned import first_fast
@@ -253,6 +255,52 @@ async def test_a_lattice_that_reads_more_than_it_claimed_ends_where_memory_does(
     lengths = [len(answer.choices[0].token_ids) for answer in answers]
     assert 1 <= min(lengths) < 30
     assert max(step.kv_cache_bytes for step in steps) <= bound
+
+
+@pytest.mark.slow
+async def test_branching_lattices_make_the_process_grow_by_no_more_than_the_bound(tmp_path: Path, monkeypatch) -> None:
+    """With heads so wide that caches are all that counts: 64 kB per token and member, 8 MB per block. Alternatives and
+    scored prompts want rows on copies of what was read. A quarter is the margin, for activations."""
+    wide: dict[str, Any] = {"head_dim": 512, "num_attention_heads": 8, "num_key_value_heads": 8}
+    models = {name: make_model(tmp_path / name, "qwen3", seed=seed, **wide) for seed, name in enumerate(("one", "two"))}
+    vocabularies.byte_level(models["two"])
+    blocks = {name: HostedModel(path=str(folder)) for name, folder in models.items()}
+    members = load_members(blocks, read_member_files(blocks, relative_to=Path(), max_context=256))
+    of_block = sum(GROWTH * member.backbone.kv_bytes_per_token for member in members.values())
+    assert of_block == 16 * 2**20
+    mixture, bound = Mixture({"one": 1, "two": 1}), 10 * of_block
+    process, steps, grown, refused = psutil.Process(), [], [], []
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's: what is freed stays with the process else
+    lends = Spare.lends
+
+    def asked_for(spare: Spare, num_bytes: int) -> bool:
+        is_lent = lends(spare, num_bytes)
+        refused.append(not is_lent)
+        return is_lent
+
+    def observe(step: StepStats) -> None:
+        steps.append(step)
+        if give_back is not None:
+            give_back(0)
+        grown.append(process.memory_info().rss - before)
+
+    monkeypatch.setattr(Spare, "lends", asked_for)
+    requests = [long_prompt(i, top_logprobs=8, temperature=1, seed=i, max_tokens=5) for i in range(5)]
+    requests += [long_prompt(i, prompt_logprobs=0, max_tokens=0) for i in range(5, 8)]
+    engine = TransformersEngine(members, kv_cache_bytes=bound, prefix_cache_bytes=0, on_step=observe)
+    engine.start()
+    before = 2**62
+    try:
+        await collect(OnEngine(engine, mixture), asked(max_tokens=3, top_logprobs=2))  # weights are read
+        before = process.memory_info().rss
+        grown.clear()
+        await asyncio.gather(*(collect(OnEngine(engine, mixture), one) for one in requests))
+    finally:
+        engine.stop()
+    held = max(step.kv_cache_bytes for step in steps)
+    assert 0.5 * bound < held <= bound
+    assert any(refused) and not all(refused), "some branches have memory, some have none"
+    assert max(grown) <= 1.25 * bound
 
 
 @pytest.mark.slow

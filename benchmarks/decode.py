@@ -32,13 +32,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.subjects import Subject, add_options
+from benchmarks.subjects import Subject, add_options, load_as_in_use
 from ensemble_server.ensembles.base import GenerationRequest, Mixture, Sampling
 from ensemble_server.server.config.blocks import HostedModel
 from ensemble_server.server.engines.transformers_engine.engine import TransformersEngine
-from ensemble_server.server.engines.transformers_engine.members import load_members
 from ensemble_server.server.weights.devices import resolve_device
-from ensemble_server.server.weights.member_views import read_member_files
 from ensemble_server.server.weights.threads import in_own_thread
 
 CONCURRENCIES = (1, 4, 16)
@@ -111,11 +109,7 @@ def engine_seconds(engine: TransformersEngine, mixture: Mixture, concurrency: in
 
 @contextmanager
 def engine_of(models: dict[str, HostedModel]) -> Iterator[TransformersEngine]:
-    files = read_member_files(models, relative_to=Path(), max_context=1024)
-    members = asyncio.run(in_own_thread(load_members, models, files))
-    for backbone in dict.fromkeys(member.backbone for member in members.values()):
-        for _ in backbone.halving():  # what the engine does in its spare time
-            pass
+    members = asyncio.run(in_own_thread(load_as_in_use, models, max_context=1024))
     engine = TransformersEngine(members)
     engine.start()
     try:

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 NUM_LIKELIEST = 20
@@ -102,18 +101,14 @@ class Ours:
     """The embedded engine. `weights`: as `engine.weights` in a config."""
 
     def __init__(self, *, checkpoint: str, dtype: str, device: str, weights: Any, num_streams: int) -> None:
+        from benchmarks.subjects import load_as_in_use
         from ensemble_server.ensembles.base import Mixture
         from ensemble_server.server.config.blocks import HostedModel
         from ensemble_server.server.engines.transformers_engine.engine import TransformersEngine
-        from ensemble_server.server.engines.transformers_engine.members import load_members
-        from ensemble_server.server.weights.member_views import read_member_files
         from ensemble_server.server.weights.threads import in_own_thread
 
         models = {"base": HostedModel.model_validate({"path": checkpoint, "dtype": dtype, "device": device})}
-        files = read_member_files(models, relative_to=Path(), max_context=2048)
-        members = asyncio.run(in_own_thread(load_members, models, files, weights=weights))
-        for _ in members["base"].backbone.halving():  # what the engine does in its spare time
-            pass
+        members = asyncio.run(in_own_thread(load_as_in_use, models, max_context=2048, weights=weights))
         self.mixture = Mixture({"base": 1.0})
         self.engine = TransformersEngine(
             members, max_batch=num_streams, prefill_chunk=PREFILL_CHUNK, prefix_cache_bytes=0

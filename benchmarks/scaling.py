@@ -34,15 +34,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.subjects import Subject, add_options
+from benchmarks.subjects import Subject, add_options, load_as_in_use
 from ensemble_server.ensembles.pooling import arithmetic
-from ensemble_server.server.config.blocks import HostedModel
 from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.backbone import Backbone
 from ensemble_server.server.engines.transformers_engine.kv_cache import LayerSlices, RowCache
-from ensemble_server.server.engines.transformers_engine.members import Member, load_members
-from ensemble_server.server.weights.member_views import read_member_files
+from ensemble_server.server.engines.transformers_engine.members import Member
 
+MAX_CONTEXT = 8192
 SWEEPS = {
     "rows": "rows of one member",
     "adapters": "members that are adapters of one base",
@@ -179,28 +178,20 @@ def measure(members: Sequence[Member], points: Sequence[Point], repeats: int, nu
     return records
 
 
-def loaded(models: Mapping[str, HostedModel]) -> list[Member]:
-    files = read_member_files(models, relative_to=Path(), max_context=8192)
-    members = load_members(models, files)
-    for backbone in dict.fromkeys(member.backbone for member in members.values()):
-        for _ in backbone.halving():  # what the engine does in its spare time
-            pass
-    return list(members.values())
-
-
 def members_of(subject: Subject, extent: Extent, sweeps: Sequence[str]) -> Iterator[tuple[str, list[Member]]]:
     """Each sweep with its members. All but `separate` use one base with all its adapters."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         if together := [sweep for sweep in sweeps if sweep != "separate"]:
             most = max(extent.adapters) if "adapters" in together else 1
-            members = loaded(subject.adapted(root, most))
+            members = list(load_as_in_use(subject.adapted(root, most), max_context=MAX_CONTEXT).values())
             for sweep in together:
                 yield sweep, members
             del members
             gc.collect()
         if "separate" in sweeps:
-            yield "separate", loaded(subject.separate(root, max(extent.separate)))
+            models = subject.separate(root, max(extent.separate))
+            yield "separate", list(load_as_in_use(models, max_context=MAX_CONTEXT).values())
 
 
 def ratios(record: Mapping[str, Any], first: Mapping[str, Any], clock: str) -> list[float]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ensemble_server.server.config.blocks import HostedModel
+from ensemble_server.server.engines.transformers_engine.half_weights import WeightsRule
+from ensemble_server.server.engines.transformers_engine.members import Member, load_members
 from ensemble_server.server.weights.checkpoints import resolve_checkpoint
+from ensemble_server.server.weights.member_views import read_member_files
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EXPERTS = Path(__file__).parent.parent / "experts"
@@ -62,6 +66,20 @@ class Subject:
                 write_adapter(self.checkpoint, folder, seed=index)
             models[name] = HostedModel(base="base", adapter=str(folder))
         return models
+
+
+def load_as_in_use(
+    models: Mapping[str, HostedModel], *, max_context: int, weights: WeightsRule = "exact"
+) -> dict[str, Member]:
+    """Members as an engine's spare time leaves them. What steps in another thread is slowed for good by the thread
+    that ran this, while that lives: see `in_own_thread`."""
+    members = load_members(
+        models, read_member_files(models, relative_to=Path(), max_context=max_context), weights=weights
+    )
+    for backbone in dict.fromkeys(member.backbone for member in members.values()):
+        for _ in backbone.halving():
+            pass
+    return members
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.scaling import Extent, Point, Rows, draw, loaded, measure, members_of, step, table
-from benchmarks.subjects import Subject
+from benchmarks.scaling import Extent, Point, Rows, draw, measure, members_of, step, table
+from benchmarks.subjects import Subject, load_as_in_use
 from ensemble_server.server.engines.transformers_engine.members import Member
 
 
 @pytest.fixture(scope="module")
 def members(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[Member]:
     """A base and a random adapter of it."""
-    return loaded(Subject(str(tiny["llama"]), device="cpu").adapted(tmp_path_factory.mktemp("adapters"), 2))
+    models = Subject(str(tiny["llama"]), device="cpu").adapted(tmp_path_factory.mktemp("adapters"), 2)
+    return list(load_as_in_use(models, max_context=512).values())
 
 
 def test_a_step_reads_one_token_of_each_row_and_member_and_forgets_it(members: list[Member]) -> None:

@@ -129,22 +129,22 @@ def _row_by_row(
             keys, values = span.cache.with_shared(layer, keys, values, sliding_window if is_single else None)
         queries = query[:, :, begin:end]
         mask = None
-        if is_single:
+        if is_single:  # heads that share keys stand side by side, as if they were tokens, and read them once
+            queries = queries.reshape(1, keys.shape[0], -1, queries.shape[-1])
             if sliding_window is not None:
                 keys, values = keys[:, -sliding_window:], values[:, -sliding_window:]
         elif span.start or sliding_window is not None:
             mask = span.mask(sliding_window, query.device)
-        outputs.append(
-            scaled_dot_product_attention(
-                queries,
-                keys[None],
-                values[None],
-                attn_mask=mask,
-                is_causal=mask is None and not is_single,
-                scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
+        output = scaled_dot_product_attention(
+            queries,
+            keys[None],
+            values[None],
+            attn_mask=mask,
+            is_causal=mask is None and not is_single,
+            scale=scaling,
+            enable_gqa=queries.shape[1] != keys.shape[0],
         )
+        outputs.append(output.reshape(1, query.shape[1], end - begin, -1))
         begin = end
     return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 

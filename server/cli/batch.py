@@ -16,6 +16,7 @@ import typer
 from ensemble_server.server.cli.batch_files import STDIO, InputOptions, OutputOptions
 from ensemble_server.server.cli.batch_options import RequestOptions, parsed
 from ensemble_server.server.cli.completion import model_names
+from ensemble_server.server.cli.paths import readable, text_file
 
 INTERRUPTED = 130
 INPUT, REQUESTS, OUTPUT, RUN = "What goes in", "What is asked", "What comes out", "How it runs"
@@ -26,6 +27,7 @@ def batch(
         Path,
         typer.Argument(
             metavar="INPUT",
+            callback=readable,
             help="JSONL of an OpenAI batch; with --template JSONL, CSV, TSV or Parquet of columns, or a folder of "
             "texts. - reads standard input.",
         ),
@@ -37,7 +39,10 @@ def batch(
         ),
     ],
     config: Annotated[
-        Path, typer.Option("--config", "-c", exists=True, dir_okay=False, help="The YAML file of the models.")
+        Path,
+        typer.Option(
+            "--config", "-c", exists=True, dir_okay=False, callback=text_file, help="The YAML file of the models."
+        ),
     ],
     template: Annotated[
         str | None,

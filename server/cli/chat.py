@@ -16,6 +16,7 @@ import typer
 
 from ensemble_server.server.cli.completion import model_names
 from ensemble_server.server.cli.conversation import Conversation
+from ensemble_server.server.cli.paths import check_target
 
 if TYPE_CHECKING:
     from ensemble_server.server.cli.chat_commands import Session
@@ -47,6 +48,8 @@ def chat(
     from ensemble_server.server.cli.chat_commands import Session
     from ensemble_server.server.cli.partner import partners
 
+    for target in targets:
+        check_target(target, "CONFIG|URL|MODEL")
     if message is None and not sys.stdin.isatty():
         message = sys.stdin.read().strip()
         if not message:

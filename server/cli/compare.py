@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ensemble_server.server.cli.paths import check_text, text_file
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -57,6 +59,7 @@ def compare(
             "--init",
             exists=True,
             dir_okay=False,
+            callback=text_file,
             metavar="CONFIG",
             help="Write a plan for this config, to be filled in; by default compare.yaml beside it.",
         ),
@@ -81,7 +84,9 @@ def compare(
 
         init_plan(init, plan or init.parent / "compare.yaml")
         return
-    if plan is None or not plan.is_file():
+    if plan is not None:
+        check_text(plan, "PLAN")
+    if plan is None or not plan.exists():
         what = "give a plan" if plan is None else f"there is no file {plan}"
         raise typer.BadParameter(f"{what}; `ensemble compare --init CONFIG` writes one", param_hint="PLAN")
     if out is None and not dry_run:

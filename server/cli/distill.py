@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ensemble_server.server.cli.completion import ensemble_names, model_names
+from ensemble_server.server.cli.paths import text_file
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -27,7 +28,9 @@ SECONDS_BETWEEN_LINES = 10
 
 
 def distill(
-    config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The YAML file.", metavar="CONFIG")],
+    config: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, callback=text_file, help="The YAML file.", metavar="CONFIG")
+    ],
     ensemble: Annotated[
         str,
         typer.Argument(
@@ -44,17 +47,25 @@ def distill(
     ],
     more: Annotated[
         list[Path] | None,
-        typer.Argument(exists=True, dir_okay=False, metavar="[TEXT]...", help="More files, as in --text A B C."),
+        typer.Argument(
+            exists=True, dir_okay=False, callback=text_file, metavar="[TEXT]...", help="More files, as in --text A B C."
+        ),
     ] = None,
     text: Annotated[
         list[Path] | None,
-        typer.Option(exists=True, dir_okay=False, help="What both read: plain, or .jsonl with {text} in each line."),
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            callback=text_file,
+            help="What both read: plain, or .jsonl with {text} in each line.",
+        ),
     ] = None,
     chat: Annotated[
         list[Path] | None,
         typer.Option(
             exists=True,
             dir_okay=False,
+            callback=text_file,
             metavar="PROMPTS.jsonl",
             help="Prompts, {messages} or {prompt} in each line; what the ensemble answers is taught. "
             "May be given several times, and beside --text.",
@@ -67,7 +78,12 @@ def distill(
     ] = None,
     test: Annotated[
         list[Path] | None,
-        typer.Option(exists=True, dir_okay=False, help="A text to be measured on: refused if it is trained on."),
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            callback=text_file,
+            help="A text to be measured on: refused if it is trained on.",
+        ),
     ] = None,
     target: Annotated[
         Literal["mixture", "min_ce", "avg_ce"] | None,

@@ -8,10 +8,13 @@ from typing import Annotated
 import typer
 
 from ensemble_server.server.cli.completion import ensemble_names
+from ensemble_server.server.cli.paths import text_file
 
 
 def export(
-    config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The YAML file.", metavar="CONFIG")],
+    config: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, callback=text_file, help="The YAML file.", metavar="CONFIG")
+    ],
     name: Annotated[
         str,
         typer.Argument(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from ensemble_server.server.cli.completion import ensemble_names
+from ensemble_server.server.cli.paths import text_file
 
 if TYPE_CHECKING:
     from ensemble_server.ensembles.comparison.paired import Comparison
@@ -31,15 +32,24 @@ MARGIN_BITS_PER_BYTE = 0.01  # the smallest difference that the verdict takes fo
 
 
 def fit(
-    config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The YAML file.", metavar="CONFIG")],
+    config: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, callback=text_file, help="The YAML file.", metavar="CONFIG")
+    ],
     name: Annotated[str, typer.Argument(help="A probability_average of it.", autocompletion=ensemble_names)],
     more: Annotated[
         list[Path] | None,
-        typer.Argument(exists=True, dir_okay=False, metavar="[TEXT]...", help="More files, as in --text A B C."),
+        typer.Argument(
+            exists=True, dir_okay=False, callback=text_file, metavar="[TEXT]...", help="More files, as in --text A B C."
+        ),
     ] = None,
     text: Annotated[
         list[Path] | None,
-        typer.Option(exists=True, dir_okay=False, help="Development text: plain, or .jsonl with {text} in each line."),
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            callback=text_file,
+            help="Development text: plain, or .jsonl with {text} in each line.",
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(dir_okay=False, help="Write the config with the weights here, beside CONFIG.")

@@ -7,9 +7,13 @@ from typing import Annotated
 
 import typer
 
+from ensemble_server.server.cli.paths import text_file
+
 
 def models(
-    config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The YAML file.", metavar="CONFIG")],
+    config: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, callback=text_file, help="The YAML file.", metavar="CONFIG")
+    ],
     json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes, in place of the table.")] = False,
 ) -> None:
     """Show what a config holds: kinds, members, parameters and memory. Exit code 1 if something cannot be served.

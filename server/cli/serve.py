@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ensemble_server.server.cli.paths import check_target
+
 if TYPE_CHECKING:
     from ensemble_server.server.config.blocks import Config, ServerConfig
 
@@ -45,6 +47,8 @@ def serve(
         raise typer.BadParameter("give a CONFIG, or --demo, or models", param_hint="CONFIG")
     if targets and is_config(targets[0]) and not Path(targets[0]).is_file():
         raise typer.BadParameter(f"File {targets[0]!r} does not exist.", param_hint="CONFIG")
+    for target in targets or ():
+        check_target(target)
     loaded = config_of(targets, api_key_env=api_key_env) if targets else load_demo()
     given = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     loaded = loaded.model_copy(update={"server": loaded.server.model_copy(update=given)})

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 import typer
 
 from ensemble_server.server.cli.completion import model_names
+from ensemble_server.server.cli.paths import readable
 
 if TYPE_CHECKING:
     from ensemble_server.ensembles.base import DistributionModel
@@ -26,11 +27,21 @@ if TYPE_CHECKING:
 SOME_ROWS_FAILED = 3
 
 
+def answer_files(value: list[Path] | None) -> list[Path] | None:
+    for path in value or ():
+        if str(path) != "-" and not path.exists():
+            raise typer.BadParameter(f"{path} does not exist")
+        if path.is_dir():
+            raise typer.BadParameter(f"{path} is a folder, and no file")
+    return readable(value)
+
+
 def vote(
     files: Annotated[
         list[Path] | None,
         typer.Argument(
             metavar="[CANDIDATES | SYSTEM...]",
+            callback=answer_files,
             help='JSONL of {"id", "candidates": \\[text or {"text", "weight", "system"}]}, or the output of a batch; - '
             "reads standard input. With --systems: one file per system, a text per line or JSONL of texts or of {id, "
             "text}. With --classes: outputs of classify jobs.",
@@ -51,6 +62,7 @@ def vote(
         typer.Option(
             exists=True,
             dir_okay=False,
+            callback=readable,
             help="Replay these pairwise scores: an output of --explain, or a .csv/.tsv with the columns id, candidate, "
             "reference and one for each similarity. With files of answers, those are matched by id.",
         ),
@@ -69,6 +81,7 @@ def vote(
             metavar="GOLD",
             exists=True,
             dir_okay=False,
+            callback=readable,
             help='With --answer: fit weights of the systems to JSONL of {"id", "answer"}, by cross-validation: no row '
             "is voted on with weights that its own answer was used for.",
         ),

@@ -29,8 +29,6 @@ SOME_ROWS_FAILED = 3
 
 def answer_files(value: list[Path] | None) -> list[Path] | None:
     for path in value or ():
-        if str(path) != "-" and not path.exists():
-            raise typer.BadParameter(f"{path} does not exist")
         if path.is_dir():
             raise typer.BadParameter(f"{path} is a folder, and no file")
     return readable(value)

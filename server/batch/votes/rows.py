@@ -17,7 +17,6 @@ from pydantic_core import from_json
 
 from ensemble_server.ensembles.base import Message
 from ensemble_server.ensembles.errors import RequestError
-from ensemble_server.ensembles.surrogates import with_mended_escapes
 
 RowId = str | int | float | None
 
@@ -65,8 +64,8 @@ Row = CandidateRow | BadRow
 def json_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, Any]]:
     """(number, value) of each line that is not blank; the value of one that is not JSON is a `BadRow`.
 
-    A byte order mark is no part of a line, and half of a UTF-16 pair is U+FFFD: no answer is lost for an emoji.
-    Raises `RequestError` for a file, called `name`, that holds no lines of JSON.
+    A byte order mark is no part of a line. Raises `RequestError` for a file, called `name`, that holds no lines of
+    JSON.
     """
     for number, line in enumerate(lines, start=1):
         if number == 1:
@@ -77,7 +76,7 @@ def json_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            yield number, from_json(with_mended_escapes(line.decode("utf-8")), allow_inf_nan=False)
+            yield number, from_json(line.decode("utf-8"), allow_inf_nan=False)
         except UnicodeDecodeError as exc:
             yield number, BadRow(None, number, f"is not UTF-8: byte 0x{line[exc.start]:02x} at place {exc.start + 1}")
         except ValueError as exc:

@@ -32,13 +32,13 @@ from ensemble_server.server.engines.shared.choice_text import ChoiceText, joined
 from ensemble_server.server.engines.shared.grammar import GrammarMask, byte_row
 from ensemble_server.server.engines.shared.thoughts import thought_bytes_limit, thought_stream
 from ensemble_server.server.engines.transformers_engine.attention import Span
-from ensemble_server.server.engines.transformers_engine.byte_lookahead import Lookahead, Scored
+from ensemble_server.server.engines.transformers_engine.byte_lookahead import Lookahead, Scored, told
 from ensemble_server.server.engines.transformers_engine.byte_pool import BytePool
 from ensemble_server.server.engines.transformers_engine.drawing import generator
 from ensemble_server.server.engines.transformers_engine.kv_budget import Spare
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
-from ensemble_server.server.engines.transformers_engine.speller import Speller
+from ensemble_server.server.engines.transformers_engine.speller import Speller, branched
 
 Reread = Callable[[str], list[int]]  # the answer so far -> prompt and answer in one member's tokens
 
@@ -138,8 +138,8 @@ class ByteChoice:
     def next_spans(self, spare: Spare) -> list[tuple[Member, Span]]:
         """The rows that its lattices, or copies that look ahead, want: per member none, mostly one, at most eight.
         `spare`: for those that do not stand where the member's own row does."""
-        if self._looks_ahead() is not None:
-            spans = self._ahead_spans(spare)
+        if (ahead := self._looks_ahead()) is not None:
+            spans, self._wanted = branched(self.spellers, ahead.wanted, spare)
         else:
             spans, self._wanted = [speller.next_spans(spare) for speller in self.spellers], []
         self._num_asked = list(map(len, spans))
@@ -289,17 +289,6 @@ class ByteChoice:
                 looked_at[k].append(history)
         return looked_at
 
-    def _ahead_spans(self, spare: Spare) -> list[list[Span]]:
-        """For each member rows of what copies want, one in all if there is no memory for more."""
-        looked_at = self._looked_at()
-        spans = [speller.branches(looked_at[k], spare) for k, speller in enumerate(self.spellers)]
-        self._wanted = [(k, history) for k, own in enumerate(spans) for history in looked_at[k][: len(own)]]
-        if not self._wanted:
-            k = next(k for k, histories in enumerate(looked_at) if histories)
-            history, span = self.spellers[k].rewound(looked_at[k])
-            spans[k], self._wanted = [span], [(k, history)]
-        return spans
-
     def _may_look_ahead(self) -> bool:
         """Whether alternatives are asked for, a piece may begin here, and nobody has looked ahead yet."""
         if not (self._request.top_logprobs or self._request.explain_top) or len(self._text) in self._ahead:
@@ -332,21 +321,7 @@ class ByteChoice:
             return ()
         ahead = self._ahead.get(begin)
         listed = [chosen] if ahead is None else ahead.listed(chosen, num, member)
-        vocabulary, surface = self.spellers[0].vocabulary, self.members[0].surface
-        alternatives = []
-        for one in listed:
-            if one is chosen:
-                own_id: int | None = token_id
-            elif one.data is None:  # the text ends
-                own_id = min(vocabulary.order.end_ids.tolist(), default=None)
-            else:
-                own_id = vocabulary.order.longest(one.data)
-            if own_id is None:
-                continue
-            data = surface.bytes_of(own_id) if one.data is None else one.data
-            logprob = one.logprob if member is None else one.members[member]
-            alternatives.append(TokenLogprob(own_id, data.decode(errors="replace"), data, float(logprob)))
-        return tuple(alternatives)
+        return told(listed, chosen, token_id, self.spellers[0].vocabulary, self.members[0].surface, member)
 
     # --- pieces -----------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ensemble_server.ensembles.base import Done, GenerationRequest, Mixture
+from ensemble_server.ensembles.base import Done, GenerationRequest, Mixture, TokenLogprob
 from ensemble_server.ensembles.pooling import effective_weights, following
 from ensemble_server.server.engines.shared.grammar import CompiledGrammar
 from ensemble_server.server.engines.shared.reading import Reading
@@ -19,7 +19,13 @@ from ensemble_server.server.engines.transformers_engine.attention import Span
 from ensemble_server.server.engines.transformers_engine.byte_choice import ByteChoice, Reread
 from ensemble_server.server.engines.transformers_engine.byte_prompt import BytePrompt, common_end
 from ensemble_server.server.engines.transformers_engine.generation import Choice, Generation
-from ensemble_server.server.engines.transformers_engine.given_reading import GivenReading, begun, scored_pieces
+from ensemble_server.server.engines.transformers_engine.given_alternatives import GivenAlternatives
+from ensemble_server.server.engines.transformers_engine.given_reading import (
+    GivenReading,
+    MemberReading,
+    begun,
+    scored_pieces,
+)
 from ensemble_server.server.engines.transformers_engine.kv_budget import Spare, answer_bytes
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
@@ -76,6 +82,7 @@ class ByteGeneration(Generation):
         self._tail_evidence: list[list[float]] = [[] for _ in members]
         self._num_asked: list[int] = []  # rows of each member in this step
         self._scoring: GivenReading | None = None  # of the prompt, if it was asked for
+        self._alternatives: GivenAlternatives | None = None  # to its tokens, once these are scored
         self._is_ready = False
         self._untold_restarts: Counter[str] = Counter()  # of choices that have ended
         self._counts = np.zeros((len(members), 3), dtype=np.int64)  # rows, tokens, restarts of choices that have ended
@@ -89,6 +96,8 @@ class ByteGeneration(Generation):
         yield from super().caches
         if self._scoring is not None:
             yield from self._scoring.caches
+        if self._alternatives is not None:
+            yield from self._alternatives.caches
         for speller in self._spellers:
             yield speller.cache
 
@@ -125,14 +134,23 @@ class ByteGeneration(Generation):
     def begin(self) -> None:
         self.prompt = BytePrompt(self.members, [view.head for view in self._views], self.mixture, self._prefixes)
         if self.request.prompt_logprobs is not None:
-            token_bytes = self._views[0].vocabulary.token_bytes
-            text = b"".join(token_bytes[token_id] for token_id in self.token_ids[0])
-            readings = [begun(member, ids) for member, ids in zip(self.members, self.token_ids, strict=True)]
-            self._scoring = GivenReading(self.members, readings, text)
+            self._scoring = GivenReading(self.members, self._readings, self._text)
+
+    @property
+    def _readings(self) -> list[MemberReading]:
+        return [begun(member, ids) for member, ids in zip(self.members, self.token_ids, strict=True)]
+
+    @property
+    def _text(self) -> bytes:
+        """The prompt, which is raw text if it is scored."""
+        token_bytes = self._views[0].vocabulary.token_bytes
+        return b"".join(token_bytes[token_id] for token_id in self.token_ids[0])
 
     def next_spans(self, budget: int, being_read: dict[BlockKey, bool], spare: Spare) -> list[tuple[Member, Span]]:
         if self._scoring is not None:
             return self._scoring.next_spans(budget, spare)
+        if self._alternatives is not None:
+            return self._alternatives.next_spans(spare)
         if not self.prompt.is_done:
             return super().next_spans(budget, being_read, spare)
         pairs = []
@@ -147,6 +165,9 @@ class ByteGeneration(Generation):
     def take(self, rows: Sequence[torch.Tensor]) -> None:
         if self._scoring is not None:
             self._take_scoring(rows)
+            return
+        if self._alternatives is not None:
+            self._take_alternatives(rows)
             return
         if not self.prompt.is_done:
             self._take_prompt(rows)
@@ -206,7 +227,23 @@ class ByteGeneration(Generation):
             return
         judged, self._scoring = self._scoring.judgement(), None
         view = self._views[0]
-        self.prompt.scored = scored_pieces(judged, self.mixture, view.token_ids, view.vocabulary.token_bytes)
+        pieces = scored_pieces(judged, self.mixture, view.token_ids, view.vocabulary.token_bytes)
+        if num := self.request.prompt_logprobs:
+            alternatives = GivenAlternatives(self.members, self._readings, self._text, pieces, self.mixture, num)
+            if not alternatives.is_done:
+                self._alternatives = alternatives
+                return
+        self._have_scored(pieces)
+
+    def _take_alternatives(self, rows: Sequence[torch.Tensor]) -> None:
+        assert self._alternatives is not None, "alternatives are looked for"
+        self._alternatives.take(rows)
+        if self._alternatives.is_done:
+            pieces, self._alternatives = self._alternatives.pieces, None
+            self._have_scored(pieces)
+
+    def _have_scored(self, pieces: list[TokenLogprob]) -> None:
+        self.prompt.scored = pieces
         if not self.num_choices:
             self._is_ready = True
             self._begin_answering()

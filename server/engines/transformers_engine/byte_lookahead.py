@@ -19,11 +19,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ensemble_server.ensembles.base import TokenLogprob
 from ensemble_server.ensembles.spelling import END, ROW, utf8
 from ensemble_server.ensembles.spelling.byte_order import Distribution
 from ensemble_server.ensembles.spelling.lattice import History, Lattice
 from ensemble_server.server.engines.transformers_engine.byte_pool import BytePool
 from ensemble_server.server.weights.spelled_vocabulary import SpelledVocabulary
+from ensemble_server.server.weights.tokenizer import Vocabulary
 
 PER_PLACE = 2  # candidates for each alternative that is asked for: tokens are not ranked as their bytes are
 
@@ -170,6 +172,32 @@ class Lookahead:
             if units and score.logprob > -math.inf:
                 lattices = [_fed(lattice, byte) for lattice in branch.lattices]
                 yield _Branch(data, units, lattices, pool, score.logprob, score.members)
+
+
+def told(
+    listed: Iterable[Scored],
+    chosen: Scored,
+    token_id: int,
+    vocabulary: SpelledVocabulary,
+    surface: Vocabulary,
+    member: int | None = None,
+) -> tuple[TokenLogprob, ...]:
+    """What is `listed`, as tokens of the surface; `token_id`: that of `chosen`. `member`: whose log-probabilities are
+    told; None: the pool's."""
+    alternatives = []
+    for one in listed:
+        if one is chosen:
+            own_id: int | None = token_id
+        elif one.data is None:  # the text ends
+            own_id = min(vocabulary.order.end_ids.tolist(), default=None)
+        else:
+            own_id = vocabulary.order.longest(one.data)
+        if own_id is None:
+            continue
+        data = surface.bytes_of(own_id) if one.data is None else one.data
+        logprob = one.logprob if member is None else one.members[member]
+        alternatives.append(TokenLogprob(own_id, data.decode(errors="replace"), data, float(logprob)))
+    return tuple(alternatives)
 
 
 def _expected(lattice: Lattice | None, vocabulary: SpelledVocabulary, utf8_state: int, num: int) -> dict[bytes, float]:

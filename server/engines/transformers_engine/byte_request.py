@@ -35,12 +35,6 @@ def check_request(request: GenerationRequest) -> None:
                 "over text, so there are none that all share",
                 param=name,
             )
-    if request.prompt_logprobs:
-        raise UnsupportedError(
-            "alternatives to tokens of the prompt are not told yet where members of different vocabularies are "
-            "averaged over text; ask for log-probabilities without them (prompt_logprobs: 0, echo with logprobs: 0)",
-            param="prompt_logprobs",
-        )
     if request.prompt_logprobs is not None and request.messages is not None:
         raise UnsupportedError(
             "log-probabilities of the prompt need one text for all members; each of these has its own rendering of a "

@@ -22,6 +22,23 @@ from ensemble_server.server.weights.spelled_vocabulary import SpelledVocabulary
 MAX_ROWS = 8  # of one member in one step
 
 
+def branched(
+    spellers: Sequence[Speller], wanted: Sequence[tuple[int, History]], spare: Spare
+) -> tuple[list[list[Span]], list[tuple[int, History]]]:
+    """Rows for histories that copies of lattices want, of the spellers at these places: as many as there is memory for,
+    one in any case. -> per speller, and for whom they are, in their order."""
+    histories: list[list[History]] = [[] for _ in spellers]
+    for k, history in wanted:
+        histories[k].append(history)
+    spans = [speller.branches(own, spare) for speller, own in zip(spellers, histories, strict=True)]
+    asked = [(k, history) for k, own in enumerate(spans) for history in histories[k][: len(own)]]
+    if not asked:
+        k = min(k for k, _ in wanted)
+        history, span = spellers[k].rewound(histories[k])
+        spans[k], asked = [span], [(k, history)]
+    return spans, asked
+
+
 class Speller:
     """`begin`: the tokens that `cache` has read, and that every history follows; `logprobs`: (V,), what comes next.
 

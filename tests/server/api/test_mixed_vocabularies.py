@@ -128,12 +128,14 @@ async def test_several_choices_repeat_with_their_seed_and_end_at_stop_strings(ho
     assert (stopped["finish_reason"], stopped["stop_reason"]) == ("stop", stop)
 
 
-async def test_alternatives_to_tokens_of_a_prompt_are_refused_by_name(house: House) -> None:
-    for more in ({"echo": True, "logprobs": 2}, {"prompt_logprobs": 2}):
-        body = {"model": "mix", "prompt": PROMPT, "max_tokens": 1} | more
-        response = await house.client.post("/v1/completions", json=body)
-        assert response.status_code == 400
-        assert "(prompt_logprobs: 0, echo with logprobs: 0)" in response.json()["error"]["message"]
+async def test_alternatives_to_tokens_of_a_prompt_are_told(house: House) -> None:
+    body = {"model": "mix", "prompt": "The quick", "max_tokens": 0, "echo": True, "logprobs": 2}
+    lists = (await house.complete(**body))["choices"][0]["logprobs"]
+    assert lists["top_logprobs"][0] is None
+    for token, logprob, top in list(zip(lists["tokens"], lists["token_logprobs"], lists["top_logprobs"], strict=True))[
+        1:
+    ]:
+        assert top[token] == logprob and 2 <= len(top) <= 3
 
 
 @pytest.mark.slow

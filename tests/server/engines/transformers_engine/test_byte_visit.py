@@ -16,8 +16,9 @@ from ensemble_server.ensembles.spelling import END
 from ensemble_server.ensembles.spelling.given_text import GivenText
 from ensemble_server.server.engines.transformers_engine.engine import TransformersEngine
 from ensemble_server.server.weights.spelled_vocabulary import spelled_vocabulary
-from tests.server.engines.transformers_engine.families import Families, asked
+from tests.server.engines.transformers_engine.families import Families, asked, expected_logprobs
 from tests.server.engines.transformers_engine.test_numerics import OnEngine
+from tests.thinned import first_fast
 
 TOLERANCE_NATS = 1e-3
 TEXT = "The quick 数 and\n\ncafé."
@@ -143,6 +144,58 @@ async def test_an_answer_has_the_probability_that_scoring_it_gives(mixed):
     assert found == pytest.approx(drawn, abs=0.1 * num_pieces)  # random models are sure of odd ways to spell
 
 
+@pytest.mark.parametrize("pool", first_fast(["arithmetic", "posterior"]))
+async def test_alternatives_to_pieces_of_a_prompt_have_the_probability_of_their_bytes(mixed, families, pool):
+    """At each piece against plain forwards of whole texts, at the weights that the text before it has left."""
+    mixture = Mixture({"llama": 1, "gemma": 3}, pool, 0.05 if pool == "posterior" else 0.0)
+    text = "The quick 数"
+    plain_scores = (await scored(mixed, mixture, text)).prompt.tokens
+    tokens = (await collect(OnEngine(mixed, mixture), asked(text, max_tokens=0, prompt_logprobs=3))).prompt.tokens
+    assert [(one.token_id, one.logprob) for one in tokens] == [(one.token_id, one.logprob) for one in plain_scores]
+    lattices, data = [], text.encode()
+    token_bytes = [spelled_vocabulary(families.members[name]).token_bytes for name in mixture.weights]
+    heads = [families.members[name].surface.encode(text)[:1] for name in mixture.weights]
+    begins = [len(spelled[head[0]]) for spelled, head in zip(token_bytes, heads, strict=True)]
+    begin = max(begins)
+    for name, head, first in zip(mixture.weights, heads, begins, strict=True):
+        lattices.append(families.lattice(name, head))
+        for byte in data[first:begin]:
+            lattices[-1].feed(byte)
+    at, weights, num_told = 0, np.array([0.25, 0.75]), 0
+    for token in tokens:
+        end = at + len(token.bytes)
+        if at < begin:
+            assert token.top == () and token.logprob is None
+            at = end
+            continue
+        assert 1 <= len(token.top) <= 3
+        logprobs = [one.logprob for one in token.top]
+        assert logprobs == sorted(logprobs, reverse=True)
+        for one in token.top:
+            if one.token_id == token.token_id and one.bytes == token.bytes:
+                assert one.logprob == token.logprob
+            elif one.token_id not in families.members["llama"].eos_ids:
+                expected, _ = expected_logprobs(mixture, [lattice.fork() for lattice in lattices], one.bytes, weights)
+                assert one.logprob == pytest.approx(expected.sum(), abs=TOLERANCE_NATS)
+                num_told += 1
+        _, path = expected_logprobs(mixture, lattices, data[at:end], weights)
+        evidence = [lattice.lattice.evidence for lattice in lattices]
+        weights = path[:, -1]
+        if pool == "posterior":
+            weights = posterior.update(weights, evidence, np.array([0.25, 0.75]), 0.05)
+        at = end
+    assert num_told > 10
+
+
+@pytest.mark.slow
+async def test_prompts_with_alternatives_may_be_continued(mixed):
+    mixture = Mixture({"llama": 1, "gemma": 1})
+    both = await collect(OnEngine(mixed, mixture), asked(max_tokens=4, prompt_logprobs=2, top_logprobs=2))
+    alone = await collect(OnEngine(mixed, mixture), asked(max_tokens=4, top_logprobs=2))
+    assert both.choices[0].tokens == alone.choices[0].tokens
+    assert all(token.top for token in both.prompt.tokens[1:])
+
+
 async def test_scored_prompts_may_be_continued(mixed):
     mixture = Mixture({"llama": 1, "gemma": 1})
     both = await collect(OnEngine(mixed, mixture), asked(max_tokens=4, prompt_logprobs=0))
@@ -176,7 +229,5 @@ async def test_what_cannot_be_read_is_refused(mixed):
         await mixed.visit_bytes(("llama", "gemma"), "x y " * 200, Seen())
     with pytest.raises(RequestError, match="'llama' does not read this text byte for byte"):
         await mixed.visit_bytes(("llama", "gemma"), "a <|im_end|> b", Seen())
-    with pytest.raises(UnsupportedError, match="prompt_logprobs: 0"):
-        await collect(OnEngine(mixed, Mixture({"llama": 1, "gemma": 1})), asked(prompt_logprobs=2))
     with pytest.raises(ModelLoadError):
         await mixed.visit_logprobs(("llama", "gemma"), (5, 6, 7), Seen())

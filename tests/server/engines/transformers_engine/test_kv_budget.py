@@ -214,7 +214,7 @@ async def test_branches_of_lattices_take_what_nobody_else_needs(families: Famili
         assert_alike(ours, theirs)
 
 
-@pytest.mark.parametrize("options", [{"top_logprobs": 3}, {"prompt_logprobs": 0}], ids=str)
+@pytest.mark.parametrize("options", [{"top_logprobs": 3}, {"prompt_logprobs": 0}, {"prompt_logprobs": 2}], ids=str)
 async def test_without_memory_for_branches_a_member_rewinds_its_row_for_each(mixed, monkeypatch, options) -> None:
     mixture, one = (
         Mixture({"llama": 1, "gemma": 1}),
@@ -227,6 +227,9 @@ async def test_without_memory_for_branches_a_member_rewinds_its_row_for_each(mix
     if found.prompt and expected.prompt:
         ours, theirs = ([token.logprob for token in one.tokens[1:]] for one in (found.prompt, expected.prompt))
         assert ours == pytest.approx(theirs, abs=1e-3)
+        listed, others = ([top for token in one.tokens for top in token.top] for one in (found.prompt, expected.prompt))
+        assert [top.bytes for top in listed] == [top.bytes for top in others]
+        assert [top.logprob for top in listed] == pytest.approx([top.logprob for top in others], abs=1e-3)
 
 
 def assert_alike(found: Answer, expected: Answer) -> None:

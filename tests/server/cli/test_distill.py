@@ -73,6 +73,7 @@ def test_several_files_may_follow_one_option(config: Path) -> None:
         (["--full", "--rank", "4"], "belongs to an adapter"),
         (["--held-out", "0.7"], "--held-out Input should be less than 0.5"),
         (["--target", "best"], "'best' is not one of"),
+        (["--align", "nearest"], "'nearest' is not one of"),
     ],
 )
 def test_options_that_cannot_be_are_called_wrongly(config: Path, more: list[str], message: str) -> None:
@@ -91,6 +92,17 @@ def test_text_that_will_be_measured_on_is_refused(config: Path) -> None:
     done = run(config, "--test", str(config.with_name("text.txt")))
     assert done.exit_code == 1
     assert "Train on other text than will be measured" in str(done.exception)
+
+
+def test_a_start_that_does_not_fit_is_refused_and_leaves_nothing(config: Path) -> None:
+    for more, message in {
+        ("--init", "mix"): "no weights of its own",
+        ("--init", "merge", "--rank", "1"): "`rank` is 1; give at least",
+    }.items():
+        done = run(config, *more)
+        assert done.exit_code == 1
+        assert message in str(done.exception)
+        assert not config.with_name("all").exists()
 
 
 def test_ctrl_c_says_how_it_goes_on(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

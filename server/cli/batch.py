@@ -239,6 +239,8 @@ def batch(
     url = "/v1/classify" if labels is not None and url is None else url
     if seed is not None and seeds is not None:
         raise typer.BadParameter("--seeds gives every row its seed already", param_hint="--seed")
+    if restart and extend:
+        raise typer.BadParameter("keeps answers, --restart forgets them; give one", param_hint="--extend")
     if residency == "sequential" and (time_budget is not None or per_row_max is not None):
         raise typer.BadParameter("one member after the other, rows cannot be limited one by one; use --deadline")
     limits = (deadline, time_budget, per_row_max, concurrency)

@@ -40,6 +40,8 @@ def run_job(run: BatchRun) -> int:
     is_continued = run.job_file.exists() and not run.restart
     with run.job.open_store(run.job_file, restart=run.restart, extend=run.extend) as store:
         store.bind_models(model_fingerprints(store.model_names(), run.config))
+        if store.num_let_go:
+            say(f"{store.num_let_go} answers went with rows that have changed or are gone")
         if run.retry_errors:
             say(f"{store.forget_errors()} failed rows run again")
         counts = store.counts()

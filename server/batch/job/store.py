@@ -97,6 +97,7 @@ class JobStore:
     def __init__(self, file: JobFile, identity: Identity) -> None:
         self.path = file.path
         self.identity = identity
+        self.num_let_go = 0
         self._file = file
         self._counts = self._counted()
 
@@ -182,7 +183,10 @@ class JobStore:
         """Put `rows` in the place of the job's rows, all or nothing. A row that was there before, wherever it stood,
         keeps its result: one with the same id and the same body, or one that has the same answer whoever asks.
 
-        Raises `ConfigError` if `identity` differs in more than the parts `may_change`.
+        `num_let_go` says of how many answers nothing is left. Models that no row names any more no longer bind the job.
+
+        Raises `ConfigError` if `identity` differs in more than the parts `may_change`, and if no row that has been
+        answered would be left: that is another input, and the answers are worth more than the mistake.
         """
         before = self.identity
         same = {name: part for name, part in identity.parts.items() if name not in may_change}
@@ -203,11 +207,25 @@ class JobStore:
             for row in rows:
                 db.execute(_INSERT_ROW, row_columns(row))
             db.execute(_KEEP_RESULTS)
+            num_before, num_kept = (
+                db.execute(f"SELECT count(*) FROM {table} WHERE status_code = 200").fetchone()[0]
+                for table in ("temp.answers", "results")
+            )
+            if num_before and not num_kept:
+                raise ConfigError(
+                    f"{self.path}: none of the {num_before} answers that it has belongs to a row of the input; is it"
+                    " the right one? Choose another output, or --restart to forget the answers"
+                )
+            named = {name for (name,) in db.execute("SELECT DISTINCT model FROM rows WHERE url IS NOT NULL")}
+            if None not in named:
+                bound: dict[str, str] = _get(db, "models") or {}
+                _set(db, "models", {name: fingerprint for name, fingerprint in bound.items() if name in named})
             for table in ("before", "answers"):
                 db.execute(f"DROP TABLE temp.{table}")
             _set(db, "identity", asdict(identity))
             _set(db, "is_complete", True)
         self.identity = identity
+        self.num_let_go = max(0, num_before - num_kept)
         self._counts = self._counted()
 
     def _insert(self, block: Sequence[tuple[Any, ...]]) -> None:

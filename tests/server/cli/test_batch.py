@@ -85,6 +85,8 @@ def test_only_the_models_that_rows_name_are_loaded(batch: Ensemble, config: Path
         (["--ray", "2", "--deadline", "1h"], "no limits of time"),
         (["--ray", "2", "--residency", "sequential"], "no --residency"),
         (["--temperature", "0,0"], "a value stands there twice"),
+        (["--extend", "--restart"], "keeps answers, --restart forgets them"),
+        (["--max-errors", "-1"], "Invalid value for '--max-errors'"),
     ],
 )
 def test_a_wrong_call_exits_with_2_before_anything_is_written(

@@ -214,6 +214,50 @@ def test_rows_that_name_no_model_are_counted_as_such(path: Path) -> None:
         assert store.model_names() == {None}
 
 
+def extended(store: JobStore, *rows: Row | BadRow) -> Counts:
+    store.extend([replace(row, index=index) for index, row in enumerate(rows)], Identity(), may_change=())
+    return store.counts()
+
+
+def test_an_extended_job_keeps_what_has_not_changed_wherever_it_stands(store: JobStore) -> None:
+    store.record([(0, ok("zero"))])
+    store.record([(1, ok("one"))])
+    store.record([(3, FAILED)])
+    changed = replace(ROWS[1], body={"model": "m", "prompt": "other"})
+    assert extended(store, ROWS[3], row(9), changed, ROWS[0]) == Counts(4, ok=1, failed=1)
+    assert [stored.result for stored in store.rows()] == [FAILED, None, None, ok("zero")]
+    assert store.num_let_go == 1
+
+
+def test_rows_with_one_id_and_one_body_share_the_answer_of_the_row_before(store: JobStore) -> None:
+    store.record([(0, ok("zero"))])
+    assert extended(store, ROWS[0], ROWS[1], ROWS[0]).ok == 2
+
+
+def test_an_input_of_which_nothing_was_answered_does_not_cost_the_answers(store: JobStore) -> None:
+    store.record([(0, ok("zero"))])
+    with pytest.raises(ConfigError, match="none of the 1 answers"):
+        extended(store, row(7), row(8))
+    assert [stored.row for stored in store.rows()] == ROWS
+    assert store.counts() == Counts(4, ok=1, failed=1)
+
+
+def test_rows_that_all_failed_may_all_be_changed(store: JobStore) -> None:
+    for index in (0, 1, 3):
+        store.record([(index, FAILED)])
+    assert extended(store, row(7), row(8)) == Counts(2)
+
+
+def test_a_model_that_no_row_names_any_more_does_not_bind_the_job(store: JobStore) -> None:
+    other = replace(row(5), body={"model": "n", "prompt": "x"})
+    extended(store, ROWS[0], other)
+    store.bind_models({"m": "fp_1", "n": "fp_2"})
+    store.record([(0, ok("zero"))])
+    extended(store, ROWS[0])
+    store.bind_models({"m": "fp_1"})
+    assert store.models() == {"m": "fp_1"}
+
+
 def test_an_import_that_was_interrupted_begins_anew(path: Path) -> None:
     def torn() -> Iterator[Row]:
         yield from (row(index) for index in range(600))

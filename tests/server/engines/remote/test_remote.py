@@ -540,6 +540,37 @@ async def test_a_packed_answer_is_unpacked(remote_of: Callable[..., Any]) -> Non
     assert server.connections[0].headers["accept-encoding"] == "identity"
 
 
+async def test_a_packed_answer_of_several_parts_is_whole_and_ends_where_they_end(remote_of: Callable[..., Any]) -> None:
+    choice = {"index": 0, "message": {"content": "18"}, "finish_reason": "stop"}
+    said = json.dumps({"choices": [choice]}).encode()
+    packed = gzip.compress(said[:20]) + gzip.compress(b"") + gzip.compress(said[20:]) + bytes(100)
+    model, _ = await remote_of(sending("200 OK\r\nContent-Type: application/json\r\nContent-Encoding: gzip", packed))
+    assert (await collect(model, ASK)).text == "18"
+
+
+@pytest.mark.parametrize(
+    ("status", "max_bytes", "said"),
+    [
+        ("200 OK", "MAX_STREAM_BYTES", "malformed answer: it is longer than"),
+        ("401 X", "MAX_ERROR_BYTES", "answered 401"),
+    ],
+)
+async def test_packed_parts_without_content_and_without_end_are_left(
+    remote_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, status: str, max_bytes: str, said: str
+) -> None:
+    monkeypatch.setattr(f"ensemble_server.server.engines.remote.remote.{max_bytes}", 1000)
+
+    async def behave(connection: Connection) -> None:
+        await connection.send(f"HTTP/1.1 {status}\r\nContent-Encoding: gzip\r\nConnection: close\r\n\r\n")
+        while not connection.gone.is_set():
+            await connection.send(gzip.compress(b"") * 50)
+
+    model, server = await remote_of(behave)
+    with pytest.raises(MemberError, match=said):
+        await collect(model, ASK)
+    await server.connections[0].gone.wait()
+
+
 @pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
 async def test_an_answer_that_unpacks_without_end_is_left(remote_of: Callable[..., Any], kind: str) -> None:
     model, _ = await remote_of(sending(f"200 OK\r\nContent-Type: {kind}\r\nContent-Encoding: gzip", BOMB))

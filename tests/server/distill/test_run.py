@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 
 from ensemble_server.ensembles.errors import ConfigError, UnknownModelError
 from ensemble_server.server.config.distillation import Distillation
+from ensemble_server.server.config.gates import identity
 from ensemble_server.server.config.loading import load_config
 from ensemble_server.server.distill import training
 from ensemble_server.server.distill.card import CARD_FILE, Card
 from ensemble_server.server.distill.run import distill
 from tests.conftest import SAMPLE, make_model
+from tests.gates import a_gate
 from tests.server.distill.conftest import Quiet
 
 pytestmark = pytest.mark.usefixtures("without_figures")
@@ -222,6 +224,17 @@ def test_documents_of_their_own_are_taught_and_held_out_whole(config, wanted, tm
 def test_what_cannot_be_taught_is_refused_by_name(config, wanted, tmp_path, settings, message) -> None:
     with pytest.raises(ConfigError, match=message):
         distill(config, wanted(**settings), tmp_path / "all", Quiet())
+    assert not (tmp_path / "all").exists()
+
+
+def test_an_average_with_a_gate_is_refused(config_file, config, wanted, tmp_path) -> None:
+    models = yaml.safe_load(config_file.read_text())["models"]
+    members = models["adaptive"]["members"]
+    named = {name: identity(config.models, name, config_file.parent) for name in members}
+    gate = a_gate(dict.fromkeys(members, 1), 0.01, identities=named).model_dump(mode="json")
+    config_file.write_text(yaml.safe_dump({"models": models | {"gated": models["adaptive"] | {"gate": gate}}}))
+    with pytest.raises(ConfigError, match="'gated' has `gate`"):
+        distill(load_config(config_file), wanted(ensemble="gated"), tmp_path / "all", Quiet())
     assert not (tmp_path / "all").exists()
 
 

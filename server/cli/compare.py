@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ensemble_server.server.compare.kept.results import ArmResult, Difference, Results
     from ensemble_server.server.compare.listener import Listener
     from ensemble_server.server.compare.planning.plan import Plan
+    from ensemble_server.server.config.blocks import Config
+    from ensemble_server.server.config.distillation import Distillation
 
 SOME_ARMS_FAILED = 3
 INTERRUPTED = 130
@@ -104,14 +106,15 @@ def compare(
 
 
 def _run(plan: Plan, out: Path, *, report_only: bool, csv: Path | None) -> None:
-    from ensemble_server.server.compare.run import read_items, report_again
+    from ensemble_server.server.compare.run import read_items, report_again, run_comparison
 
     try:
         if report_only:
             results = report_again(plan, out)
         else:
             with _listener() as listener:
-                results = asyncio.run(_compared(plan, out, listener))
+                compared = run_comparison(plan, out, listener, command=_command(), distiller=_distilled)
+                results = asyncio.run(compared)
     except KeyboardInterrupt:
         typer.echo(f"interrupted; what was measured is kept in {out}, the same command goes on from there", err=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -128,11 +131,12 @@ def _run(plan: Plan, out: Path, *, report_only: bool, csv: Path | None) -> None:
         raise typer.Exit(SOME_ARMS_FAILED)
 
 
-async def _compared(plan: Plan, out: Path, listener: Listener) -> Results:
-    from ensemble_server.server.compare.run import run_comparison
+def _distilled(config: Config, wanted: Distillation, say: Callable[[str], None]) -> Mapping[str, Any]:
+    """Imports what training takes where it is wanted, in the thread that it runs in: an event loop that imports for
+    seconds hears no Ctrl-C."""
     from ensemble_server.server.distill.arm import distilled_entry
 
-    return await run_comparison(plan, out, listener, command=_command(), distiller=distilled_entry)
+    return distilled_entry(config, wanted, say)
 
 
 def _command() -> str:

@@ -7,7 +7,6 @@ that arm alone.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,7 +115,7 @@ async def _taught(
 
 
 async def _merged(plan: Plan, config: Config, recipe: str | Mapping[str, Any], say: Callable[[str], None]) -> Path:
-    return await asyncio.to_thread(
+    return await in_own_thread(
         build_merge,
         Path(recipe) if isinstance(recipe, str) else recipe,
         config,

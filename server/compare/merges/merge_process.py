@@ -1,6 +1,7 @@
 """`python -m server.compare.merges.merge_process JOB`: the process that folds, merges and checks, and then ends.
 
-Says what it does in JSON lines on standard output: {"stage": ...}, at most one {"error": ...}.
+Says what it does in JSON lines on standard output: {"stage": ...}, at most one {"error": ...}. Ends when its standard
+input does, which is held open by whoever waits for the merge.
 `server.compare.merges.merging` starts it and says why a process of its own.
 """
 
@@ -9,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,11 +44,17 @@ TOKENIZER_FILES = (
 
 
 def main() -> None:
+    threading.Thread(target=_end_with_input, daemon=True).start()
     try:
         run(build_from_json(Path(sys.argv[1]).read_text(encoding="utf-8")), _say_stage)
     except EnsembleError as exc:
         print(json.dumps({"error": str(exc)}), flush=True)
         sys.exit(1)
+
+
+def _end_with_input() -> None:
+    os.read(sys.stdin.fileno(), 1)  # subtle: a read of `sys.stdin` holds a lock that the interpreter wants when it ends
+    os._exit(1)
 
 
 def _say_stage(stage: str) -> None:

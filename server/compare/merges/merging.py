@@ -222,6 +222,7 @@ def _run_in_own_process(build: Build, on_stage: OnStage) -> None:
             log.open("wb") as stderr,
             subprocess.Popen(
                 [sys.executable, "-P", "-m", "ensemble_server.server.compare.merges.merge_process", str(job)],
+                stdin=subprocess.PIPE,  # nothing is written: it closes when this process ends, and the other ends, too
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 env=environment,

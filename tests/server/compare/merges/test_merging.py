@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -244,6 +247,15 @@ def test_a_process_that_dies_is_said_to_have_died(
     monkeypatch.setattr(merging.sys, "executable", shutil.which("false"))
     with pytest.raises(ModelLoadError, match="linear merge: the process that merges ended"):
         build_merge(recipe_of("linear", "base"), demo, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_process_ends_with_whoever_waits_for_the_merge(tmp_path: Path) -> None:
+    os.mkfifo(job := tmp_path / "job.json")  # nobody writes it, so the process would wait for ever
+    command = [sys.executable, "-P", "-m", "ensemble_server.server.compare.merges.merge_process", str(job)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        process.stdin.close()
+        assert process.wait(120) == 1
 
 
 # --- what is refused ---

@@ -22,7 +22,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from ensemble_server.ensembles.surrogates import loads
@@ -164,8 +164,10 @@ def _found(text: str, kind: AnswerKind, depth: int) -> _Found:
 def _last_box(text: str) -> _Passage | None:
     """What stands in the last box, or between the last tags, whichever ends later; blank ones do not count."""
     boxes = [(box.end, _Passage(box.content, True)) for box in latex.boxed(text)]
-    tags = [(match.end(), _Passage(match.group("content"), False)) for match in _TAGGED.finditer(text)]
-    tags = [(end, replace(tag, is_whole=_ONLY_FACTORIAL.fullmatch(tag.text) is not None)) for end, tag in tags]
+    tags = [
+        (match.end(), _Passage(tag := match.group("content"), _ONLY_FACTORIAL.fullmatch(tag) is not None))
+        for match in _TAGGED.finditer(text)
+    ]
     members = [
         (match.end(), _Passage(_unquoted(match.group("content")), False)) for match in _JSON_ANSWER.finditer(text)
     ]

@@ -198,12 +198,11 @@ def _leading(text: str) -> tuple[str | NoChoice | None, int]:
 def _labelled(text: str) -> re.Match[str] | None:
     """The option that speaks of others with which `text` begins. "(A) (B) and (C)" is a list in order."""
     found = _LABELLED.match(text)
-    is_listed = (
-        found is not None and (found.group("first") or "").startswith("(") and text.lstrip(" *_").startswith("(")
-    )
-    if found is not None and is_listed and found.group("letter").upper() < found.group("first")[1].upper():
+    if found is None:
         return None
-    return found
+    first = found.group("first") or ""
+    is_listed = first.startswith("(") and text.lstrip(" *_").startswith("(")
+    return None if is_listed and found.group("letter").upper() < first[1].upper() else found
 
 
 def is_ruled_out(text: str) -> bool:

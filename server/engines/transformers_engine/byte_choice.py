@@ -38,7 +38,7 @@ from ensemble_server.server.engines.transformers_engine.drawing import generator
 from ensemble_server.server.engines.transformers_engine.kv_budget import Spare
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
-from ensemble_server.server.engines.transformers_engine.speller import Speller, branched
+from ensemble_server.server.engines.transformers_engine.speller import Speller, branched, by_speller, received
 
 Reread = Callable[[str], list[int]]  # the answer so far -> prompt and answer in one member's tokens
 
@@ -150,15 +150,7 @@ class ByteChoice:
         """The results of `next_spans`: (1, V) each. Draws bytes until a forward is wanted again, or the choice ends.
 
         -> what the client sees of it, if anything."""
-        begin = 0
-        distributions = []
-        for speller, num in zip(self.spellers, self._num_asked, strict=True):
-            of_member = rows[begin : begin + num]
-            if not self._wanted:
-                speller.take(of_member)
-            elif of_member:
-                distributions += speller.distributions(of_member)
-            begin += num
+        distributions = received(self.spellers, rows, self._num_asked, is_branched=bool(self._wanted))
         if (ahead := self._looks_ahead()) is not None:
             for (k, history), distribution in zip(self._wanted, distributions, strict=True):
                 ahead.give(k, history, distribution)
@@ -283,11 +275,8 @@ class ByteChoice:
 
     def _looked_at(self) -> list[list[History]]:
         """What is wanted of each member by copies that look ahead; nothing else is wanted then."""
-        looked_at: list[list[History]] = [[] for _ in self.members]
-        if (ahead := self._looks_ahead()) is not None:
-            for k, history in ahead.wanted:
-                looked_at[k].append(history)
-        return looked_at
+        ahead = self._looks_ahead()
+        return by_speller(() if ahead is None else ahead.wanted, len(self.spellers))
 
     def _may_look_ahead(self) -> bool:
         """Whether alternatives are asked for, a piece may begin here, and nobody has looked ahead yet."""

@@ -23,7 +23,7 @@ from ensemble_server.server.engines.transformers_engine.given_reading import Mem
 from ensemble_server.server.engines.transformers_engine.kv_budget import Spare
 from ensemble_server.server.engines.transformers_engine.kv_cache import RowCache
 from ensemble_server.server.engines.transformers_engine.members import Member
-from ensemble_server.server.engines.transformers_engine.speller import Speller, branched
+from ensemble_server.server.engines.transformers_engine.speller import Speller, branched, received
 from ensemble_server.server.weights.spelled_vocabulary import spelled_vocabulary
 
 
@@ -90,14 +90,7 @@ class GivenAlternatives:
             self._spellers = [self._speller(k, row[0]) for k, row in enumerate(rows)]
             self._go_on()
             return
-        begin, distributions = 0, []
-        for speller, num in zip(self._spellers, self._num_asked, strict=True):
-            of_member = rows[begin : begin + num]
-            if not self._wanted:
-                speller.take(of_member)
-            elif of_member:
-                distributions += speller.distributions(of_member)
-            begin += num
+        distributions = received(self._spellers, rows, self._num_asked, is_branched=bool(self._wanted))
         if self._ahead is not None:
             for (k, history), distribution in zip(self._wanted, distributions, strict=True):
                 self._ahead.give(k, history, distribution)

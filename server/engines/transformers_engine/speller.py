@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -22,14 +22,20 @@ from ensemble_server.server.weights.spelled_vocabulary import SpelledVocabulary
 MAX_ROWS = 8  # of one member in one step
 
 
+def by_speller(wanted: Iterable[tuple[int, History]], num_spellers: int) -> list[list[History]]:
+    """Histories that copies of lattices want, of each speller, by its place."""
+    histories: list[list[History]] = [[] for _ in range(num_spellers)]
+    for k, history in wanted:
+        histories[k].append(history)
+    return histories
+
+
 def branched(
     spellers: Sequence[Speller], wanted: Sequence[tuple[int, History]], spare: Spare
 ) -> tuple[list[list[Span]], list[tuple[int, History]]]:
     """Rows for histories that copies of lattices want, of the spellers at these places: as many as there is memory for,
     one in any case. -> per speller, and for whom they are, in their order."""
-    histories: list[list[History]] = [[] for _ in spellers]
-    for k, history in wanted:
-        histories[k].append(history)
+    histories = by_speller(wanted, len(spellers))
     spans = [speller.branches(own, spare) for speller, own in zip(spellers, histories, strict=True)]
     asked = [(k, history) for k, own in enumerate(spans) for history in histories[k][: len(own)]]
     if not asked:
@@ -37,6 +43,22 @@ def branched(
         history, span = spellers[k].rewound(histories[k])
         spans[k], asked = [span], [(k, history)]
     return spans, asked
+
+
+def received(
+    spellers: Sequence[Speller], rows: Sequence[torch.Tensor], num_asked: Sequence[int], *, is_branched: bool
+) -> list[Distribution]:
+    """Give each speller its `num_asked` of `rows`, (1, V) each; those that copies asked for are returned instead, in
+    `branched`'s order."""
+    begin, distributions = 0, []
+    for speller, num in zip(spellers, num_asked, strict=True):
+        of_member = rows[begin : begin + num]
+        if not is_branched:
+            speller.take(of_member)
+        elif of_member:
+            distributions += speller.distributions(of_member)
+        begin += num
+    return distributions
 
 
 class Speller:
